@@ -1,0 +1,70 @@
+# `make` alone prints what there is.
+
+PYTHON ?= python3
+ACCELERATORS ?= 2
+ARGS ?= --recipe mini_mtil
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# One thread per rank: the ranks share the cores.
+export OMP_NUM_THREADS ?= 1
+# Nothing here needs a hub; HF_HUB_OFFLINE=0 lets a recipe fetch weights.
+export HF_HUB_OFFLINE ?= 1
+# On CPU most of a step can go into page faults of freed and regrown buffers; read when the process starts.
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+# torch looks for the ninja program on the PATH when DeepSpeed loads its operation.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all lint clean
+
+help:
+	@echo 'make train      train a recipe: ARGS="--recipe mini_mtil train.lr=5e-3", ACCELERATORS=2 ranks'
+	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them'
+	@echo 'make test-all   all tests'
+	@echo 'make lint       ruff: format and rules'
+	@echo 'make setup      only make the virtual environment $(VENV) and install the package'
+	@echo 'make clean      remove the virtual environment and what builds and tests left; runs/ stays'
+
+train: $(VENV)/.installed
+	@command -v numactl >/dev/null || echo 'note: numactl is not installed; nothing here needs it'
+	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not campaign' $(TESTS)
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+setup: $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo 'error: $(PYTHON) is missing or older than 3.10; name another with PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo 'error: $(PYTHON) cannot make virtual environments: apt install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The second line compiles the one operation that DeepSpeed would otherwise compile in the first run's first minute.
+$(VENV)/.installed: pyproject.toml $(VENV)/bin/python
+	@command -v g++ >/dev/null \
+		|| { echo 'error: g++ is missing, DeepSpeed compiles one operation with it: apt install g++' >&2; exit 1; }
+	@echo 'installing into $(VENV), some minutes the first time'
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@

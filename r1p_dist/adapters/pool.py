@@ -1,0 +1,196 @@
+"""AdaptedLinear: a frozen linear layer with a pool of rank-1 experts (DAC, arXiv 2601.22828)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from r1p_dist.adapters.low_rank import Factors, LowRankLinear, full_values
+from r1p_dist.distributed import gathered, sum_over_ranks, sum_over_ranks_with_gradient, world_size
+from r1p_dist.errors import InputError
+from r1p_dist.losses import ago_term
+
+
+@dataclass
+class Routing:
+    """What the routers of one tower must know of the batch beside the layer's input; None where it does not apply."""
+
+    weights: torch.Tensor | None = None  # (batch,) how often each sample occurs, int64; None = once
+    end: torch.Tensor | None = None  # (batch,) position of the end-of-text token
+    padding: torch.Tensor | None = None  # (batch, tokens) True at real tokens
+
+
+class AdaptedLinear(LowRankLinear):
+    """A frozen linear plus a pool of `rank` rank-1 experts.
+
+    Expert j is row a_j of A and column b_j of B; its update is scaling * b_j a_j^T, scaling = alpha / rank.
+    In training each sample votes for its `active` best experts, by a router that reads the guide, and the `active`
+    experts with most votes are used by the whole batch. `merge` adds the `merged` most counted ones to the frozen
+    weight; eval uses that weight alone.
+
+    linear: the layer to freeze. dropout: element dropout on the input of the update. guide: `first`, `eot` or `mean`
+    token of the input. vote: `global` sums the votes over ranks, `local` does not. router_grad: `none` (the paper's
+    released code: routing is a fixed random projection), `straight_through` or `gated` (ours, DESIGN: M_j = active *
+    q_j / sum of q over the active experts).
+    rows, routing: given by `attach_pool` for parts of a fused projection and for what a tower's guide needs.
+    Raises InputError where rank, active and merged do not fit each other or the layer.
+    Source: DAC's released code, layers.py; the options `guide` and `router_grad` are ours.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int = 12,
+        alpha: float = 1.0,
+        active: int = 8,
+        merged: int = 4,
+        dropout: float = 0.0,
+        guide: str = "first",
+        vote: str = "global",
+        *,
+        router_grad: str = "none",
+        rows: slice | None = None,
+        routing: Routing | None = None,
+    ):
+        super().__init__(linear, alpha / rank, dropout, rows)
+        if not 1 <= merged <= active <= rank:
+            raise InputError(
+                f"pool: needs 1 <= merged <= active <= rank, got merged={merged}, active={active}, rank={rank}"
+            )
+        if rank > min(self.in_features, self.out_features):
+            raise InputError(
+                f"pool.rank={rank} is larger than a layer of {self.in_features} inputs and {self.out_features} outputs; "
+                f"use at most {min(self.in_features, self.out_features)}"
+            )
+        self.rank, self.active, self.merge_count = rank, active, merged
+        self.guide, self.vote, self.router_grad = guide, vote, router_grad
+        self.routing = routing or Routing()
+        weight = linear.weight
+        self.A = nn.Parameter(weight.new_empty(rank, self.in_features))
+        self.B = nn.Parameter(weight.new_empty(self.out_features, rank))
+        self.router = nn.Linear(self.in_features, rank, device=weight.device, dtype=weight.dtype)
+        self.router.requires_grad_(router_grad != "none")
+        self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
+        self.register_buffer("gate_sum", torch.zeros(rank, dtype=torch.float64, device=weight.device))
+        # `local` votes not yet summed over ranks
+        self.register_buffer("pending_votes", torch.zeros_like(self.activation_counts), persistent=False)
+        self.steps = 0
+        self.orthogonal_to: torch.Tensor | None = None  # columns (out, n) of past tasks for the AGO loss; None = off
+        self.ago: torch.Tensor | None = None  # this micro step's term, with gradient
+        self._active = torch.zeros(0, dtype=torch.int64)
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Begins a task with fresh experts (B zero), router and counts; a collective under ZeRO-3."""
+        bound = 1 / math.sqrt(self.in_features)
+        with gathered(self.parameters(recurse=False), modify=True), gathered(self.router.parameters(), modify=True):
+            nn.init.uniform_(self.A, -bound, bound, generator=generator)  # Kaiming-uniform with a = sqrt(5)
+            nn.init.zeros_(self.B)
+            nn.init.uniform_(self.router.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(self.router.bias, -bound, bound, generator=generator)
+        for state in (self.activation_counts, self.gate_sum, self.pending_votes):
+            state.zero_()
+        self.steps = 0
+
+    def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the router's input (batch, in) from the layer's input (batch, tokens, in)."""
+        if self.guide == "first":
+            return x[:, 0]
+        if self.guide == "eot":
+            return x[torch.arange(len(x), device=x.device), self.routing.end]
+        if self.routing.padding is None:
+            return x.mean(1)
+        real = self.routing.padding.to(x.dtype)[..., None]
+        return (x * real).sum(1) / real.sum(1)
+
+    def votes(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns this rank's votes (rank,), int64, where the vote is global; where it is local, uses them at once."""
+        if _is_recomputing():
+            return None  # activation checkpointing runs the forward again: the vote stands
+        votes = self._cast_votes(x.detach())
+        if self.vote == "global":
+            return votes
+        self.pending_votes += votes
+        self._active = top(votes, self.active)
+        return None
+
+    @torch.no_grad()
+    def _cast_votes(self, x: torch.Tensor) -> torch.Tensor:
+        best = self.router(self.guide_vector(x)).sort(dim=-1, descending=True, stable=True).indices[:, : self.active]
+        ballots = torch.zeros(len(x), self.rank, dtype=torch.int64, device=x.device).scatter_(1, best, 1)
+        if self.routing.weights is not None:
+            ballots *= self.routing.weights[:, None]
+        return ballots.sum(0)
+
+    def factors(self, x: torch.Tensor, votes: torch.Tensor | None) -> Factors:
+        """Returns the active experts as A with all other rows at zero, so that A and B are not copied, and B whole."""
+        if votes is not None:
+            self.activation_counts += votes
+            self._active = top(votes, self.active)
+        mask = self._mask(x)
+        self._compute_ago()
+        return Factors(mask[:, None] * self.A, self.B, self.scaling)
+
+    def _mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the weight of each expert in this batch, (rank,): 0 or 1, or with the router's gradient."""
+        chosen = torch.zeros(self.rank, dtype=self.A.dtype, device=x.device)
+        chosen[self._active] = 1
+        if self.router_grad == "none":
+            return chosen
+        probabilities = self.router(self.guide_vector(x)).softmax(-1)  # (batch, rank)
+        weights = self.routing.weights if self.routing.weights is not None else torch.ones(len(x), device=x.device)
+        mean = (weights[:, None] * probabilities).sum(0) / weights.sum()
+        if self.vote == "global":
+            mean = sum_over_ranks_with_gradient(mean) / world_size()
+        if self.router_grad == "straight_through":
+            return chosen + (mean - mean.detach())
+        gate = chosen * self.active * mean / (chosen * mean).sum()
+        if not _is_recomputing():
+            self.gate_sum += gate.detach()
+            self.steps += 1
+        return gate
+
+    def _compute_ago(self) -> None:
+        if self.orthogonal_to is None:
+            return
+        current = self.B[:, top(self.activation_counts, self.merge_count)]
+        term = ago_term(current, self.orthogonal_to.to(current.dtype))
+        if not _is_recomputing():
+            self.ago = term
+
+    def update(self, count: int) -> tuple[Factors, torch.Tensor]:
+        """Returns the `count` most counted experts as an update, and their indices; a collective under ZeRO-3."""
+        chosen = top(self.activation_counts, count)
+        A, B = full_values(self.A, self.B)
+        if self.router_grad == "gated" and self.steps:
+            A = A * (self.gate_sum / self.steps).float()[:, None]
+        return Factors(A[chosen], B[:, chosen], self.scaling), chosen
+
+    def merge(self) -> torch.Tensor:
+        """Merges the most counted experts into the frozen weight and returns their indices, most counted first."""
+        update, chosen = self.update(self.merge_count)
+        self.merge_update(update)
+        return chosen
+
+
+def top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns the indices of the `count` largest scores, largest first; ties go to the lower index."""
+    return scores.sort(descending=True, stable=True).indices[:count]
+
+
+def share_counts(adapters: list[AdaptedLinear]) -> None:
+    """Sums the votes of `local` mode over ranks into the activation counts, all layers in one collective."""
+    local = [adapter for adapter in adapters if adapter.vote == "local"]
+    if not local:
+        return
+    votes = sum_over_ranks(torch.cat([adapter.pending_votes for adapter in local]))
+    for adapter, vote in zip(local, votes.split([adapter.rank for adapter in local]), strict=True):
+        adapter.activation_counts += vote
+        adapter.pending_votes.zero_()
+
+
+def _is_recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as activation checkpointing's second forward does."""
+    return torch._C._current_graph_task_id() != -1

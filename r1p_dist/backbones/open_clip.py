@@ -1,0 +1,286 @@
+"""CLIP models of open_clip: loading, features, the contrastive training loss, and where adapters go.
+
+The towers stay open_clip's own modules, called as modules, so that ZeRO-3's hooks see every parameter. Only attention
+is replaced: open_clip's nn.MultiheadAttention hides its fused projection from adapters.
+"""
+
+import difflib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from r1p_dist.adapters import AdaptedLinear, FusedProjection, LowRankLinear, Routing
+from r1p_dist.errors import InputError
+from r1p_dist.losses import contrastive_loss
+
+TOWERS = ("image", "text")
+LAYERS = ("q", "k", "v", "out", "fc1", "fc2")
+
+
+class Attention(nn.Module):
+    """Self-attention with the weights of an nn.MultiheadAttention, its projections open to adapters; called like it."""
+
+    def __init__(self, source: nn.MultiheadAttention):
+        super().__init__()
+        width = source.embed_dim
+        in_proj = nn.Linear(width, 3 * width, bias=source.in_proj_bias is not None, device="meta")
+        in_proj.weight, in_proj.bias = source.in_proj_weight, source.in_proj_bias
+        self.in_proj = FusedProjection(in_proj)
+        self.out_proj = nn.Linear(width, width, bias=source.out_proj.bias is not None, device="meta")
+        self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
+        self.num_heads = source.num_heads
+
+    def forward(self, query, key, value, need_weights: bool = False, attn_mask: torch.Tensor | None = None):
+        """Returns (output, None) for query = key = value (batch, tokens, width); attn_mask: additive (>= tokens)^2."""
+        batch, tokens, width = query.shape
+        heads = self.in_proj(query).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head width)
+        if attn_mask is not None:
+            attn_mask = attn_mask[:tokens, :tokens].to(q.dtype)  # trimmed prompts
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, width)), None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A frozen linear, or the rows of one, that can have an adapter."""
+
+    name: str  # tower.block.layer, for example image.0.q
+    tower: str
+    layer: str
+    linear: nn.Linear
+    rows: slice | None
+    install: Callable[[LowRankLinear], None]
+
+
+def slots(model: nn.Module, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS) -> Iterator[Slot]:
+    """Yields the slots of an open_clip model after `open_attention`, tower by tower, block by block."""
+    for tower in towers:
+        transformer = model.visual.transformer if tower == "image" else getattr(model, "text", model).transformer
+        for i, block in enumerate(transformer.resblocks):
+            width = block.attn.out_proj.in_features
+            places = [
+                (layer, block.attn.in_proj.parts, block.attn.in_proj.linear, slice(j * width, (j + 1) * width))
+                for j, layer in enumerate(("q", "k", "v"))
+            ]
+            places += [
+                ("out", block.attn, block.attn.out_proj, None),
+                ("fc1", block.mlp, block.mlp.c_fc, None),
+                ("fc2", block.mlp, block.mlp.c_proj, None),
+            ]
+            names = {"out": "out_proj", "fc1": "c_fc", "fc2": "c_proj"}
+            for layer, owner, linear, rows in places:
+                if layer in layers:
+                    install = _installer(owner, names.get(layer, layer))
+                    yield Slot(f"{tower}.{i}.{layer}", tower, layer, linear, rows, install)
+
+
+def _installer(owner: nn.Module, name: str) -> Callable[[LowRankLinear], None]:
+    return lambda adapter: owner.add_module(name, adapter)
+
+
+def open_attention(model: nn.Module) -> None:
+    """Replaces the attention of every block of both towers by one whose projections adapters can serve.
+
+    Raises InputError where a tower is not built from open_clip's own blocks.
+    """
+    for tower in (model.visual, getattr(model, "text", model)):
+        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+        if blocks is None or not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
+            raise InputError(
+                f"backbone: a tower of type {type(tower).__name__} is not made of open_clip's own residual attention "
+                "blocks; use a ViT-* model"
+            )
+        for block in blocks:
+            if isinstance(block.attn, nn.MultiheadAttention):
+                block.attn = Attention(block.attn)
+
+
+def attach(
+    model: nn.Module,
+    make: Callable[[Slot, Routing], LowRankLinear],
+    towers: Sequence[str] = TOWERS,
+    layers: Sequence[str] = LAYERS,
+) -> list[LowRankLinear]:
+    """Freezes the model and puts `make(slot, routing)` on its linears; returns the adapters in the order of `slots`.
+
+    model: a `ClipBackbone` or an open_clip CLIP. A slot that has an adapter gets the new one.
+    """
+    clip = model.model if isinstance(model, ClipBackbone) else model
+    routing = model.routing if isinstance(model, ClipBackbone) else {tower: Routing() for tower in TOWERS}
+    open_attention(clip)
+    clip.requires_grad_(False)
+    adapters = []
+    for slot in slots(clip, towers, layers):
+        adapter = make(slot, routing[slot.tower])
+        adapter.name = slot.name
+        slot.install(adapter)
+        adapters.append(adapter)
+    return adapters
+
+
+def attach_pool(
+    model: nn.Module, *, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS, **options
+) -> list[AdaptedLinear]:
+    """Freezes the model and puts a pool of rank-1 experts on its linears; returns the adapted linears.
+
+    model: a `ClipBackbone` or an open_clip CLIP. towers, layers: which linears; options: those of `AdaptedLinear`.
+    The order is tower by tower, block by block, q k v out fc1 fc2.
+    """
+
+    def make(slot: Slot, routing: Routing) -> AdaptedLinear:
+        return AdaptedLinear(slot.linear, rows=slot.rows, routing=routing, **options)
+
+    return attach(model, make, towers, layers)
+
+
+class ClipBackbone(nn.Module):
+    """A CLIP model of open_clip, frozen, with its tokenizer and preprocessing.
+
+    forward(image, tokens, counts) returns unit-norm features: image (n, 3, H, W) -> (n, d), tokens (m, context) ->
+    (m, d), or None for what was not given. counts (m,): how often each prompt occurs in the batch, for the vote.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Callable, preprocess: dict):
+        super().__init__()
+        open_attention(model)
+        self.model = model.requires_grad_(False)
+        self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.routing = {tower: Routing() for tower in TOWERS}
+        self.register_buffer("logit_scale", model.logit_scale.detach().float().exp().reshape(()), persistent=False)
+        self._prompts: torch.Tensor | None = None
+
+    def checkpoint_blocks(self) -> None:
+        """Makes every block run its forward again in the backward instead of keeping its activations."""
+        for tower in (self.model.visual, self.model.text):
+            for block in tower.transformer.resblocks:
+                # no determinism check: it compares shapes, and ZeRO-3 has freed the LayerNorm weights by then
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, determinism_check="none"
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def forward(
+        self,
+        image: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        image_features = text_features = None
+        if image is not None:
+            image_features = F.normalize(self.model.visual(image).float(), dim=-1)
+        if tokens is not None:
+            text = self.model.text
+            end = (tokens == text.eos_id).int().argmax(1) if text.pool_type == "eos" else tokens.argmax(1)
+            if text.attn_mask is not None and text.pool_type in ("argmax", "eos"):
+                tokens = tokens[:, : int(end.max()) + 1]  # causal: nothing after the last end token is ever seen
+            routing = self.routing["text"]
+            routing.weights, routing.end = counts, end
+            routing.padding = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+            text_features = F.normalize(text(tokens).float(), dim=-1)
+        return image_features, text_features
+
+    def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Returns the prompts' token ids (n, context) on the model's device."""
+        return self.tokenizer(list(prompts)).to(self.device)
+
+    def set_prompts(self, prompts: Sequence[str]) -> None:
+        """Sets the prompt of each label of the coming training batches; equal prompts become one label."""
+        self._prompts = self.tokenize(prompts)
+        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+        self._label_of = torch.tensor([first[prompt] for prompt in prompts], device=self._prompts.device)
+
+    def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the contrastive loss of a micro batch {"image", "label"}; each distinct prompt is encoded once.
+
+        model: this backbone, or the DeepSpeed engine around it.
+        """
+        labels = self._label_of[batch["label"]]
+        distinct, place, counts = labels.unique(return_inverse=True, return_counts=True)
+        image, text = model(image=batch["image"], tokens=self._prompts[distinct], counts=counts)
+        return contrastive_loss(image, text[place], labels, self.logit_scale)
+
+
+def load_clip(
+    name: str, pretrained: str | None = None, *, force_quick_gelu: bool = False, gradient_checkpointing: bool = False
+) -> ClipBackbone:
+    """Loads a CLIP model: `tiny`, any open_clip name with a `pretrained` tag or a local weights file, `local-dir:…`,
+    `hf-hub:…`.
+
+    Without `pretrained` a named model has random weights, with a warning. Raises InputError for an unknown model or
+    tag, a missing file, weights of another shape, and weights trained with another activation (QuickGELU) than the
+    model's.
+    """
+    source = name
+    if name == "tiny":
+        source = f"local-dir:{resources.files('r1p_dist') / 'assets' / 'tiny'}"
+        if pretrained is not None:
+            raise InputError(f"backbone.pretrained={pretrained}: the model tiny brings its own weights; leave it out")
+    elif ":" not in name:
+        _check_name_and_weights(name, pretrained, force_quick_gelu)
+        if pretrained is None:
+            logging.getLogger(__name__).warning("backbone %s has random weights: backbone.pretrained is not set", name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="These pretrained weights were trained with QuickGELU")
+        model = _create(source, pretrained, force_quick_gelu, name)
+    tokenizer = open_clip.get_tokenizer(source)
+    backbone = ClipBackbone(model, tokenizer, open_clip.get_model_preprocess_cfg(model))
+    if gradient_checkpointing:
+        backbone.checkpoint_blocks()
+    return backbone
+
+
+def _create(source: str, pretrained: str | None, force_quick_gelu: bool, name: str) -> nn.Module:
+    try:
+        # text tower as a module, logit_scale with a dimension: DeepSpeed's hooks and broadcasts need them
+        return open_clip.create_model(
+            source,
+            pretrained,
+            force_quick_gelu=force_quick_gelu,
+            force_custom_text=True,
+            nonscalar_logit_scale=True,
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"backbone.name={name} backbone.pretrained={pretrained}: cannot load: {reason}") from error
+
+
+def _check_name_and_weights(name: str, pretrained: str | None, force_quick_gelu: bool) -> None:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        nearest = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=3)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        raise InputError(f"backbone.name={name}: open_clip has no such model{hint}")
+    if pretrained is None or Path(pretrained).is_file():
+        return
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in tags:
+        raise InputError(
+            f"backbone.pretrained={pretrained}: neither a file nor a tag of {name}; tags: {', '.join(tags) or 'none'}"
+        )
+    trained_quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+    model_quick = bool(config.get("quick_gelu", False)) or force_quick_gelu
+    if trained_quick != model_quick:
+        remedy = (
+            "use the model's -quickgelu name or backbone.force_quick_gelu=true"
+            if trained_quick
+            else "use the model's name without -quickgelu and backbone.force_quick_gelu=false"
+        )
+        raise InputError(
+            f"backbone.pretrained={pretrained}: these weights were trained with{'' if trained_quick else 'out'} QuickGELU; "
+            f"the model {name} has it {'on' if model_quick else 'off'}; {remedy}"
+        )

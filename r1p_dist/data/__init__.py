@@ -1,0 +1,8 @@
+"""Streams of tasks, their WebDataset shards, and the loaders that read them in an exact order."""
+
+from r1p_dist.data.loader import EvaluationLoader as EvaluationLoader
+from r1p_dist.data.loader import TrainLoader as TrainLoader
+from r1p_dist.data.shards import JointDataset as JointDataset
+from r1p_dist.data.shards import ShardDataset as ShardDataset
+from r1p_dist.data.stream import Stream as Stream
+from r1p_dist.data.stream import Task as Task

@@ -1,0 +1,253 @@
+"""Streams: an ordered list of tasks, read from a `stream.yaml`.
+
+name: mini_mtil
+tasks:                                        # the default order
+  - name: fashion
+    train: [fashion/train-000000.tar]         # paths are relative to the file
+    validation: [fashion/validation-000000.tar]     # optional
+    test: [fashion/test-000000.tar]
+    class_names: fashion/classnames.txt       # one class per line; the line number, from 0, is the label
+    templates: fashion/zeroshot_classification_templates.txt    # one per line, `{c}` stands for the class name
+    sizes: {train: 160, validation: 40, test: 100}   # optional; samples per split
+    domain: seen                              # optional; did the backbone's pretraining have this domain
+orders: {second: [fashion, ...]}              # optional; further orders, each with every task once
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1p_dist.errors import InputError
+from r1p_dist.safe_yaml import parse_yaml
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+SPLITS = ("train", "validation", "test")
+_STREAM_KEYS = ("name", "tasks", "orders")
+_TASK_KEYS = ("name", *SPLITS, "class_names", "templates", "sizes", "domain")
+_TASK_KEYS_NEEDED = ("name", "train", "test", "class_names", "templates")
+_DOMAINS = ("seen", "unseen")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream: its shards per split, its classes (label = position) and its prompt templates."""
+
+    name: str
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    test: tuple[Path, ...]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    sizes: dict[str, int]
+    domain: str | None
+
+    def prompt(self, label: int) -> str:
+        """Return the training prompt of a class: the first template."""
+        return self.prompts(label)[0]
+
+    def prompts(self, label: int) -> list[str]:
+        """Return the prompts of a class, one per template."""
+        # Not str.format: class names and templates may have braces of their own.
+        return [template.replace("{c}", self.class_names[label]) for template in self.templates]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An ordered list of tasks; `path` is the stream file that it was read from."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    path: Path
+
+    @classmethod
+    def load(cls, path_or_name: str | Path, order: str | None = None, tasks: Sequence[str] | None = None) -> Stream:
+        """Return the stream of a `stream.yaml` (or of the folder it is in), or the shipped stream of that name.
+
+        `order` names one of the file's orders; `tasks` picks tasks by name and sets their order itself.
+        InputError: missing or wrong file, unknown key, order or task, missing shard, unusable classes or templates.
+        """
+        path = _find_stream_file(path_or_name)
+        content = _read_yaml(path)
+        _check_keys(content, _STREAM_KEYS, ("name", "tasks"), f"{path}")
+        name = _text(content["name"], f"{path}: name")
+        entries = _task_entries(content["tasks"], path)
+        orders = _orders(content.get("orders"), entries, path)
+        chosen = list(entries)
+        if order is not None:
+            _check_known(order, orders, "order", path)
+            chosen = orders[order]
+        if tasks is not None:
+            for task in tasks:
+                _check_known(task, entries, "task", path)
+            chosen = list(tasks)
+            if not chosen or len(set(chosen)) != len(chosen):
+                raise InputError(f"{path}: tasks must name each wanted task once, got {chosen}")
+        return cls(name, tuple(_load_task(entries[task], path) for task in chosen), path)
+
+
+def _find_stream_file(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_dir():
+        path = path / "stream.yaml"
+    if path.is_file():
+        return path
+    packaged = ASSETS / path_or_name / "stream.yaml"
+    if len(path.parts) == 1 and packaged.is_file():
+        return packaged
+    shipped = sorted(file.parent.name for file in ASSETS.glob("*/stream.yaml"))
+    raise InputError(
+        f"stream={path_or_name}: no such stream file, and no stream of that name is shipped"
+        f"{_nearest(str(path_or_name), shipped)}; give the path of a stream.yaml or one of: {', '.join(shipped)}"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a mapping with the keys {', '.join(_STREAM_KEYS)}")
+    return content
+
+
+def _task_entries(value: Any, path: Path) -> dict[str, dict[str, Any]]:
+    """Return task name -> its checked mapping, in the file's order."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{path}: tasks must be a list with at least one task, got {value!r}")
+    entries: dict[str, dict[str, Any]] = {}
+    for index, entry in enumerate(value):
+        where = f"{path}: tasks[{index}]"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: must be a mapping with the keys {', '.join(_TASK_KEYS)}, got {entry!r}")
+        _check_keys(entry, _TASK_KEYS, _TASK_KEYS_NEEDED, where)
+        name = _text(entry["name"], f"{where}.name")
+        # A task's name becomes a folder of the run.
+        if name.startswith(".") or any(character in name for character in "/\\\0\n"):
+            raise InputError(f"{where}.name: {name!r} cannot name a folder; use letters, digits, '_' and '-'")
+        if name in entries:
+            raise InputError(f"{where}.name: {name} stands twice in the file; give each task its own name")
+        entries[name] = entry
+    return entries
+
+
+def _orders(value: Any, entries: dict[str, dict], path: Path) -> dict[str, list[str]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: orders must map a name to a list of tasks, got {value!r}")
+    for order, names in value.items():
+        if not isinstance(names, list):
+            raise InputError(f"{path}: orders.{order}: must be a list of tasks, got {names!r}")
+        for name in names:
+            _check_known(name, entries, "task", f"{path}: orders.{order}")
+        if sorted(names) != sorted(entries):
+            missing = [name for name in entries if name not in names]
+            fault = f"{', '.join(missing)} missing" if missing else "a task stands twice"
+            raise InputError(f"{path}: orders.{order}: must have every task once: {fault}")
+    return value
+
+
+def _load_task(entry: dict[str, Any], path: Path) -> Task:
+    where = f"{path}: task {entry['name']}"
+    shards = {split: _shards(entry.get(split), path, f"{where}.{split}", split) for split in SPLITS}
+    class_names = read_class_names(_text_file(entry["class_names"], path, f"{where}.class_names"))
+    templates = read_templates(_text_file(entry["templates"], path, f"{where}.templates"))
+    domain = entry.get("domain")
+    if domain is not None and domain not in _DOMAINS:
+        raise InputError(f"{where}.domain: must be one of {', '.join(_DOMAINS)}, got {domain!r}")
+    sizes = _sizes(entry.get("sizes"), f"{where}.sizes")
+    return Task(entry["name"], **shards, class_names=class_names, templates=templates, sizes=sizes, domain=domain)
+
+
+def _shards(value: Any, path: Path, where: str, split: str) -> tuple[Path, ...]:
+    if value is None and split == "validation":
+        return ()
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: must be a list of shards (.tar files), got {value!r}")
+    shards = tuple(path.parent / _text(shard, where) for shard in value)
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"{where}: shard {shard} is missing; paths are relative to the stream file")
+    if len(set(shards)) != len(shards):
+        raise InputError(f"{where}: the same shard stands twice; name each shard once")
+    return shards
+
+
+def _text_file(value: Any, path: Path, where: str) -> Path:
+    file = path.parent / _text(value, where)
+    if not file.is_file():
+        raise InputError(f"{where}: {file} is missing; paths are relative to the stream file")
+    return file
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Return the lines of a class list, without white space at their ends. InputError: no line or an empty one."""
+    return _lines(file)
+
+
+def read_templates(file: Path) -> tuple[str, ...]:
+    """Return the prompt templates of a file, one per line. InputError: none, an empty line, or one without `{c}`."""
+    templates = _lines(file)
+    for number, template in enumerate(templates, 1):
+        if "{c}" not in template:
+            raise InputError(f"{file}: line {number}: '{template}' lacks {{c}}, the place of the class name")
+    return templates
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text ({error})") from error
+    if lines == [""]:
+        raise InputError(f"{file}: is empty; write one entry per line")
+    # The line number is the label, so an empty line must not be dropped in silence.
+    if "" in lines:
+        raise InputError(f"{file}: line {lines.index('') + 1} is empty; remove or fill it")
+    return tuple(lines)
+
+
+def _sizes(value: Any, where: str) -> dict[str, int]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: must map {', '.join(SPLITS)} to a number of samples, got {value!r}")
+    _check_keys(value, SPLITS, (), where)
+    for split, size in value.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+            raise InputError(f"{where}.{split}: must be a number of samples, got {size!r}")
+    return dict(value)
+
+
+def _text(value: Any, where: str) -> str:
+    # YAML reads an unquoted 101 as a number; a name or path must come as the user wrote it.
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where}: must be text (put it in quotes), got {value!r}")
+    return value
+
+
+def _check_keys(mapping: dict, allowed: Collection[str], needed: Collection[str], where: str) -> None:
+    for key in mapping:
+        if key not in allowed:
+            raise InputError(
+                f"{where}: unknown key {key!r}{_nearest(str(key), allowed)}; allowed: {', '.join(allowed)}"
+            )
+    for key in needed:
+        if mapping.get(key) is None:
+            raise InputError(f"{where}: key '{key}' is missing")
+
+
+def _check_known(name: Any, known: Collection[str], kind: str, where: Path | str) -> None:
+    if name not in list(known):
+        choice = f"known: {', '.join(known)}" if known else f"the file has no {kind}s"
+        raise InputError(f"{where}: unknown {kind} {name!r}{_nearest(str(name), known)}; {choice}")
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f" (nearest: {matches[0]})" if matches else ""

@@ -1,0 +1,133 @@
+"""DeepSpeed: the process group, the engine of one task, and what must be undone between tasks."""
+
+import math
+import os
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+from torch import nn
+
+from r1p_dist.adapters import FusedProjection, LowRankLinear
+from r1p_dist.config import RunConfig, TrainConfig
+from r1p_dist.ds_config import load_deepspeed_config
+from r1p_dist.errors import InputError
+
+_START_TIMEOUT = timedelta(minutes=30)
+
+
+def start_process_group() -> torch.device:
+    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    if "RANK" not in os.environ:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ["LOCAL_RANK"]))
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def choose_precision(config: RunConfig) -> tuple[str, str]:
+    """Returns `fp32` or `bf16` and the reason for it."""
+    if config.train.precision != "auto":
+        return config.train.precision, "set by train.precision"
+    if torch.accelerator.is_available():
+        return "bf16", "an accelerator is there"
+    return "fp32", "no accelerator; exact, and small models gain nothing from bf16 on CPU"
+
+
+def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
+    """Returns the DeepSpeed configuration: the JSON file with overrides, batch sizes, clipping and precision filled in.
+
+    Raises InputError where the global batch does not divide among ranks.
+    """
+    resolved = load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
+    train = config.train
+    micro_batches = world_size * train.gradient_accumulation_steps
+    if train.global_batch_size % micro_batches:
+        raise InputError(
+            f"train.global_batch_size={train.global_batch_size} does not divide into {world_size} ranks times "
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}; use a multiple of {micro_batches}"
+        )
+    resolved["train_batch_size"] = train.global_batch_size
+    resolved["train_micro_batch_size_per_gpu"] = train.global_batch_size // micro_batches
+    resolved["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+    resolved["gradient_clipping"] = train.gradient_clipping or 0.0
+    resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(config)[0] == "bf16"}
+    return resolved
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Returns the rate of optimizer step `step` (from 0): linear warm-up, then cosine from lr to min_lr."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.iterations - train.warmup_steps)
+    return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
+
+
+class TaskEngine:
+    """A DeepSpeed engine around the backbone for one task: AdamW on the adapters, fresh moments, own schedule.
+
+    Calling it runs the backbone's forward. `close` takes away the hooks that DeepSpeed leaves on the model.
+    """
+
+    def __init__(self, backbone: nn.Module, config: RunConfig, train: TrainConfig, world_size: int):
+        self._hooks_before = _hooks(backbone)
+        for module in backbone.modules():
+            if isinstance(module, LowRankLinear | FusedProjection):
+                # ZeRO-3 fetches a module's own parameters only. A leaf module would fetch its children's too, but is
+                # released too early where its input needs no gradient, as in the first block.
+                for parameter in module.borrowed_parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+        parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(parameters, train)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            self.engine, *_ = deepspeed.initialize(
+                model=backbone,
+                model_parameters=parameters,
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=resolve_deepspeed(config, world_size),
+            )
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    @property
+    def lr(self) -> float:
+        return self.engine.optimizer.param_groups[0]["lr"]
+
+    def step(self, loss: torch.Tensor) -> bool:
+        """Backward and, at the end of an accumulation, an optimizer step; returns whether it was one."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.backward(loss)
+        self.engine.step()
+        return boundary
+
+    def close(self) -> None:
+        self.engine.destroy()
+        _remove_hooks(self.engine.module, self._hooks_before)
+
+
+_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooks(model: nn.Module) -> dict[tuple[nn.Module, str], set[int]]:
+    return {(module, table): set(getattr(module, table)) for module in model.modules() for table in _HOOK_TABLES}
+
+
+def _remove_hooks(model: nn.Module, before: dict[tuple[nn.Module, str], set[int]]) -> None:
+    for module in model.modules():
+        for table in _HOOK_TABLES:
+            hooks = getattr(module, table)
+            for key in set(hooks) - before.get((module, table), set()):
+                del hooks[key]

@@ -1,0 +1,62 @@
+"""Zero-shot classification of whole tasks, shared among the ranks; every picture is counted exactly once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from r1p_dist.backbones import ClipBackbone
+from r1p_dist.data import EvaluationLoader, Task
+from r1p_dist.distributed import rank, sum_over_ranks, world_size
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What an evaluation of one task found; `correct` has one entry per picture in the order of the shards."""
+
+    task: str
+    correct: torch.Tensor  # (pictures,) bool
+
+    @property
+    def accuracy(self) -> float:
+        """Percent."""
+        return 100 * int(self.correct.sum()) / len(self.correct)
+
+
+class Classifier:
+    """Evaluates a CLIP model; a class's weight is the mean of its templates' unit-norm features, as in DAC's code.
+
+    loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
+    each forward.
+    """
+
+    def __init__(self, backbone: ClipBackbone, loaders: Mapping[str, EvaluationLoader], text_batch_size: int):
+        self.backbone, self.loaders, self.text_batch_size = backbone, loaders, text_batch_size
+
+    @torch.no_grad()
+    def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
+        """Returns one result per task, the same on every rank. model: the backbone, or the engine around it."""
+        self.backbone.eval()
+        results = [self._evaluate_task(model, task) for task in tasks]
+        self.backbone.train()
+        return results
+
+    def _evaluate_task(self, model: Callable, task: Task) -> TaskResult:
+        weights = self._class_weights(model, task)
+        loader = self.loaders[task.name]
+        correct = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
+        mine = correct[rank() :: world_size()]
+        start = 0
+        for batch in loader:
+            features, _ = model(image=batch["image"].to(weights.device))
+            right = (features @ weights.T).argmax(1) == batch["label"].to(weights.device)
+            mine[start : start + len(right)] = right.int()
+            start += len(right)
+        return TaskResult(task.name, sum_over_ranks(correct).bool().cpu())
+
+    def _class_weights(self, model: Callable, task: Task) -> torch.Tensor:
+        prompts = [prompt for label in range(len(task.class_names)) for prompt in task.prompts(label)]
+        tokens = self.backbone.tokenize(prompts)
+        features = torch.cat([model(tokens=chunk)[1] for chunk in tokens.split(self.text_batch_size)])
+        return F.normalize(features.view(len(task.class_names), len(task.templates), -1).mean(1), dim=-1)

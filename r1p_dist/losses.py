@@ -1,0 +1,43 @@
+"""The losses: contrastive with label-equality targets, and the activation-guided orthogonal (AGO) loss."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from r1p_dist.distributed import gather, gather_with_gradient
+
+
+def contrastive_loss(
+    image: torch.Tensor, text: torch.Tensor, labels: torch.Tensor, logit_scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Returns this rank's part of CLIP's symmetric loss over the global batch; samples of equal label are positives.
+
+    image, text: unit-norm features (n, d) of this rank's samples; labels (n,); logit_scale: the multiplier itself.
+    Each rank forms its n rows against all N columns, so memory grows with n * N, and the mean over ranks is the loss
+    of the global batch.
+    Source: DAC's released code (lrbmutil.py): target_ij = 1[y_i = y_j] / row sum.
+    """
+    all_image, all_text, all_labels = gather_with_gradient(image), gather_with_gradient(text), gather(labels)
+    targets = (labels[:, None] == all_labels[None]).to(image.dtype)  # (n, N)
+    targets = targets / targets.sum(1, keepdim=True)
+    image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, targets)
+    text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets)
+    return (image_to_text + text_to_image) / 2
+
+
+def ago_term(current: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
+    """Returns sum |current^T past| of one adapted linear: columns of B, current (out, m) and past (out, n).
+
+    Source: DAC's released code (alora.py); the paper's L_orth divides by m n.
+    """
+    return (current.T @ past).abs().sum()
+
+
+def ago_loss(current: Sequence[torch.Tensor], past: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the AGO loss, without lambda: the mean over adapted linears of `ago_term`.
+
+    current: per adapted linear the columns (out, m) of its most counted experts; past: (out, n) of all past tasks, n
+    may be 0.
+    """
+    return torch.stack([ago_term(now, before) for now, before in zip(current, past, strict=True)]).mean()

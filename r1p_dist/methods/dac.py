@@ -1,0 +1,75 @@
+"""DAC, "Decomposing and Composing" (arXiv 2601.22828): a pool of rank-1 experts per linear layer."""
+
+from collections.abc import Callable
+
+import torch
+
+from r1p_dist.adapters import AdaptedLinear, Factors, Routing
+from r1p_dist.adapters.pool import share_counts
+from r1p_dist.backbones import Slot, attach
+from r1p_dist.methods.method import Method
+
+
+class Dac(Method):
+    """DAC: each task trains a pool of rank-1 experts per linear, the most voted ones merge (arXiv 2601.22828).
+
+    The loss is the contrastive one plus `ago.weight` times the AGO loss. Where the paper and its released code
+    differ, the options `ago.reduction` and `pool.router_grad` name the choice.
+    """
+
+    adapters: list[AdaptedLinear]
+
+    def attach(self) -> list[AdaptedLinear]:
+        pool, targets = self.config.pool, self.config.targets
+
+        def make(slot: Slot, routing: Routing) -> AdaptedLinear:
+            return AdaptedLinear(
+                slot.linear,
+                pool.rank,
+                pool.alpha,
+                pool.active,
+                pool.merged,
+                pool.dropout,
+                guide=getattr(pool.guide, slot.tower),
+                vote=pool.vote,
+                router_grad=pool.router_grad,
+                rows=slot.rows,
+                routing=routing,
+            )
+
+        return attach(self.backbone, make, targets.towers, targets.layers)
+
+    def begin_task(self, index: int) -> None:
+        for i, adapter in enumerate(self.adapters):
+            adapter.reset(self.generator(index, i))
+
+    def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = self.backbone.loss(model, batch)
+        terms = [adapter.ago for adapter in self.adapters if adapter.ago is not None]
+        if not terms:
+            return loss, {"ago": torch.zeros((), device=loss.device)}
+        ago = torch.stack(terms).mean()
+        if self.config.ago.reduction == "paper_mean":
+            ago = ago / (self.config.pool.merged * self.adapters[0].orthogonal_to.shape[1])
+        for adapter in self.adapters:
+            adapter.ago = None
+        return loss + self.config.ago.weight * ago, {"ago": ago.detach()}
+
+    def end_step(self) -> None:
+        share_counts(self.adapters)
+
+    def unmerged_updates(self) -> list[list[Factors]]:
+        return [[*adapter.merged, adapter.update(adapter.active)[0]] for adapter in self.adapters]
+
+    def end_task(self) -> None:
+        for adapter in self.adapters:
+            if self.config.ago.reduction == "code_all":
+                B = adapter.update(adapter.rank)[0].B
+                past = adapter.orthogonal_to
+                adapter.orthogonal_to = B if past is None else torch.cat([past, B], dim=1)
+                adapter.merge()
+            else:
+                adapter.merge()
+                adapter.orthogonal_to = adapter.past_B
+            if self.config.ago.weight == 0:
+                adapter.orthogonal_to = None

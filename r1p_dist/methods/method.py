@@ -1,0 +1,60 @@
+"""The protocol between the training loop and a method: the loop knows this and tasks, never a method by name."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from r1p_dist.adapters import LowRankLinear
+from r1p_dist.backbones import ClipBackbone
+from r1p_dist.config import RunConfig
+from r1p_dist.data import Stream, Task
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained at once: one task of the stream, or several together."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    iterations: int
+
+
+class Method:
+    """One way to learn a stream of tasks. A method puts its adapters on the backbone when it is made."""
+
+    def __init__(self, config: RunConfig, backbone: ClipBackbone):
+        self.config, self.backbone = config, backbone
+        self.adapters: list[LowRankLinear] = self.attach()
+
+    def attach(self) -> list[LowRankLinear]:
+        """Puts the method's adapters on the backbone and returns them; none for a method that does not train."""
+        raise NotImplementedError
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        """Returns what is trained, in order: one stage per task unless the method says otherwise."""
+        train = self.config.train
+        return [Stage(task.name, (task,), train.for_task(task.name).iterations) for task in stream.tasks]
+
+    def begin_task(self, index: int) -> None:
+        """Prepares the adapters for stage `index`, before its optimizer is made."""
+
+    def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns the loss of one micro batch and what else to log. model: the backbone in its DeepSpeed engine."""
+        return self.backbone.loss(model, batch), {}
+
+    def end_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def unmerged_updates(self) -> list[list]:
+        """Returns per adapter the updates that make up the model of this task before its merge."""
+        raise NotImplementedError
+
+    def end_task(self) -> None:
+        """Merges what the stage learnt into the frozen weights."""
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Returns a generator for the run's seed and the key, the same on every rank."""
+        digest = hashlib.sha256(repr((self.config.seed, key)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

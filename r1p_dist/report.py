@@ -1,0 +1,250 @@
+"""One self-contained page about a run: what it learned, what it kept, how training went.
+
+Reads what a run folder has (metrics.json; log.jsonl and config.yaml where there) and writes report.html beside it.
+Figures are PNGs inside the page, so it opens anywhere and can be mailed.
+"""
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from r1p_dist.errors import InputError
+from r1p_dist.figures import (
+    AccuracyRows,
+    change_from,
+    curves_figure,
+    matrix_figure,
+    mean_of,
+    merge_figure,
+    pad_row,
+    png_of,
+)
+
+MEANINGS = {
+    "transfer": ("Transfer", "accuracy on tasks not trained yet: how much zero-shot ability is kept"),
+    "average": ("Average", "mean over all tasks and all moments of the stream"),
+    "last": ("Last", "mean over all tasks after the last one"),
+    "mft": ("Own task (MFT)", "mean accuracy on each task right after its own training"),
+    "mfn": ("Final (MFN)", "the same number as Last, under the name of the multimodal benchmarks"),
+    "maa": ("MAA", "mean over the stream of the mean over the tasks seen so far"),
+    "bwt": ("Backward transfer", "change of the earlier tasks since their own training, 1/(T-1)"),
+    "bwt_coin": ("Backward transfer (CoIN)", "the same, with the last task counted, 1/T: MFN - MFT"),
+    "forgetting": ("Forgetting", "loss of the earlier tasks since their best moment; lower is better"),
+}
+DOMAINS = {
+    "seen": "the backbone's pretraining has pictures of this kind",
+    "unseen": "new to the backbone",
+}
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto;
+  padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p { max-width: 46rem; } p.facts, figcaption, td.meaning { color: #555; } figure { margin: 0; }
+figcaption { font-size: .9rem; max-width: 46rem; } img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; } th, td { padding: .22rem .9rem .22rem 0; text-align: left; }
+th { border-bottom: 1px solid #999; font-weight: 600; } td { border-bottom: 1px solid #e4e4e4; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def write_report(run_dir: Path) -> None:
+    """Write run_dir/report.html from metrics.json and, where they are there, log.jsonl and config.yaml.
+
+    Raises InputError when metrics.json is missing or is not a run's metrics.
+    """
+    run_dir = Path(run_dir)
+    metrics = _read_metrics(run_dir / "metrics.json")
+    log = _read_log(run_dir / "log.jsonl")
+    config = run_dir / "config.yaml"
+    page = _page(metrics, log, config.read_text(encoding="utf-8") if config.is_file() else None)
+    _write_whole(run_dir / "report.html", page.encode("utf-8"))
+
+
+def plot_matrix(metrics: dict[str, Any], path: Path) -> None:
+    """Write the accuracy matrix of a metrics.json as a PNG: numbers are percent, colour is the change to zero-shot."""
+    _write_whole(Path(path), png_of(matrix_figure(AccuracyRows.read(metrics))))
+
+
+def _read_metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; a report is made from the folder of a run that evaluated once") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); was it edited?") from None
+    for key in ("tasks", "accuracy"):
+        if not isinstance(metrics, dict) or not isinstance(metrics.get(key), list):
+            raise InputError(f"{path}: key {key} is missing or no list; this is not the metrics.json of a run")
+    return metrics
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of log.jsonl; a last line that a kill cut off is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _page(metrics: dict[str, Any], log: list[dict[str, Any]], config: str | None) -> str:
+    accuracy = AccuracyRows.read(metrics)
+    title = _text(f"{metrics.get('method') or 'run'} on {len(accuracy.tasks)} task{'s' * (len(accuracy.tasks) != 1)}")
+    sections = [
+        f'<h1>{title}</h1>\n<p class="facts">{_text(_facts(metrics))}</p>',
+        _metrics_section(metrics, accuracy),
+        _matrix_section(accuracy),
+        _tasks_section(metrics, accuracy),
+        _domains_section(metrics, accuracy),
+        _curves_section(log),
+    ]
+    if config is not None:
+        sections.append(
+            f"<h2>Configuration</h2>\n<details><summary>config.yaml</summary><pre>{_text(config)}</pre></details>"
+        )
+    body = "\n".join(section for section in sections if section)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _facts(metrics: dict[str, Any]) -> str:
+    looks = {
+        "seed": "seed {}",
+        "world_size": "world size {}",
+        "zero_stage": "ZeRO stage {}",
+        "trainable_parameters": "{:,} trainable parameters",
+    }
+    facts = [look.format(metrics[key]) for key, look in looks.items() if metrics.get(key) is not None]
+    if metrics.get("wall_seconds") is not None:
+        facts.append(f"{metrics['wall_seconds'] / 60:.1f} minutes")
+    return " · ".join(facts)
+
+
+def _metrics_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
+    rows = [[name, _number(metrics.get(key)), meaning] for key, (name, meaning) in MEANINGS.items()]
+    zero_shot = _number(mean_of(accuracy.zero_shot))
+    rows.append(["Zero-shot", zero_shot, "mean over all tasks before any training, the reference for all above"])
+    return "<h2>Figures</h2>\n" + _table(["", "percent", ""], rows, numbers={1}, meaning=2)
+
+
+def _matrix_section(accuracy: AccuracyRows) -> str:
+    if not accuracy.tasks:
+        return ""
+    caption = (
+        "Test accuracy in percent; a row per moment of the stream, a column per task. Colour is the change against "
+        "the zero-shot row: blue better, red worse. A framed cell is a task right after its own training; the tasks "
+        "left of it were trained before, those right of it are still to come."
+    )
+    return "<h2>Accuracy matrix</h2>\n" + _figure(matrix_figure(accuracy), "accuracy matrix", caption)
+
+
+def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
+    if not accuracy.tasks:
+        return ""
+    tasks = len(accuracy.tasks)
+    metric, domains = pad_row(metrics.get("metric"), tasks), pad_row(metrics.get("domains"), tasks)
+    before = pad_row(metrics.get("before_merge"), tasks)
+    rows = [
+        [
+            name,
+            metric[i] or "accuracy",
+            domains[i] or "–",
+            *(_number(values[i]) for values in (accuracy.zero_shot, before, accuracy.own, accuracy.now)),
+            _number(change_from(accuracy.zero_shot[i], accuracy.now[i]), signed=True),
+        ]
+        for i, name in enumerate(accuracy.tasks)
+    ]
+    header = [
+        "task",
+        "metric",
+        "domain",
+        "zero-shot",
+        "before merge",
+        "after merge",
+        "last row",
+        "last row - zero-shot",
+    ]
+    section = "<h2>Tasks</h2>\n"
+    if any(value is not None for value in before):
+        caption = "Each task around its own merge: what its training reached, and what the merged weight keeps of it."
+        section += _figure(merge_figure(accuracy, before), "accuracy before and after each merge", caption) + "\n"
+    return section + _table(header, rows, numbers=set(range(3, 8)))
+
+
+def _domains_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
+    domains = pad_row(metrics.get("domains"), len(accuracy.tasks))
+    rows = []
+    for domain, meaning in DOMAINS.items():
+        members = [i for i, name in enumerate(domains) if name == domain]
+        if members:
+            before = mean_of(accuracy.zero_shot[i] for i in members)
+            now = mean_of(accuracy.now[i] for i in members)
+            change = _number(change_from(before, now), signed=True)
+            rows.append([domain, str(len(members)), _number(before), _number(now), change, meaning])
+    if not rows:
+        return ""
+    header = ["domain", "tasks", "zero-shot", "last row", "change", ""]
+    return "<h2>Seen and unseen domains</h2>\n" + _table(header, rows, numbers={1, 2, 3, 4}, meaning=5)
+
+
+def _curves_section(log: list[dict[str, Any]]) -> str:
+    figure = curves_figure(log)
+    if figure is None:
+        return ""
+    caption = "One task after another; a grey line is where a new task begins."
+    return "<h2>Training</h2>\n" + _figure(figure, "loss and learning rate per task", caption)
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return "–"
+    # Adding 0.0 turns the -0.0 that rounding leaves into 0.0.
+    return f"{round(value, 1) + 0.0:{'+' if signed else ''}.1f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int], meaning: int | None = None) -> str:
+    def cell(tag: str, column: int, value: str) -> str:
+        kind = "number" if column in numbers else "meaning" if column == meaning else ""
+        attribute = f' class="{kind}"' if kind else ""
+        return f"<{tag}{attribute}>{_text(value)}</{tag}>"
+
+    lines = ["".join(cell("th", i, value) for i, value in enumerate(header))]
+    lines += ["".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows]
+    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
+
+
+def _figure(figure: Figure, alt: str, caption: str) -> str:
+    width = round(figure.get_figwidth() * 96)
+    data = base64.b64encode(png_of(figure)).decode("ascii")
+    return (
+        f'<figure><img width="{width}" alt="{_text(alt)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )

@@ -1,0 +1,90 @@
+"""What a run shows and writes while it goes: progress bar, log.jsonl, metrics.json and more; rank 0 only."""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from r1p_dist.distributed import rank
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes the file under a temporary name, syncs it and renames it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunLog:
+    """The run folder's log files and the terminal; on ranks other than 0 every call does nothing."""
+
+    def __init__(self, run_dir: Path, config_text: str, tensorboard: bool):
+        self.run_dir = run_dir
+        self.is_silent = rank() != 0
+        self._tensorboard = None
+        if self.is_silent:
+            return
+        write_atomically(run_dir / "config.yaml", config_text)
+        for name in ("log.jsonl", "correct.jsonl"):
+            (run_dir / name).write_text("")
+        self._console = Console()
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        self._progress: Progress | None = None
+
+    def say(self, message: str) -> None:
+        if not self.is_silent:
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def begin_stage(self, name: str, iterations: int) -> None:
+        if self.is_silent:
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress.start()
+        self._bar = self._progress.add_task(name, total=iterations, facts="")
+
+    def step(self, task: str, step: int, values: dict[str, float]) -> None:
+        """Writes one line for `step` (counted from 1 within the task)."""
+        if self.is_silent:
+            return
+        self._append("log.jsonl", {"task": task, "step": step, **values})
+        facts = f"loss {values['loss']:.3f} ago {values['ago']:.4f} {values['samples_per_second']:.0f} samples/s"
+        self._progress.update(self._bar, completed=step, facts=facts)
+        if not self._console.is_terminal:
+            self.say(f"{task} step {step}: {facts}")
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{task}/{name}", value, step)
+
+    def end_stage(self) -> None:
+        if not self.is_silent:
+            self._progress.stop()
+
+    def correct(self, row: int, task: str, correct: list[bool]) -> None:
+        """Keeps which pictures were right, for paired comparisons."""
+        if not self.is_silent:
+            bits = "".join("1" if right else "0" for right in correct)
+            self._append("correct.jsonl", {"row": row, "task": task, "correct": bits})
+
+    def metrics(self, metrics: dict) -> None:
+        if not self.is_silent:
+            write_atomically(self.run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+    def _append(self, name: str, line: dict) -> None:
+        with (self.run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,207 @@
+"""The story of a run: for each task fit, merge, evaluate on all tasks, save."""
+
+import difflib
+import logging
+import time
+from collections.abc import Sequence
+
+import deepspeed
+import open_clip
+import torch
+
+from r1p_dist.backbones import ClipBackbone, load_clip
+from r1p_dist.checkpoint import save_adapter
+from r1p_dist.config import RunConfig
+from r1p_dist.data import EvaluationLoader, Stream, TrainLoader
+from r1p_dist.data.transforms import evaluation_transform, train_transform
+from r1p_dist.distributed import rank, sum_over_ranks, world_size
+from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group
+from r1p_dist.errors import InputError
+from r1p_dist.evaluation.classify import Classifier, TaskResult
+from r1p_dist.evaluation.metrics import continual_metrics
+from r1p_dist.methods import METHODS, Method, Stage
+from r1p_dist.report import write_report
+from r1p_dist.runlog import RunLog
+
+
+def run(config: RunConfig) -> dict:
+    """Trains the stream of a configuration and returns its metrics, as in metrics.json. Raises InputError before any
+    training."""
+    started = time.perf_counter()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    device = start_process_group()
+    torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
+    stream = Stream.load(config.stream, config.order, config.tasks)
+    backbone = load_backbone(config).to(device)
+    method = make_method(config, backbone)
+    stages = method.stages(stream)
+    zero_stage = resolve_deepspeed(config, world_size())["zero_optimization"]["stage"]
+    loaders = [make_loader(config, stage, backbone) for stage in stages]
+    classifier = make_classifier(config, stream, backbone)
+    log = RunLog(config.run_dir, config.dump(), config.log.tensorboard)
+    precision, reason = choose_precision(config)
+    log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks, ZeRO {zero_stage}")
+    log.say(f"precision {precision}: {reason}")
+
+    rows: list[list[float]] = []
+    before_merge: list[float | None] = [None] * len(stream.tasks)
+    for index, (stage, loader) in enumerate(zip(stages, loaders, strict=True)):
+        method.begin_task(index)
+        train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
+        model = TaskEngine(backbone, config, train, world_size()) if method.adapters else backbone
+        if index == 0:
+            rows.append(evaluate(classifier, model, stream, 0, log))
+        if method.adapters:
+            fit(model, method, stage, loader, config, log)
+            for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
+                adapter.set_weight(updates)
+            for result in classifier.evaluate(model, stage.tasks):
+                before_merge[[task.name for task in stream.tasks].index(result.task)] = result.accuracy
+            method.end_task()
+            rows.append(evaluate(classifier, model, stream, index + 1, log))
+            model.close()
+            if rank() == 0:
+                facts = {
+                    "task": stage.name,
+                    "method": config.method,
+                    "backbone": config.backbone.name,
+                    "seed": config.seed,
+                }
+                save_adapter(config.run_dir / "adapters" / f"{index:02d}-{stage.name}", method.adapters, facts)
+        else:
+            rows.append(rows[0])
+        metrics = {
+            "tasks": [task.name for task in stream.tasks],
+            "metric": ["accuracy"] * len(stream.tasks),
+            "domains": [task.domain for task in stream.tasks],
+            "accuracy": rows,
+            "before_merge": before_merge,
+            **continual_metrics(rows + [None] * (len(stages) + 1 - len(rows))),
+            "trainable_parameters": sum(count_parameters(adapter) for adapter in method.adapters),
+            "world_size": world_size(),
+            "zero_stage": zero_stage,
+            "method": config.method,
+            "seed": config.seed,
+            "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)},
+            "wall_seconds": round(time.perf_counter() - started, 1),
+        }
+        log.metrics(metrics)
+        log.say(summary(index, stage, stages, metrics))
+    if rank() == 0:
+        write_report(config.run_dir)
+    return metrics
+
+
+def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, config: RunConfig, log: RunLog) -> None:
+    """Trains one stage: the loop over micro batches, for every method and backbone."""
+    method.backbone.set_prompts(loader.prompts)
+    method.backbone.train()
+    log.begin_stage(stage.name, stage.iterations)
+    step, sums, waited, since = 0, torch.zeros(2), 0.0, time.perf_counter()
+    batches, micro_batches = iter(loader), 0
+    while step < stage.iterations:
+        asked = time.perf_counter()
+        batch = {name: tensor.to(method.backbone.device) for name, tensor in next(batches).items()}
+        waited += time.perf_counter() - asked
+        loss, parts = method.loss(model, batch)
+        sums += torch.stack([loss.detach(), parts.get("ago", torch.zeros_like(loss)).detach()]).cpu()
+        micro_batches += 1
+        lr = model.lr
+        if not model.step(loss):
+            continue
+        method.end_step()
+        step += 1
+        if step % config.log.every_steps == 0 or step == stage.iterations:
+            seconds = time.perf_counter() - since
+            loss_mean, ago_mean = (sum_over_ranks(sums) / (micro_batches * world_size())).tolist()
+            samples = micro_batches * config.train.global_batch_size / config.train.gradient_accumulation_steps
+            values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
+            values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
+            log.step(stage.name, step, values)
+            if loss_mean != loss_mean or abs(loss_mean) == float("inf"):
+                raise InputError(
+                    f"task {stage.name} step {step}: the loss is {loss_mean}; try a smaller train.lr than {lr}"
+                )
+            sums, micro_batches, waited, since = torch.zeros(2), 0, 0.0, time.perf_counter()
+    log.end_stage()
+
+
+def evaluate(
+    classifier: Classifier, model: TaskEngine | ClipBackbone, stream: Stream, row: int, log: RunLog
+) -> list[float]:
+    """Returns one row of the accuracy matrix."""
+    results: Sequence[TaskResult] = classifier.evaluate(model, stream.tasks)
+    for result in results:
+        log.correct(row, result.task, result.correct.tolist())
+    return [result.accuracy for result in results]
+
+
+def load_backbone(config: RunConfig) -> ClipBackbone:
+    backbone = config.backbone
+    return load_clip(
+        backbone.name,
+        backbone.pretrained,
+        force_quick_gelu=backbone.force_quick_gelu,
+        gradient_checkpointing=backbone.gradient_checkpointing,
+    )
+
+
+def make_method(config: RunConfig, backbone: ClipBackbone) -> Method:
+    """Raises InputError for an unknown method."""
+    if config.method not in METHODS:
+        nearest = difflib.get_close_matches(config.method, METHODS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise InputError(f"method={config.method}: no such method{hint}; there are {', '.join(METHODS)}")
+    return METHODS[config.method](config, backbone)
+
+
+def make_loader(config: RunConfig, stage: Stage, backbone: ClipBackbone) -> TrainLoader:
+    return TrainLoader(
+        stage.tasks,
+        iterations=stage.iterations,
+        global_batch_size=config.train.global_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        rank=rank(),
+        world_size=world_size(),
+        transform=train_transform(backbone.preprocess, config.data.augment),
+        seed=config.seed,
+        shots=config.data.shots,
+        include_validation=config.data.evaluate_on == "test",
+        workers=config.data.workers,
+    )
+
+
+def make_classifier(config: RunConfig, stream: Stream, backbone: ClipBackbone) -> Classifier:
+    transform = evaluation_transform(backbone.preprocess)
+    loaders = {
+        task.name: EvaluationLoader(
+            task,
+            split=config.data.evaluate_on,
+            batch_size=config.evaluation.batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            transform=transform,
+            workers=config.data.workers,
+        )
+        for task in stream.tasks
+    }
+    return Classifier(backbone, loaders, config.evaluation.batch_size)
+
+
+def count_parameters(adapter: torch.nn.Module) -> int:
+    """Returns how many trainable numbers the adapter has, also where ZeRO-3 shards them."""
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for parameter in adapter.parameters()
+        if parameter.requires_grad
+    )
+
+
+def summary(index: int, stage: Stage, stages: Sequence[Stage], metrics: dict) -> str:
+    zero_shot, row = metrics["accuracy"][0], metrics["accuracy"][-1]
+    mean = sum(row) / len(row)
+    own = ""
+    if len(stage.tasks) == 1 and metrics["before_merge"][index] is not None:
+        own = f"own task {zero_shot[index]:.1f} -> {metrics['before_merge'][index]:.1f} -> merged {row[index]:.1f}, "
+    everything = f"all tasks {mean:.2f} (zero-shot {sum(zero_shot) / len(row):.2f})"
+    return f"[{index + 1}/{len(stages)}] {stage.name}: {own}{everything}"

@@ -1,0 +1,79 @@
+"""What all tests share: one thread, no hub, and a way to run a function on several ranks."""
+
+import os
+
+# Before torch is imported: several ranks share the cores, and no test may reach for a hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import socket
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def run_distributed(tmp_path: Path) -> Callable[..., list[Any]]:
+    """Return run(function, world_size, *args, timeout_s=120) -> what `function` returned on each rank, by rank.
+
+    `function(rank, world_size, *args)` must stand at the top level of its module. It runs in a fresh process per rank
+    with the launcher's environment and a gloo process group. Its results are tensors, numbers, strings, and lists and
+    dicts of them. A rank that raises fails the test with that rank's traceback; so does a run past `timeout_s`.
+    """
+
+    def run(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+        import torch
+
+        folder = tmp_path / f"ranks-{time.monotonic_ns()}"
+        folder.mkdir()
+        context = torch.multiprocessing.start_processes(
+            _run_rank,
+            args=(function, world_size, _free_port(), timeout_s, folder, args),
+            nprocs=world_size,
+            join=False,
+            start_method="spawn",
+        )
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not context.join(timeout=1):
+                if time.monotonic() > deadline:
+                    pytest.fail(f"{function.__name__} on {world_size} ranks took more than {timeout_s} s")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+    return run
+
+
+def _run_rank(
+    rank: int, function: Callable[..., Any], world_size: int, port: int, timeout_s: float, folder: Path, args: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,211 @@
+"""The command line: `r1p`, launchers/train.py and the Makefile's first answer."""
+
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from r1p_dist import cli, doctor
+from r1p_dist.config import RunConfig
+from r1p_dist.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+LAUNCHER = str(ROOT / "launchers" / "train.py")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Replace the training by a list of the configurations that it was called with."""
+    calls: list[RunConfig] = []
+    module = types.ModuleType("r1p_dist.train")
+    module.run = calls.append
+    monkeypatch.setitem(sys.modules, "r1p_dist.train", module)
+    monkeypatch.delenv("RANK", raising=False)
+    return calls
+
+
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=clean | environment, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("entry", [lambda argv: cli.main(["train", *argv]), cli.launcher_main], ids=["r1p", "launcher"])
+def test_overrides_may_stand_anywhere_between_the_flags(entry, trained: list[RunConfig]) -> None:
+    assert entry(["seed=3", "--recipe", "mini_mtil", "pool.rank=10", "train.lr=1e-4"]) == 0
+    assert trained == [RunConfig.load("mini_mtil", ["seed=3", "pool.rank=10", "train.lr=1e-4"])]
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
+def test_launcher_takes_deepspeeds_local_rank(flag: list[str], trained: list[RunConfig]) -> None:
+    assert cli.launcher_main([*flag, "--recipe", "mini_mtil"]) == 0
+    assert trained == [RunConfig.load("mini_mtil")]
+
+
+def test_print_config_prints_the_resolved_configuration_and_does_not_train(
+    trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "--recipe", "mini_mtil", "--print-config", "seed=3"]) == 0
+    assert capsys.readouterr().out == RunConfig.load("mini_mtil", ["seed=3"]).dump()
+    assert trained == []
+
+
+def test_only_rank_0_prints_the_configuration(
+    trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.launcher_main(["--recipe", "mini_mtil", "--print-config"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "--recipe", "mini_mtill"], "error: recipe 'mini_mtill'"),
+        (["train", "--recipe", "mini_mtil", "seed"], "error: command line: 'seed' is not an override"),
+        (["train", "--recipe", "mini_mtil", "pool.merged=9"], "error: command line: pool.merged=9"),
+        (["train", "--recipe", "mini_mtil", "--dry"], "error: unrecognized arguments: --dry"),
+        (["train"], "error: the following arguments are required: --recipe"),
+        (["methods", "dac"], "error: unrecognized arguments: dac"),
+        (["trane"], "error: argument {train,methods,doctor}: invalid choice: 'trane'"),
+        ([], "error: the following arguments are required"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    argv: list[str], expected: str, trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(expected)
+    assert captured.err.count("\n") == 1
+    assert trained == []
+
+
+def test_other_ranks_let_rank_0_speak_first_then_give_their_own_error(
+    trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    assert cli.launcher_main(["--recipe", "nowhere"]) == 2
+    assert waits == [cli._OTHER_RANKS_WAIT_S]
+    assert capsys.readouterr().err.startswith("error (rank 1): recipe 'nowhere'")
+
+
+def test_an_error_of_the_training_itself_is_one_line_too(
+    trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise InputError("shard.tar: empty")
+
+    monkeypatch.setattr(sys.modules["r1p_dist.train"], "run", fail)
+    assert cli.main(["train", "--recipe", "mini_mtil"]) == 2
+    assert capsys.readouterr().err == "error: shard.tar: empty\n"
+
+
+@pytest.mark.parametrize("is_set", [True, False])
+def test_allocator_hint_is_given_only_on_cpu_and_only_when_it_is_unset(
+    is_set: bool, trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name in doctor.ALLOCATOR_VARIABLES:
+        if is_set:
+            monkeypatch.setenv(name, str(doctor.ALLOCATOR_VALUE))
+        else:
+            monkeypatch.delenv(name, raising=False)
+    cli.launcher_main(["--recipe", "mini_mtil"])
+    assert capsys.readouterr().out.count("\n") == (0 if is_set else 1)
+
+
+def test_launcher_script_prints_the_configuration_without_importing_torch() -> None:
+    blocked = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    result = _python(
+        "-c",
+        f"{blocked}runpy.run_path(sys.argv[0], run_name='__main__')",
+        LAUNCHER,
+        "--recipe",
+        "mini_mtil",
+        "--print-config",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == RunConfig.load("mini_mtil").dump()
+
+
+def test_launcher_script_fails_with_one_line() -> None:
+    result = _python(LAUNCHER, "--local_rank=0", "--recipe", "mini_mtil", "pool.rank=many", RANK="0")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: command line: pool.rank='many'")
+    assert result.stderr.count("\n") == 1
+
+
+def test_methods_lists_every_method_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from r1p_dist.methods import METHODS
+
+    assert cli.main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor"])
+    out = capsys.readouterr().out
+    for word in (
+        "package      torch ",
+        "deepspeed",
+        "accelerator",
+        "cores",
+        "memory",
+        "bf16",
+        "g++",
+        "numactl",
+        "MALLOC_",
+    ):
+        assert word in out
+    assert code == (0 if out.endswith("nothing needed is missing\n") else 1)
+
+
+def test_doctor_fails_when_the_compiler_is_missing_and_there_is_no_accelerator(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    assert doctor._examine_programs(accelerator=None) == ["g++ is missing"]
+    assert doctor._examine_programs(accelerator="cuda") == []
+    out = capsys.readouterr().out
+    assert "apt install g++" in out
+    assert "numactl      missing: " in out
+
+
+def test_doctor_names_packages_that_are_missing_or_untested(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requirements = ["torch<1", "no-such-package>=3", "not-for-us; extra == 'test'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: requirements)
+    assert doctor._examine_packages() == ["package no-such-package is missing"]
+    out = capsys.readouterr().out
+    assert "(tested: <1)" in out
+    assert "not-for-us" not in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({"amx_bf16", "avx512_bf16"}, "AMX"), ({"avx512_bf16"}, "AVX512-BF16"), ({"avx2"}, "fp32 is faster")],
+)
+def test_doctor_knows_which_processors_are_fast_in_bf16(flags: set[str], expected: str) -> None:
+    assert expected in doctor._bf16_speed(flags)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_alone_prints_what_there_is() -> None:
+    result = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for target in ("make train", "make test ", "make test-all", "make lint", "make clean"):
+        assert target in result.stdout

@@ -1,0 +1,286 @@
+"""The run configuration: what it holds, where values come from, and one clear line for each mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1p_dist.config import RunConfig
+from r1p_dist.ds_config import OWNED_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, load_deepspeed_config
+from r1p_dist.errors import InputError
+from r1p_dist.shipped import shipped_files
+
+RECIPES = sorted(shipped_files("recipes", ".yaml"))
+DS_CONFIGS = sorted(shipped_files("ds_configs", ".json"))
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _error(*args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        RunConfig.load(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_its_dump_loads_to_the_same(name: str, tmp_path: Path) -> None:
+    config = RunConfig.load(name)
+    assert config.run_dir == Path("runs") / name
+    assert RunConfig.load(_write(tmp_path / "config.yaml", config.dump())) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_how_long_and_what_to_expect(name: str) -> None:
+    lines = shipped_files("recipes", ".yaml")[name].read_text(encoding="utf-8").splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["# What", "# How long"]
+    assert any(line.startswith("# Expected:") for line in lines)
+
+
+def test_defaults_are_the_papers_pool_and_training() -> None:
+    config = RunConfig()
+    assert (config.pool.rank, config.pool.alpha, config.pool.active, config.pool.merged) == (12, 1.0, 8, 4)
+    assert (config.ago.weight, config.ago.reduction) == (0.1, "sum_top")
+    assert (config.train.lr, config.train.min_lr, config.train.weight_decay) == (2e-3, 1e-6, 1e-2)
+    assert (config.train.iterations, config.train.global_batch_size) == (500, 32)
+    assert config.targets.towers == ["image", "text"]
+    assert config.targets.layers == ["q", "k", "v", "out", "fc1", "fc2"]
+
+
+def test_paper_recipes_have_the_published_learning_rates() -> None:
+    first = RunConfig.load("dac_paper")
+    assert (first.seed, first.data.shots, first.pool.dropout, first.train.lr) == (42, 5, 0.2, 2e-3)
+    second = RunConfig.load("dac_paper_order2")
+    order = "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100".split()
+    published = [2e-3, 2e-3, 1e-3, 2e-3, 2e-3, 2e-3, 3e-3, 2e-3, 2e-3, 1e-3, 3e-3]
+    assert [second.train.for_task(task).lr for task in order] == published
+    assert second.model_copy(update={"run_dir": None, "order": None, "train": None}) == first.model_copy(
+        update={"run_dir": None, "train": None}
+    )
+
+
+def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) -> None:
+    _write(tmp_path / "parent.yaml", "seed: 1\npool: {rank: 6, active: 3, merged: 2}\ntrain: {lr: 1e-2}")
+    child = _write(tmp_path / "child.yaml", "base: parent.yaml\nseed: 2\npool: {active: 4}")
+    config = RunConfig.load(child, ["pool.merged=3", "tasks=[a, b]", "order=null", "train.betas=[0.8, 0.9]"])
+    assert (config.pool.rank, config.pool.active, config.pool.merged) == (6, 4, 3)
+    assert (config.seed, config.train.lr, config.train.betas) == (2, 1e-2, (0.8, 0.9))
+    assert (config.tasks, config.order) == (["a", "b"], None)
+
+
+def test_base_may_be_a_shipped_recipe(tmp_path: Path) -> None:
+    config = RunConfig.load(_write(tmp_path / "mine.yaml", "base: mini_mtil\nseed: 7"))
+    assert config.model_copy(update={"seed": 0, "run_dir": None}) == RunConfig.load("mini_mtil").model_copy(
+        update={"run_dir": None}
+    )
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-3"])
+def test_numbers_with_an_exponent_are_numbers_also_where_no_type_is_known(text: str) -> None:
+    config = RunConfig.load("mini_mtil", [f"train.lr={text}", f"deepspeed.overrides.gradient_predivide_factor={text}"])
+    assert config.train.lr == config.deepspeed.overrides["gradient_predivide_factor"] == 1e-3
+
+
+def test_task_entry_lays_over_the_common_training() -> None:
+    train = RunConfig.load("mini_mtil", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
+    assert (train.for_task("fashion").iterations, train.for_task("fashion").lr) == (7, 1e-2)
+    assert train.for_task("other").iterations == train.iterations
+
+
+def test_missing_recipe_names_the_recipes_that_exist() -> None:
+    message = _error("mini_mtill")
+    assert "did you mean mini_mtil?" in message
+    assert all(name in message for name in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.iteration=3", "unknown key train.iteration; did you mean train.iterations?"),
+        ("lr=1e-3", "did you mean train.lr?"),
+        ("train.rank=4", "did you mean pool.rank or lora.rank?"),
+        ("pools.rank=4", "did you mean pool?"),
+        ("train.per_task.fashion.lrr=1", "did you mean train.per_task.fashion.lr?"),
+        ("train.per_task.fashion.betas=[0, 0]", "unknown key train.per_task.fashion.betas"),
+        ("base=mini_mtil", "unknown key base"),
+    ],
+)
+def test_unknown_override_names_the_nearest_key(override: str, expected: str) -> None:
+    message = _error("mini_mtil", [override])
+    assert message.startswith("command line: ")
+    assert expected in message
+    assert "allowed: " in message
+
+
+def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> None:
+    parent = _write(tmp_path / "parent.yaml", "pool: {ranks: 6}")
+    child = _write(tmp_path / "child.yaml", "base: parent.yaml\nseed: 2")
+    assert _error(child).startswith(f"{parent}: unknown key pool.ranks; did you mean pool.rank?")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.lr=fast", "train.lr='fast': "),
+        ("train.lr=true", "train.lr=True: must be a number"),
+        ("train.lr=-1", "train.lr=-1: "),
+        ("train.lr=.nan", "train.lr=nan: "),
+        ("train.iterations=1.5", "train.iterations=1.5: "),
+        ("train.iterations=0", "train.iterations=0: "),
+        ("train=3", "train=3: must be a mapping"),
+        ("seed.x=3", "seed={'x': 3}: "),
+        ("pool.vote=lagged", "pool.vote='lagged': input should be 'global' or 'local'"),
+        ("pool.dropout=1", "pool.dropout=1: "),
+        ("tasks=[]", "tasks=[]: "),
+        ("tasks=[a, a]", "tasks=['a', 'a']: names the same entry twice"),
+        ("targets.layers=[q, z]", "targets.layers.1='z': "),
+        ("train.betas=[0.9]", "train.betas"),
+        ("data.shots=-1", "data.shots=-1: "),
+        ("deepspeed.overrides=3", "deepspeed.overrides=3: must be a mapping"),
+    ],
+)
+def test_wrong_value_names_source_key_value_and_reason(override: str, expected: str) -> None:
+    assert _error("mini_mtil", [override]).startswith(f"command line: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["pool.merged=9"], "pool.merged=9 must not be larger than pool.active=8"),
+        (["pool.active=13"], "pool.active=13 must not be larger than pool.rank=12"),
+        (["pool.rank=2"], "pool.active=8 must not be larger than pool.rank=2"),
+        (
+            ["train.gradient_accumulation_steps=5"],
+            "train.global_batch_size=32 must be a multiple of train.gradient_accumulation_steps=5",
+        ),
+        (["train.min_lr=1"], "train.min_lr=1.0 must not be larger than train.lr=0.005"),
+        (["train.per_task.a.warmup_steps=100", "train.iterations=100"], "must be smaller than train.per_task.a.iter"),
+    ],
+)
+def test_values_that_contradict_each_other_are_both_named(overrides: list[str], expected: str) -> None:
+    message = _error("mini_mtil", overrides)
+    assert expected in message
+    assert "command line" in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "pool.=3", ".seed=1", "--seed"])
+def test_override_without_key_or_value_is_refused(override: str) -> None:
+    assert "is not an override; write key.sub=value" in _error("mini_mtil", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n- b", "a recipe is a mapping of keys to values, this file holds a list"),
+        ("just words", "this file holds a str"),
+        ("seed: 1\nseed: 2", "'seed' stands there twice"),
+        ("seed: [1", "not valid YAML"),
+        ("seed: \x00", "not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
+        ("? [a]\n: 1", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+        ("base: 3", "must be the name or path of a recipe"),
+        ("base: nowhere", "no file and no shipped recipe"),
+    ],
+)
+def test_malformed_recipe_is_one_line_that_names_the_file(text: str, expected: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / "mine.yaml", text)
+    message = _error(path)
+    assert message.startswith(str(path))
+    assert expected in message
+
+
+def test_unreadable_recipe_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\xfa")
+    assert _error(path).startswith(f"{path}: cannot be read: ")
+
+
+def test_recipes_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
+    first = _write(tmp_path / "first.yaml", "base: second.yaml")
+    _write(tmp_path / "second.yaml", "base: first.yaml")
+    assert "first.yaml -> second.yaml -> first.yaml" in _error(first)
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    config = RunConfig.load(_write(tmp_path / "empty.yaml", "# nothing\n"))
+    assert config == RunConfig(run_dir=Path("runs/empty"))
+
+
+@pytest.mark.parametrize("name", DS_CONFIGS)
+def test_every_deepspeed_file_is_valid_for_the_installed_deepspeed(name: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = load_deepspeed_config(name, {})
+    assert not config.keys() & OWNED_KEYS.keys()
+    # absent would mean 1.0
+    assert config["gradient_clipping"] == 0.0
+    assert config["zero_allow_untested_optimizer"] is True
+    batch_sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    parsed = DeepSpeedConfig(config | batch_sizes)
+    assert f"zero{parsed.zero_optimization_stage}" == name
+
+
+def test_our_deepspeed_key_lists_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.runtime import config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    removed_zero = {f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS}
+    assert set(REMOVED_KEYS) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | removed_zero
+    assert {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()} == ZERO_KEYS
+    assert not TOP_LEVEL_KEYS & (REMOVED_KEYS.keys() | OWNED_KEYS.keys())
+
+
+def test_deepspeed_overrides_come_through_the_common_mechanism() -> None:
+    config = RunConfig.load(
+        "mini_mtil",
+        [
+            "deepspeed.overrides.zero_optimization.stage=3",
+            "deepspeed.overrides.zero_optimization.reduce_bucket_size=5e8",
+        ],
+    )
+    merged = load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
+    assert merged["zero_optimization"]["stage"] == 3
+    assert merged["zero_optimization"]["reduce_bucket_size"] == 5e8
+    assert merged["zero_optimization"]["contiguous_gradients"] is True
+    assert load_deepspeed_config("zero2", {})["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("elasticity", {}, "has removed elasticity"),
+        ("zero_optimization", {"mics_shard_size": 2}, "has removed zero_optimization.mics_shard_size"),
+        ("gradient_cliping", 1.0, "unknown DeepSpeed key gradient_cliping; did you mean gradient_clipping?"),
+        ("zero_optimization", {"stag": 2}, "did you mean zero_optimization.stage?"),
+        ("zero_optimization", 2, "zero_optimization must be an object"),
+        ("train_batch_size", 32, "set train.global_batch_size instead"),
+        ("bf16", {"enabled": True}, "set train.precision instead"),
+        ("gradient_clipping", 1.0, "set train.gradient_clipping instead"),
+    ],
+)
+def test_wrong_deepspeed_key_names_file_and_key(key: str, value: object, expected: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / "mine.json", json.dumps({key: value}))
+    message = _error("mini_mtil", [f"deepspeed.config={path}"])
+    assert message.startswith(f"{path}: ")
+    assert expected in message
+    overriding = _error("mini_mtil", [f"deepspeed.overrides.{key}={yaml.safe_dump(value, default_flow_style=True)}"])
+    assert overriding.startswith("deepspeed.overrides over ")
+    assert expected in overriding
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": {}, "zero_optimization": {}}', "\x00"])
+def test_malformed_deepspeed_file_is_one_line_that_names_the_file(text: str, tmp_path: Path) -> None:
+    path = _write(tmp_path / "mine.json", text)
+    assert _error("mini_mtil", [f"deepspeed.config={path}"]).startswith(f"{path}: ")
+
+
+def test_missing_deepspeed_file_names_the_shipped_ones() -> None:
+    message = _error("mini_mtil", ["deepspeed.config=zero22"])
+    assert "did you mean zero2?" in message
+    assert all(name in message for name in DS_CONFIGS)

@@ -1,0 +1,84 @@
+"""What is installed: every package and data file is in the wheel, and the console script is there."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # Built from a copy of what the wheel is made of: setuptools would leave build/ and *.egg-info in the checkout.
+    source = folder / "source"
+    for pattern in ("pyproject.toml", "README.md", "LICENSE", "r1p_dist/**/*", "launchers/recipes/*", "ds_configs/*"):
+        for path in ROOT.glob(pattern):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copy = source / path.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(path.read_bytes())
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
+        check=True,
+        timeout=120,
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def _expected(folder: str, pattern: str, inside: str) -> set[str]:
+    found = {f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" for path in (ROOT / folder).glob(pattern)}
+    assert found
+    return found
+
+
+def test_wheel_carries_every_module(names: set[str]) -> None:
+    assert _expected("r1p_dist", "**/*.py", "r1p_dist") <= names
+
+
+def test_wheel_carries_recipes_and_deepspeed_files(names: set[str]) -> None:
+    assert _expected("launchers/recipes", "*.yaml", "r1p_dist/recipes") <= names
+    assert _expected("ds_configs", "*.json", "r1p_dist/ds_configs") <= names
+
+
+@pytest.mark.parametrize("asset", ["tiny", "mini_mtil"])
+def test_wheel_carries_the_assets(asset: str, names: set[str]) -> None:
+    files = [path for path in (ROOT / "r1p_dist/assets" / asset).rglob("*") if path.is_file()]
+    assert files
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= names
+
+
+def test_wheel_carries_licence_and_notice(names: set[str]) -> None:
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert any("/assets/NOTICE" in name for name in names)
+
+
+def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from r1p_dist import config; "
+        "assert config.__file__.startswith(sys.argv[1]); "
+        "print(config.RunConfig.load('mini_mtil').dump())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["run_dir"] == "runs/mini_mtil"
+
+
+def test_wheel_declares_the_console_script(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        assert "r1p = r1p_dist.cli:main" in archive.read(entry).decode()

@@ -1,0 +1,146 @@
+"""N ranks equal one rank, at every ZeRO stage: losses, AGO, votes, counts, experts and merged updates (DESIGN.md
+5.1)."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import r1p_dist.engine
+from r1p_dist.adapters.low_rank import full_values
+from r1p_dist.config import RunConfig
+from r1p_dist.distributed import gather, rank, sum_over_ranks, world_size
+from r1p_dist.engine import TaskEngine
+from r1p_dist.methods import METHODS
+from tests.small_clip import make_backbone
+
+GLOBAL_BATCH, STEPS, TASKS = 16, 3, 3
+PROMPTS = ["cat", "tall tree", "sea", "a red flag"]
+
+
+def global_batch(task: int, micro_step: int, size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * task + micro_step)
+    image = torch.randn(size, 3, 16, 16, generator=generator)
+    # uneven labels: the first class has most samples, and the ranks hold different classes
+    label = (torch.rand(size, generator=generator).pow(3) * len(PROMPTS)).long().sort().values
+    return {"image": image + 3 * label[:, None, None, None], "label": label}
+
+
+def train(stage: int, optimizer: str, overrides: list[str], checkpointing: bool) -> dict[str, Any]:
+    config = RunConfig.load(
+        "mini_mtil",
+        [
+            f"train.global_batch_size={GLOBAL_BATCH}",
+            f"train.iterations={STEPS}",
+            "train.lr=0.3" if optimizer == "sgd" else "train.lr=1e-2",
+            "pool.active=3",
+            "pool.merged=2",
+            "pool.rank=6",
+            "pool.dropout=0.0",
+            "pool.alpha=6.0",
+            "ago.weight=0.5",
+            f"deepspeed.config=zero{stage}",
+            *(["deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
+            *overrides,
+        ],
+    )
+    backbone = make_backbone()
+    if checkpointing:
+        backbone.checkpoint_blocks()
+    method = METHODS["dac"](config, backbone)
+    backbone.set_prompts(PROMPTS)
+    if optimizer == "sgd":
+        r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr)
+    else:
+        r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.AdamW(parameters, lr=train.lr)
+    accumulation = config.train.gradient_accumulation_steps
+    losses, agos, counts, experts, gates = [], [], [], [], []
+    for task in range(TASKS):
+        method.begin_task(task)
+        engine = TaskEngine(backbone, config, config.train, world_size())
+        backbone.train()
+        for step in range(STEPS * accumulation):
+            batch = global_batch(task, step, GLOBAL_BATCH // accumulation)
+            mine = {name: tensor.chunk(world_size())[rank()] for name, tensor in batch.items()}
+            loss, parts = method.loss(engine, mine)
+            losses.append(sum_over_ranks(loss.detach().clone()) / world_size())
+            agos.append(parts["ago"])
+            if engine.step(loss):
+                method.end_step()
+                counts.append(torch.stack([adapter.activation_counts for adapter in method.adapters]).clone())
+                experts.append(
+                    torch.cat([v.flatten() for a in method.adapters for v in full_values(a.A, a.B, a.router.weight)])
+                )
+        method.end_task()
+        engine.close()
+    for adapter in method.adapters:
+        gates.append(adapter.gate_sum)
+    # the weights as the model uses them, gathered where ZeRO-3 shards them
+    weights = torch.cat([value.flatten() for a in method.adapters for value in full_values(a.linear.weight)])
+    return {
+        "loss": torch.stack(losses),
+        "ago": torch.stack(agos),
+        "counts": torch.stack(counts),
+        "experts": torch.stack(experts),
+        "delta": torch.cat([adapter.merged_delta().flatten() for adapter in method.adapters]),
+        "weights": weights,
+        "gates": torch.stack(gates),
+        "same_on_ranks": bool((gather(weights[None]) == weights).all()),
+    }
+
+
+def run_cases(rank: int, world_size: int, cases: list[tuple]) -> list[dict[str, Any]]:
+    return [train(*case) for case in cases]
+
+
+CASES = [(stage, "sgd", [], False) for stage in (0, 1, 2, 3)] + [
+    (2, "adamw", [], False),
+    (3, "adamw", [], False),
+    (0, "sgd", ["train.gradient_accumulation_steps=2"], False),
+    (3, "sgd", ["train.gradient_accumulation_steps=2"], True),
+    (1, "sgd", [], True),
+    (2, "sgd", ["pool.router_grad=straight_through"], False),
+    (3, "sgd", ["pool.router_grad=gated", "pool.guide.text=eot", "pool.guide.image=mean"], True),
+]
+
+
+def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_and_stages_equal_one_rank(run_distributed, ranks: int) -> None:
+    references = run_distributed(run_cases, 1, CASES, timeout_s=400)[0]
+    results = run_distributed(run_cases, ranks, CASES, timeout_s=600)[0]
+    for case, reference, result in zip(CASES, references, results, strict=True):
+        bound = 1e-3 if case[1] == "adamw" else 1e-5
+        assert result["same_on_ranks"], case
+        assert torch.equal(result["counts"], reference["counts"]), case
+        assert (result["ago"] > 0).sum() >= STEPS, "the case must have an AGO loss to compare"
+        assert (reference["delta"].norm() > 1e-3) and (reference["experts"][0] - reference["experts"][2]).norm() > 1e-3
+        for name in ("loss", "ago", "experts", "delta"):
+            assert relative(result[name], reference[name]) <= bound, (case, name)
+        assert relative(result["weights"], reference["weights"]) <= 1e-6, case
+
+
+def test_stages_equal_each_other_on_one_rank(run_distributed) -> None:
+    cases = [(stage, "sgd", [], False) for stage in (0, 1, 2, 3)]
+    plain, *others = run_distributed(run_cases, 1, cases, timeout_s=300)[0]
+    for case, other in zip(cases[1:], others, strict=True):
+        assert torch.equal(other["counts"], plain["counts"]), case
+        for name in ("loss", "ago", "experts", "delta", "weights"):
+            assert relative(other[name], plain[name]) <= 1e-6, (case, name)
+
+
+def local_votes(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    return train(stage, "sgd", ["pool.vote=local"], False)
+
+
+def test_local_votes_are_counted_over_all_ranks(run_distributed) -> None:
+    first, second = run_distributed(local_votes, 2, 3, timeout_s=300)
+    assert torch.equal(first["counts"], second["counts"])
+    # every sample casts 3 votes per layer and step
+    steps = first["counts"].view(TASKS, STEPS, -1, 6).sum(-1)
+    expected = 3 * GLOBAL_BATCH * torch.arange(1, STEPS + 1)
+    assert torch.equal(steps, expected.view(1, STEPS, 1).expand_as(steps))
+    assert first["same_on_ranks"] and relative(second["experts"], first["experts"]) == 0

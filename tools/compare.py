@@ -1,0 +1,300 @@
+"""Compare methods on one stream: run each with several seeds and tabulate.
+
+    python tools/compare.py --output runs/compare
+    python tools/compare.py --output runs/compare --methods lora,dac --seeds 0,1 train.iterations=50
+    python tools/compare.py --output runs/tune --methods lora,dac --tune train.lr=2e-3,5e-3,1e-2
+
+Every run is `deepspeed launchers/train.py` in DIR/<method>-seed<k>, its output in DIR/<method>-seed<k>.log; a finished
+one is not run again. Results: comparison.md and comparison.json in DIR. `--tune` evaluates on the validation split,
+with seed 0, and leaves the choice to you: copy it into the settings file. Exit code 1 when a run failed; the others
+are tabulated.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
+from r1p_dist.errors import InputError
+from r1p_dist.evaluation.comparison import (
+    COLUMNS,
+    PAIRED,
+    REFERENCE,
+    ZERO_SHOT,
+    Result,
+    cell,
+    figures_by_run,
+    figures_table,
+    markdown,
+    paired_differences,
+    paired_table,
+)
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
+SETTINGS = Path(__file__).with_name("compare_mini_mtil.yaml")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which method (label of the settings file), seed and, when tuning, value; and how it is started."""
+
+    label: str
+    seed: int
+    folder: Path
+    recipe: str
+    ranks: int
+    overrides: tuple[str, ...]
+    value: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What its result depends on; not the folder, which may be moved."""
+        return {"recipe": self.recipe, "ranks": self.ranks, "overrides": list(self.overrides)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and tabulate; return 0, 1 (a run failed) or 2 (wrong input)."""
+    try:
+        return _compare(_arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--methods", default="zero_shot,lora,lora_restart,joint,dac", help="labels, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--recipe", default="mini_mtil")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML: label -> list of key=value")
+    parser.add_argument("--tune", metavar="KEY=V1,V2,...", help="compare values of one key on the validation split")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, over the settings file")
+    return parser.parse_intermixed_args(argv)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    labels = list(dict.fromkeys(arguments.methods.split(",")))
+    try:
+        seeds = list(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
+    except ValueError:
+        raise InputError(f"--seeds {arguments.seeds}: not whole numbers separated by commas") from None
+    reserved = {"method", "seed", "run_dir"} | ({"data.evaluate_on"} if arguments.tune else set())
+    for override in arguments.overrides:
+        if override.partition("=")[0] in reserved:
+            raise InputError(f"{override}: this tool sets {override.partition('=')[0]} itself, for every run")
+    settings = read_settings(arguments.settings)
+    runs = plan_runs(arguments, labels, seeds, settings)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    results: dict[Run, Result] = {}
+    failures: dict[Run, str] = {}
+    for number, run in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {run.folder.name}: ", end="", flush=True)
+        try:
+            results[run] = finish(run)
+        except RuntimeError as failure:
+            failures[run] = str(failure)
+            print(f"FAILED: {failure}", flush=True)
+        else:
+            metrics = results[run].metrics
+            print(", ".join(f"{COLUMNS[key]} {cell([metrics.get(key)])}" for key in PAIRED), flush=True)
+
+    if arguments.tune:
+        name, (page, data) = f"tuning-{arguments.tune.partition('=')[0]}", tuning(arguments, runs, results)
+    else:
+        by_seed = {(run.label, run.seed): result for run, result in results.items()}
+        name, (page, data) = "comparison", comparison(arguments, labels, by_seed)
+    used = {label: [*settings.get(label, []), *arguments.overrides] for label in labels}
+    page += "\n" + "".join(f"- {label}: recipe and `{' '.join(used[label])}`\n" for label in labels if used[label])
+    if failures:
+        page += "\nFailed runs:\n\n" + "".join(
+            f"- {run.folder.name}: {' '.join(failures[run].split())}\n" for run in failures
+        )
+    data |= {
+        "recipe": arguments.recipe,
+        "ranks": arguments.ranks,
+        "overrides": used,
+        "failures": {run.folder.name: text for run, text in failures.items()},
+    }
+    _write(arguments.output / f"{name}.md", page)
+    _write(arguments.output / f"{name}.json", json.dumps(data, indent=1) + "\n")
+    print(f"\n{page}")
+    if failures:
+        print(f"{len(failures)} of {len(runs)} runs failed, see above", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def read_settings(path: Path) -> dict[str, list[str]]:
+    """Return label -> overrides of a settings file."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"--settings {path}: no such file") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: has to be a mapping of method label to a list of key=value")
+    for label, overrides in settings.items():
+        if not isinstance(overrides, list) or not all(isinstance(item, str) and "=" in item for item in overrides):
+            raise InputError(f"{path}: {label}: {overrides!r} is not a list of key=value texts")
+    return {str(label): overrides for label, overrides in settings.items()}
+
+
+def plan_runs(
+    arguments: argparse.Namespace, labels: Sequence[str], seeds: Sequence[int], settings: dict[str, list[str]]
+) -> list[Run]:
+    """Return the runs in order; zero-shot, which nothing random touches, once."""
+    key, _, values = (arguments.tune or "").partition("=")
+    if arguments.tune and not (key and values):
+        raise InputError(f"--tune {arguments.tune}: has to be KEY=V1,V2,...")
+    runs = []
+    for label in labels:
+        overrides = [*settings.get(label, []), *arguments.overrides]
+        if not any(item.startswith("method=") for item in overrides):
+            overrides.insert(0, f"method={label}")
+        if not arguments.tune:
+            choices = {f"seed{seed}": (seed, None, []) for seed in (seeds[:1] if label == ZERO_SHOT else seeds)}
+        elif label == ZERO_SHOT:
+            choices = {"validation": (0, None, ["data.evaluate_on=validation"])}
+        else:
+            choices = {
+                f"{key}={value}".replace(os.sep, "_"): (0, value, [f"{key}={value}", "data.evaluate_on=validation"])
+                for value in values.split(",")
+            }
+        for name, (seed, value, chosen) in choices.items():
+            folder = arguments.output.resolve() / f"{label}-{name}"
+            complete = (*overrides, *chosen, f"seed={seed}")
+            runs.append(Run(label, seed, folder, arguments.recipe, arguments.ranks, complete, value))
+    return runs
+
+
+# Running
+
+
+def finish(run: Run) -> Result:
+    """Return the result of the run, training first unless a finished one is there; RuntimeError says what failed."""
+    record_path = run.folder.with_name(run.folder.name + ".json")
+    record = json.loads(record_path.read_text()) if record_path.is_file() else None
+    metrics = complete_metrics(run.folder)
+    if metrics is not None and (record is None or record["finished"]):
+        if record is not None and record != run.record() | {"finished": True}:
+            made_with = " ".join(record["overrides"])
+            raise RuntimeError(
+                f"{run.folder} is there, made with other settings (recipe {record['recipe']}, {record['ranks']} ranks, "
+                f"{made_with}); delete it or choose another --output"
+            )
+        print("already there, ", end="")
+        return Result(run.folder, metrics)
+
+    _write(record_path, json.dumps(run.record() | {"finished": False}))
+    log_path = run.folder.with_name(run.folder.name + ".log")
+    environment = _environment(run.ranks)
+    with open(log_path, "w", encoding="utf-8") as log:
+        command = _command(run, environment)
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise RuntimeError(f"exit code {code}, {log_path}:\n{_why(log_path)}")
+    metrics = complete_metrics(run.folder)
+    if metrics is None:
+        raise RuntimeError(f"exit code 0, but {run.folder / 'metrics.json'} is missing or not complete; see {log_path}")
+    _write(record_path, json.dumps(run.record() | {"finished": True}))
+    return Result(run.folder, metrics)
+
+
+def complete_metrics(folder: Path) -> dict[str, Any] | None:
+    """Return the metrics.json of a run that reached its end, else None."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return metrics if metrics["last"] is not None else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _command(run: Run, environment: dict[str, str]) -> list[str]:
+    deepspeed = shutil.which("deepspeed", path=environment["PATH"])
+    if deepspeed is None:
+        raise InputError("deepspeed: no such command; run this with the python of the environment that has it")
+    # A port of its own, so that another training on this machine does not matter.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    head = [deepspeed, "--num_accelerators", str(run.ranks), "--master_port", str(port)]
+    return [*head, str(LAUNCHER), "--recipe", run.recipe, *run.overrides, f"run_dir={run.folder}"]
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """The environment `make train` gives, with the cores shared by the ranks."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    defaults |= dict.fromkeys(ALLOCATOR_VARIABLES, str(ALLOCATOR_VALUE))
+    # Without an activated environment, deepspeed and ninja are beside the interpreter only.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    return defaults | os.environ | {"PATH": path}
+
+
+def _why(log_path: Path) -> str:
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    return "\n".join(f"    {line}" for line in errors[:1] or lines[-15:])
+
+
+# Pages
+
+
+def comparison(
+    arguments: argparse.Namespace, labels: Sequence[str], results: dict[tuple[str, int], Result]
+) -> tuple[str, dict[str, Any]]:
+    """Return the Markdown page of all methods, and the same as data."""
+    figures = figures_by_run(results)
+    page = figures_table(labels, figures)
+    page += (
+        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. Percent, mean ± sample standard deviation over "
+        "the seeds. Recovered share: (Last - zero-shot) / (joint - zero-shot), per seed.\n"
+    )
+    differences = {}
+    if REFERENCE in labels and len(labels) > 1:
+        others = [label for label in labels if label != REFERENCE]
+        differences = {label: paired_differences(label, results, figures) for label in others}
+        page += f"\n{REFERENCE} minus the other, paired over seeds:\n\n" + paired_table(differences)
+    runs = {f"{label}-seed{seed}": values for (label, seed), values in figures.items()}
+    return page, {"runs": runs, "paired": differences}
+
+
+def tuning(
+    arguments: argparse.Namespace, runs: Sequence[Run], results: dict[Run, Result]
+) -> tuple[str, dict[str, Any]]:
+    """Return the Markdown page of the validation figures per method and value, and the same as data."""
+    key = arguments.tune.partition("=")[0]
+    rows, table = [], []
+    for run in runs:
+        metrics = results[run].metrics if run in results else {}
+        figures = {name: metrics.get(name) for name in PAIRED}
+        rows.append([run.label, run.value or "–", *(cell([figures[name]]) for name in PAIRED)])
+        table.append({"method": run.label, key: run.value, **figures})
+    page = markdown(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows)
+    page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, percent on the validation split.\n"
+    return page, {"table": table}
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
