@@ -18,9 +18,7 @@ class LoRALinear(LowRankLinear):
     ):
         super().__init__(linear, alpha / rank, dropout, rows)
         if rank > min(self.in_features, self.out_features):
-            raise InputError(
-                f"lora.rank={rank} is larger than a layer of {self.in_features} inputs and {self.out_features} outputs"
-            )
+            raise InputError(f"lora.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}")
         self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank))
         self.reset()

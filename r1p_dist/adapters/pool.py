@@ -60,7 +60,7 @@ class AdaptedLinear(LowRankLinear):
             )
         if rank > min(self.in_features, self.out_features):
             raise InputError(
-                f"pool.rank={rank} is larger than a layer of {self.in_features} inputs and {self.out_features} outputs; "
+                f"pool.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}; "
                 f"use at most {min(self.in_features, self.out_features)}"
             )
         self.rank, self.active, self.merge_count = rank, active, merged

@@ -281,6 +281,6 @@ def _check_name_and_weights(name: str, pretrained: str | None, force_quick_gelu:
             else "use the model's name without -quickgelu and backbone.force_quick_gelu=false"
         )
         raise InputError(
-            f"backbone.pretrained={pretrained}: these weights were trained with{'' if trained_quick else 'out'} QuickGELU; "
+            f"backbone.pretrained={pretrained}: trained with{'' if trained_quick else 'out'} QuickGELU; "
             f"the model {name} has it {'on' if model_quick else 'off'}; {remedy}"
         )

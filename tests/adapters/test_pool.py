@@ -231,7 +231,7 @@ def test_fused_projection_equals_its_three_parts() -> None:
     [
         ({"merged": 5, "active": 4}, "merged=5, active=4"),
         ({"active": 7}, "active=7, rank=6"),
-        ({"rank": 10, "active": 4}, "pool.rank=10 is larger than a layer of 12 inputs and 9 outputs"),
+        ({"rank": 10, "active": 4}, "pool.rank=10 is larger than a layer of 12 by 9"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:

@@ -1,0 +1,186 @@
+"""CLIP backbones against plain open_clip: untouched, with adapters, and merged."""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from r1p_dist import attach_pool, load_clip
+from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.backbones.open_clip import ClipBackbone
+from r1p_dist.errors import InputError
+from tests.small_clip import CONFIG, make_backbone, make_clip, tokenize
+
+PROMPTS = ["cat", "a very long prompt", "tree"]
+
+
+def images(n: int = 4, size: int = 16) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_features_equal_open_clips_before_and_after_attaching() -> None:
+    plain, backbone = make_clip().eval(), make_backbone()
+    expected = plain.encode_image(images(), normalize=True), plain.encode_text(tokenize(PROMPTS), normalize=True)
+    torch.testing.assert_close(backbone.eval()(images(), tokenize(PROMPTS)), expected)
+    attach_pool(backbone, rank=6, active=3, merged=2)
+    torch.testing.assert_close(backbone.train()(images(), tokenize(PROMPTS)), expected)  # B = 0
+    torch.testing.assert_close(backbone.eval()(images(), tokenize(PROMPTS)), expected)
+
+
+def test_a_plain_open_clip_model_takes_a_pool() -> None:
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**CONFIG)
+    expected = model.encode_image(images()), model.encode_text(tokenize(PROMPTS))
+    adapted = attach_pool(model, rank=6, active=3, merged=2)
+    torch.testing.assert_close((model.encode_image(images()), model.encode_text(tokenize(PROMPTS))), expected)
+    assert len(adapted) == 2 * 2 * 6 and all(a.activation_counts.sum() > 0 for a in adapted)
+
+
+def test_merged_model_equals_open_clip_loaded_with_the_merged_weights() -> None:
+    backbone = make_backbone()
+    adapted = attach_pool(backbone, rank=6, alpha=6.0, active=3, merged=2)
+    for adapter in adapted:
+        nn.init.normal_(adapter.B, std=0.1)
+    before = backbone.eval()(images())[0]
+    backbone.train()(images(), tokenize(PROMPTS))
+    for adapter in adapted:
+        adapter.merge()
+    plain = make_clip()
+    weights = plain.state_dict()
+    for adapter in adapted:
+        tower, block, layer = adapter.name.split(".")
+        place = {"q": "attn.in_proj_weight", "k": "attn.in_proj_weight", "v": "attn.in_proj_weight"}
+        place |= {"out": "attn.out_proj.weight", "fc1": "mlp.c_fc.weight", "fc2": "mlp.c_proj.weight"}
+        prefix = "visual" if tower == "image" else "text"
+        weights[f"{prefix}.transformer.resblocks.{block}.{place[layer]}"][adapter.rows] += adapter.merged_delta()
+    plain.load_state_dict(weights)
+    after = backbone.eval()(images(), tokenize(PROMPTS))
+    expected = plain.encode_image(images(), normalize=True), plain.encode_text(tokenize(PROMPTS), normalize=True)
+    torch.testing.assert_close(after, expected, atol=1e-6, rtol=1e-5)
+    assert (after[0] - before).abs().max() > 1e-2, "the merge must change something for this to mean anything"
+
+
+def test_every_projection_of_both_towers_gets_a_gradient() -> None:
+    backbone = make_backbone()
+    adapted = attach_pool(backbone, rank=6, active=3, merged=2)
+    for adapter in adapted:
+        nn.init.normal_(adapter.B, std=0.1)
+    backbone.set_prompts(PROMPTS)
+    backbone.loss(backbone, {"image": images(), "label": torch.tensor([0, 1, 2, 0])}).backward()
+    for adapter in adapted:
+        # keys of equal queries shift all scores alike, so a bias-free gradient can be small but not zero
+        assert adapter.A.grad.abs().max() > 0 and adapter.B.grad.abs().max() > 0, adapter.name
+    frozen = [name for name, parameter in backbone.named_parameters() if parameter.grad is not None]
+    assert all(name.endswith((".A", ".B")) for name in frozen)
+
+
+def test_vit_b_16_has_the_papers_number_of_trainable_numbers() -> None:
+    with torch.device("meta"):
+        model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16"))
+    adapted = attach_pool(model)
+    assert len(adapted) == 144
+    count = sum(p.numel() for a in adapted for p in (a.A, a.B, *a.router.parameters()))
+    assert count == 4_978_368
+
+
+def test_distinct_prompts_are_encoded_once_and_give_the_same_loss_votes_and_gradients() -> None:
+    """Deduplicated and trimmed prompts against one full-length prompt per sample."""
+    labels = torch.tensor([0, 2, 2, 0, 2, 1, 2, 2])
+    fast = make_backbone()
+    adapted = attach_pool(fast, rank=6, active=3, merged=2, guide="eot", towers=["text"])
+    adapted += attach_pool(fast, rank=6, active=3, merged=2, towers=["image"])
+    for adapter in adapted:
+        nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(fast)
+    fast.set_prompts(PROMPTS)
+    loss = fast.loss(fast, {"image": images(8), "label": labels})
+    loss.backward()
+
+    tokens = tokenize(PROMPTS)[labels]
+    plain.routing["text"].end = tokens.argmax(1)
+    image = nn.functional.normalize(plain.model.visual(images(8)), dim=-1)
+    text = nn.functional.normalize(plain.model.text(tokens), dim=-1)
+    same = (labels[:, None] == labels[None]).float()
+    targets = same / same.sum(1, keepdim=True)
+    logits = plain.logit_scale * image @ text.T
+    expected = (nn.functional.cross_entropy(logits, targets) + nn.functional.cross_entropy(logits.T, targets)) / 2
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    theirs = [module for module in plain.modules() if isinstance(module, AdaptedLinear)]
+    ours = [module for module in fast.modules() if isinstance(module, AdaptedLinear)]
+    assert len(ours) == len(theirs) == 24
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.activation_counts, b.activation_counts) and a.activation_counts.sum() == 3 * 8
+        torch.testing.assert_close(a.A.grad, b.A.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a.B.grad, b.B.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_equal_prompts_are_one_label() -> None:
+    backbone: ClipBackbone = make_backbone()
+    backbone.set_prompts(["cat", "tree", "cat"])
+    same = backbone.loss(backbone, {"image": images(3), "label": torch.tensor([0, 1, 2])})
+    expected = backbone.loss(backbone, {"image": images(3), "label": torch.tensor([0, 1, 0])})
+    assert torch.equal(same, expected)
+
+
+def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
+    results = []
+    for use_checkpointing in (False, True):
+        backbone = make_backbone()
+        if use_checkpointing:
+            backbone.checkpoint_blocks()
+        torch.manual_seed(0)
+        adapted = attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.2)
+        for adapter in adapted:
+            nn.init.normal_(adapter.B, std=0.1)
+        backbone.set_prompts(PROMPTS)
+        torch.manual_seed(1)
+        backbone.loss(backbone, {"image": images(), "label": torch.tensor([0, 1, 2, 0])}).backward()
+        results.append([(adapter.activation_counts, adapter.A.grad, adapter.B.grad) for adapter in adapted])
+    torch.testing.assert_close(*results)
+
+
+def test_tiny_loads_with_plain_open_clip() -> None:
+    from importlib import resources
+
+    folder = f"local-dir:{resources.files('r1p_dist') / 'assets' / 'tiny'}"
+    plain, tokenizer = open_clip.create_model(folder).eval(), open_clip.get_tokenizer(folder)
+    ours = load_clip("tiny").eval()
+    tokens = tokenizer(["an emoji of a rabbit.", "letters of the Devanagari script."])
+    assert torch.equal(ours.tokenize(["an emoji of a rabbit.", "letters of the Devanagari script."]), tokens)
+    expected = plain.encode_image(images(2, 64), normalize=True), plain.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(ours(images(2, 64), tokens), expected)
+    assert ours.preprocess["size"] == (64, 64) and ours.logit_scale.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ViT-B-61",), "open_clip has no such model; nearest: ViT-B-16"),
+        (("ViT-B-16", "opena"), "backbone.pretrained=opena: neither a file nor a tag of ViT-B-16; tags: openai"),
+        (("ViT-B-16", "openai"), "trained with QuickGELU"),
+        (("ViT-B-16-quickgelu", "laion2b_s34b_b88k"), "neither a file nor a tag"),
+        (("tiny", "openai"), "the model tiny brings its own weights"),
+        (("local-dir:nowhere",), "cannot load"),
+    ],
+)
+def test_wrong_names_and_weights_are_refused(arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_clip(*arguments)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "weights.safetensors"
+    save_file({"logit_scale": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="backbone.name=ViT-S-32-alt|cannot load"):
+        load_clip("ViT-S-32-alt", str(path))
+
+
+def test_towers_that_are_not_open_clips_own_are_refused() -> None:
+    model = open_clip.create_model("RN50", force_image_size=32)
+    with pytest.raises(InputError, match="not made of open_clip's own residual attention blocks"):
+        attach_pool(model)
