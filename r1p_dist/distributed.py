@@ -81,3 +81,12 @@ def gathered(parameters: Iterable[torch.nn.Parameter], modify: bool = False) -> 
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None)
+
+
+def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
+    """Drops the whole copy that ZeRO-3 may hold of a parameter beside its shards, as it does of small ones.
+
+    To be called after the shard was changed: the next use gathers the new values. Other parameters are left alone.
+    """
+    if hasattr(parameter, "ds_id") and parameter.ds_status.name == "AVAILABLE":
+        parameter.partition()

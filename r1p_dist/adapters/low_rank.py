@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from r1p_dist.distributed import gathered, rank, sum_over_ranks
+from r1p_dist.distributed import drop_whole_copy, gathered, rank, sum_over_ranks
 
 
 class Factors(NamedTuple):
@@ -44,7 +44,7 @@ class LowRankLinear(nn.Module):
         self.past_B = linear.weight.new_zeros(
             self.out_features, 0
         )  # all merged columns; the B of `merged` are views of it
-        self._pristine: list[torch.Tensor] | None = None
+        self._pristine: torch.Tensor | None = None  # this rank's part of W_0
 
     @property
     def in_features(self) -> int:
@@ -60,7 +60,7 @@ class LowRankLinear(nn.Module):
         return self.linear.weight
 
     def votes(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns what must be summed over ranks before `factors`, or None. x: the layer's input (batch, tokens, in)."""
+        """Returns what must be summed over ranks before `factors`, or None. x: the input (batch, tokens, in)."""
         return None
 
     def factors(self, x: torch.Tensor, votes: torch.Tensor | None) -> Factors:
@@ -81,14 +81,15 @@ class LowRankLinear(nn.Module):
 
         Under ZeRO-3 each rank computes its own slice of the flattened weight; there is no communication.
         """
-        slices = _local_slices(self.linear.weight, self.rows)
+        weight = self.linear.weight
+        flat, start = _local_slice(weight, self.rows)
         if self._pristine is None:
-            self._pristine = [flat.clone() for flat, _ in slices]
-        for (flat, start), pristine in zip(slices, self._pristine, strict=True):
-            total = pristine.to(torch.float32, copy=True)
-            for update in updates:
-                total += _flat_delta(update, start, len(flat))
-            flat.copy_(total)
+            self._pristine = flat.clone()
+        total = self._pristine.to(torch.float32, copy=True)
+        for update in updates:
+            total += _flat_delta(update, start, len(flat))
+        flat.copy_(total)
+        drop_whole_copy(weight)
 
     def merge_update(self, update: Factors) -> None:
         """Merges one task's update into the frozen weight, after those merged before."""
@@ -114,24 +115,19 @@ class LowRankLinear(nn.Module):
         return delta
 
 
-def _local_slices(weight: nn.Parameter, rows: slice) -> list[tuple[torch.Tensor, int]]:
-    """Returns what this rank stores of the rows: (flat view, offset within the rows' flattened elements) pairs.
+def _local_slice(weight: nn.Parameter, rows: slice) -> tuple[torch.Tensor, int]:
+    """Returns what this rank stores of the rows: a flat view, and its offset within the rows' flattened elements.
 
-    ZeRO-3 stores each rank's part of the flattened weight in `ds_tensor`, and small weights whole besides.
+    ZeRO-3 stores each rank's part of the flattened weight in `ds_tensor`; there the view can be empty.
     """
-    in_features = (weight.ds_shape if hasattr(weight, "ds_id") else weight.shape)[1]
-    first, last = rows.start * in_features, rows.stop * in_features
-    stores: list[tuple[torch.Tensor, int]] = []
     if hasattr(weight, "ds_id"):
-        stores.append((weight.ds_tensor.data.view(-1), rank() * weight.ds_tensor.ds_numel))
-    if weight.numel() > 0:
-        stores.append((weight.data.view(-1), 0))
-    slices = []
-    for flat, offset in stores:
-        start, stop = max(first, offset), min(last, offset + len(flat))
-        if start < stop:
-            slices.append((flat[start - offset : stop - offset], start - first))
-    return slices
+        in_features, stored, offset = weight.ds_shape[1], weight.ds_tensor.data, rank() * weight.ds_tensor.ds_numel
+    else:
+        in_features, stored, offset = weight.shape[1], weight.data, 0
+    first, last = rows.start * in_features, rows.stop * in_features
+    start = min(max(first, offset), last)
+    stop = max(min(last, offset + stored.numel()), start)
+    return stored.view(-1)[start - offset : stop - offset] if stop > start else stored.new_empty(0), start - first
 
 
 def _flat_delta(update: Factors, start: int, length: int) -> torch.Tensor:
