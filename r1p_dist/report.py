@@ -7,7 +7,6 @@ Figures are PNGs inside the page, so it opens anywhere and can be mailed.
 import base64
 import html
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from r1p_dist.figures import (
     pad_row,
     png_of,
 )
+from r1p_dist.runlog import write_atomically
 
 MEANINGS = {
     "transfer": ("Transfer", "accuracy on tasks not trained yet: how much zero-shot ability is kept"),
@@ -65,12 +65,16 @@ def write_report(run_dir: Path) -> None:
     log = _read_log(run_dir / "log.jsonl")
     config = run_dir / "config.yaml"
     page = _page(metrics, log, config.read_text(encoding="utf-8") if config.is_file() else None)
-    _write_whole(run_dir / "report.html", page.encode("utf-8"))
+    write_atomically(run_dir / "report.html", page)
 
 
-def plot_matrix(metrics: dict[str, Any], path: Path) -> None:
-    """Write the accuracy matrix of a metrics.json as a PNG: numbers are percent, colour is the change to zero-shot."""
-    _write_whole(Path(path), png_of(matrix_figure(AccuracyRows.read(metrics))))
+def plot_matrix(run_dir: Path, path: Path) -> None:
+    """Write the accuracy matrix of a run as a PNG: numbers are percent, colour is the change against zero-shot.
+
+    Raises InputError as `write_report`.
+    """
+    metrics = _read_metrics(Path(run_dir) / "metrics.json")
+    write_atomically(Path(path), png_of(matrix_figure(AccuracyRows.read(metrics))))
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -97,15 +101,6 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return [record for record in records if isinstance(record, dict)]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _page(metrics: dict[str, Any], log: list[dict[str, Any]], config: str | None) -> str:

@@ -217,10 +217,11 @@ def test_curves_follow_the_stream_task_after_task() -> None:
 
 
 def test_plot_matrix_writes_a_legible_png(tmp_path: Path) -> None:
-    plot_matrix(metrics_of(ROWS), tmp_path / "matrix.png")
-    with Image.open(tmp_path / "matrix.png") as image:
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics_of(ROWS)))
+    plot_matrix(tmp_path, tmp_path / "pictures" / "matrix.png")
+    with Image.open(tmp_path / "pictures" / "matrix.png") as image:
         assert image.format == "PNG" and image.width > 600 and image.height > 300
-    assert [path.name for path in tmp_path.iterdir()] == ["matrix.png"]
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["matrix.png"]
 
 
 def test_folder_without_metrics_is_an_input_error(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from r1p_dist.evaluation.comparison import (
     paired_differences,
     paired_table,
 )
+from r1p_dist.runlog import write_atomically
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
 SETTINGS = Path(__file__).with_name("compare_mini_mtil.yaml")
@@ -130,8 +131,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         "overrides": used,
         "failures": {run.folder.name: text for run, text in failures.items()},
     }
-    _write(arguments.output / f"{name}.md", page)
-    _write(arguments.output / f"{name}.json", json.dumps(data, indent=1) + "\n")
+    write_atomically(arguments.output / f"{name}.md", page)
+    write_atomically(arguments.output / f"{name}.json", json.dumps(data, indent=1) + "\n")
     print(f"\n{page}")
     if failures:
         print(f"{len(failures)} of {len(runs)} runs failed, see above", file=sys.stderr)
@@ -200,7 +201,7 @@ def finish(run: Run) -> Result:
         print("already there, ", end="")
         return Result(run.folder, metrics)
 
-    _write(record_path, json.dumps(run.record() | {"finished": False}))
+    write_atomically(record_path, json.dumps(run.record() | {"finished": False}))
     log_path = run.folder.with_name(run.folder.name + ".log")
     environment = _environment(run.ranks)
     with open(log_path, "w", encoding="utf-8") as log:
@@ -211,7 +212,7 @@ def finish(run: Run) -> Result:
     metrics = complete_metrics(run.folder)
     if metrics is None:
         raise RuntimeError(f"exit code 0, but {run.folder / 'metrics.json'} is missing or not complete; see {log_path}")
-    _write(record_path, json.dumps(run.record() | {"finished": True}))
+    write_atomically(record_path, json.dumps(run.record() | {"finished": True}))
     return Result(run.folder, metrics)
 
 
@@ -288,12 +289,6 @@ def tuning(
     page = markdown(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows)
     page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, percent on the validation split.\n"
     return page, {"table": table}
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
