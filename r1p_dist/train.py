@@ -1,25 +1,23 @@
 """The story of a run: for each task fit, merge, evaluate on all tasks, save."""
 
-import difflib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import deepspeed
 import open_clip
 import torch
 
-from r1p_dist.backbones import ClipBackbone, load_clip
+from r1p_dist.backbones import load_backbone
 from r1p_dist.checkpoint import save_adapter
 from r1p_dist.config import RunConfig
-from r1p_dist.data import EvaluationLoader, Stream, TrainLoader
-from r1p_dist.data.transforms import evaluation_transform, train_transform
+from r1p_dist.data import Stream, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.distributed import rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.classify import Classifier, TaskResult
+from r1p_dist.evaluation.classify import Classifier
 from r1p_dist.evaluation.metrics import continual_metrics
-from r1p_dist.methods import METHODS, Method, Stage
+from r1p_dist.methods import Method, Stage, make_method
 from r1p_dist.report import write_report
 from r1p_dist.runlog import RunLog
 
@@ -32,12 +30,14 @@ def run(config: RunConfig) -> dict:
     device = start_process_group()
     torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
     stream = Stream.load(config.stream, config.order, config.tasks)
-    backbone = load_backbone(config).to(device)
+    stream.check_names(config.train.per_task, "train.per_task")
+    backbone = load_backbone(config.backbone).to(device)
     method = make_method(config, backbone)
     stages = method.stages(stream)
     zero_stage = resolve_deepspeed(config, world_size())["zero_optimization"]["stage"]
-    loaders = [make_loader(config, stage, backbone) for stage in stages]
-    classifier = make_classifier(config, stream, backbone)
+    loaders = [train_loader(config, stage.tasks, stage.iterations, backbone.preprocess) for stage in stages]
+    test_loaders = evaluation_loaders(config, stream.tasks, backbone.preprocess)
+    classifier = Classifier(backbone, test_loaders, config.evaluation.batch_size)
     log = RunLog(config.run_dir, config.dump(), config.log.tensorboard)
     precision, reason = choose_precision(config)
     log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks, ZeRO {zero_stage}")
@@ -77,7 +77,7 @@ def run(config: RunConfig) -> dict:
             "accuracy": rows,
             "before_merge": before_merge,
             **continual_metrics(rows + [None] * (len(stages) + 1 - len(rows))),
-            "trainable_parameters": sum(count_parameters(adapter) for adapter in method.adapters),
+            "trainable_parameters": method.count_parameters(),
             "world_size": world_size(),
             "zero_stage": zero_stage,
             "method": config.method,
@@ -126,75 +126,12 @@ def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, co
     log.end_stage()
 
 
-def evaluate(
-    classifier: Classifier, model: TaskEngine | ClipBackbone, stream: Stream, row: int, log: RunLog
-) -> list[float]:
+def evaluate(classifier: Classifier, model: Callable, stream: Stream, row: int, log: RunLog) -> list[float]:
     """Returns one row of the accuracy matrix."""
-    results: Sequence[TaskResult] = classifier.evaluate(model, stream.tasks)
+    results = classifier.evaluate(model, stream.tasks)
     for result in results:
         log.correct(row, result.task, result.correct.tolist())
     return [result.accuracy for result in results]
-
-
-def load_backbone(config: RunConfig) -> ClipBackbone:
-    backbone = config.backbone
-    return load_clip(
-        backbone.name,
-        backbone.pretrained,
-        force_quick_gelu=backbone.force_quick_gelu,
-        gradient_checkpointing=backbone.gradient_checkpointing,
-    )
-
-
-def make_method(config: RunConfig, backbone: ClipBackbone) -> Method:
-    """Raises InputError for an unknown method."""
-    if config.method not in METHODS:
-        nearest = difflib.get_close_matches(config.method, METHODS, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise InputError(f"method={config.method}: no such method{hint}; there are {', '.join(METHODS)}")
-    return METHODS[config.method](config, backbone)
-
-
-def make_loader(config: RunConfig, stage: Stage, backbone: ClipBackbone) -> TrainLoader:
-    return TrainLoader(
-        stage.tasks,
-        iterations=stage.iterations,
-        global_batch_size=config.train.global_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        rank=rank(),
-        world_size=world_size(),
-        transform=train_transform(backbone.preprocess, config.data.augment),
-        seed=config.seed,
-        shots=config.data.shots,
-        include_validation=config.data.evaluate_on == "test",
-        workers=config.data.workers,
-    )
-
-
-def make_classifier(config: RunConfig, stream: Stream, backbone: ClipBackbone) -> Classifier:
-    transform = evaluation_transform(backbone.preprocess)
-    loaders = {
-        task.name: EvaluationLoader(
-            task,
-            split=config.data.evaluate_on,
-            batch_size=config.evaluation.batch_size,
-            rank=rank(),
-            world_size=world_size(),
-            transform=transform,
-            workers=config.data.workers,
-        )
-        for task in stream.tasks
-    }
-    return Classifier(backbone, loaders, config.evaluation.batch_size)
-
-
-def count_parameters(adapter: torch.nn.Module) -> int:
-    """Returns how many trainable numbers the adapter has, also where ZeRO-3 shards them."""
-    return sum(
-        getattr(parameter, "ds_numel", parameter.numel())
-        for parameter in adapter.parameters()
-        if parameter.requires_grad
-    )
 
 
 def summary(index: int, stage: Stage, stages: Sequence[Stage], metrics: dict) -> str:

@@ -2,6 +2,8 @@
 
 from r1p_dist.data.loader import EvaluationLoader as EvaluationLoader
 from r1p_dist.data.loader import TrainLoader as TrainLoader
+from r1p_dist.data.loader import evaluation_loaders as evaluation_loaders
+from r1p_dist.data.loader import train_loader as train_loader
 from r1p_dist.data.shards import JointDataset as JointDataset
 from r1p_dist.data.shards import ShardDataset as ShardDataset
 from r1p_dist.data.stream import Stream as Stream

@@ -12,14 +12,17 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from r1p_dist.config import RunConfig
 from r1p_dist.data.shards import BadSampleError, JointDataset, ShardDataset
 from r1p_dist.data.stream import Task
-from r1p_dist.data.transforms import EvaluationTransform, TrainTransform
+from r1p_dist.data.transforms import EvaluationTransform, TrainTransform, evaluation_transform, train_transform
+from r1p_dist.distributed import rank, world_size
 from r1p_dist.errors import InputError
 
 Batch = dict[str, torch.Tensor]
@@ -139,6 +142,41 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in _iterate(self._batches, range(len(self._batches)), self._workers):
             yield batch
+
+
+def train_loader(config: RunConfig, tasks: Sequence[Task], iterations: int, preprocess: dict[str, Any]) -> TrainLoader:
+    """Return this rank's training loader; a run that is scored on the test split trains on the validation split too."""
+    return TrainLoader(
+        tasks,
+        iterations=iterations,
+        global_batch_size=config.train.global_batch_size,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        rank=rank(),
+        world_size=world_size(),
+        transform=train_transform(preprocess, config.data.augment),
+        seed=config.seed,
+        shots=config.data.shots,
+        include_validation=config.data.evaluate_on == "test",
+        workers=config.data.workers,
+    )
+
+
+def evaluation_loaders(
+    config: RunConfig, tasks: Sequence[Task], preprocess: dict[str, Any]
+) -> dict[str, EvaluationLoader]:
+    """Return task name -> this rank's loader of the split that the run is scored on."""
+    return {
+        task.name: EvaluationLoader(
+            task,
+            split=config.data.evaluate_on,
+            batch_size=config.evaluation.batch_size,
+            rank=rank(),
+            world_size=world_size(),
+            transform=evaluation_transform(preprocess),
+            workers=config.data.workers,
+        )
+        for task in tasks
+    }
 
 
 def _micro_batch_size(global_batch_size: int, gradient_accumulation_steps: int, world_size: int) -> int:

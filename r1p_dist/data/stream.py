@@ -16,7 +16,7 @@ orders: {second: [fashion, ...]}              # optional; further orders, each w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Stream:
-    """An ordered list of tasks; `path` is the stream file that it was read from."""
+    """An ordered list of tasks; `path` is the stream file, `known` the names of all tasks in it, chosen or not."""
 
     name: str
     tasks: tuple[Task, ...]
     path: Path
+    known: tuple[str, ...]
 
     @classmethod
     def load(cls, path_or_name: str | Path, order: str | None = None, tasks: Sequence[str] | None = None) -> Stream:
@@ -86,7 +87,12 @@ class Stream:
             chosen = list(tasks)
             if not chosen or len(set(chosen)) != len(chosen):
                 raise InputError(f"{path}: tasks must name each wanted task once, got {chosen}")
-        return cls(name, tuple(_load_task(entries[task], path) for task in chosen), path)
+        return cls(name, tuple(_load_task(entries[task], path) for task in chosen), path, tuple(entries))
+
+    def check_names(self, names: Iterable[str], key: str) -> None:
+        """Raises InputError, with the configuration's key, for a name that is no task of the stream file."""
+        for name in names:
+            _check_known(name, self.known, "task", key)
 
 
 def _find_stream_file(path_or_name: str | Path) -> Path:

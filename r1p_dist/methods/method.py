@@ -54,6 +54,11 @@ class Method:
     def end_task(self) -> None:
         """Merges what the stage learnt into the frozen weights."""
 
+    def count_parameters(self) -> int:
+        """Returns how many numbers one task trains, also where ZeRO-3 shards them."""
+        parameters = [parameter for adapter in self.adapters for parameter in adapter.parameters()]
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters if p.requires_grad)
+
     def generator(self, *key: int) -> torch.Generator:
         """Returns a generator for the run's seed and the key, the same on every rank."""
         digest = hashlib.sha256(repr((self.config.seed, key)).encode()).digest()

@@ -64,6 +64,13 @@ def test_order_and_tasks_choose_the_tasks(folder: Path):
     assert names(order="reverse", tasks=["tools", "birds"]) == ["tools", "birds"]
 
 
+def test_names_in_the_configuration_may_be_of_tasks_not_chosen(folder: Path):
+    stream = Stream.load(folder, tasks=["fruit"])
+    stream.check_names(["tools", "birds"], "train.per_task")
+    with pytest.raises(InputError, match=r"train.per_task: unknown task 'fruits' \(nearest: fruit\)"):
+        stream.check_names(["fruits"], "train.per_task")
+
+
 def test_only_the_chosen_tasks_need_their_files(folder: Path):
     shutil.rmtree(folder / "tools")
     assert len(Stream.load(folder, tasks=["fruit", "birds"]).tasks) == 2

@@ -1,0 +1,189 @@
+"""Whole runs on real tasks: what they leave, against plain open_clip, and what stops them before any training."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from r1p_dist.config import RunConfig
+from r1p_dist.data.stream import ASSETS
+from r1p_dist.errors import InputError
+from tests.data.toy_task import write_tar
+
+TASKS = ["playing_cards", "country_flags"]
+SHORT = [f"tasks=[{', '.join(TASKS)}]", "train.iterations=4", "train.lr=2e-2", "log.every_steps=2"]
+
+
+def run_stream(rank: int, world_size: int, overrides: list[str]) -> str:
+    from r1p_dist.train import run
+
+    return json.dumps(run(RunConfig.load("mini_mtil", overrides)))
+
+
+def read_metrics(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "metrics.json").read_text())
+
+
+def plain_clip() -> tuple[torch.nn.Module, Any, Any]:
+    source = f"local-dir:{ASSETS / 'tiny'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(source)
+    return model.eval(), preprocess, open_clip.get_tokenizer(source)
+
+
+def add_adapters(model: torch.nn.Module, folder: Path) -> None:
+    """Adds scaling * B A of every adapter.safetensors to a plain open_clip CLIP."""
+    places = {"out": "attn.out_proj.weight", "fc1": "mlp.c_fc.weight", "fc2": "mlp.c_proj.weight"}
+    weights = model.state_dict()
+    for task in sorted(folder.iterdir()):
+        tensors, scaling = load_file(task / "adapter.safetensors"), json.loads((task / "adapter.json").read_text())
+        for name in scaling["layers"]:
+            tower, block, layer = name.split(".")
+            prefix = "visual." if tower == "image" else ""
+            place = places.get(layer, "attn.in_proj_weight")
+            weight = weights[f"{prefix}transformer.resblocks.{block}.{place}"]
+            delta = scaling["scaling"] * tensors[f"{name}.B"] @ tensors[f"{name}.A"]
+            start = "qkv".find(layer) * len(delta) if layer in "qkv" else 0
+            weight[start : start + len(delta)] += delta
+    model.load_state_dict(weights)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, preprocess: Any, tokenizer: Any, task: str) -> float:
+    folder = ASSETS / "mini_mtil" / task
+    classes = (folder / "classnames.txt").read_text().splitlines()
+    templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+    prompts = tokenizer([template.replace("{c}", name) for name in classes for template in templates])
+    text = model.encode_text(prompts, normalize=True).view(len(classes), len(templates), -1).mean(1)
+    text = text / text.norm(dim=1, keepdim=True)
+    with tarfile.open(folder / "test-000000.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}
+    labels = [int(content) for name, content in files.items() if name.endswith(".cls")]
+    pictures = [Image.open(io.BytesIO(content)) for name, content in files.items() if name.endswith(".jpg")]
+    image = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+    return 100 * ((image @ text.T).argmax(1) == torch.tensor(labels)).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(run_distributed, run_dir: Path) -> None:
+    overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.tensorboard=true"]
+    first, second = (json.loads(text) for text in run_distributed(run_stream, 2, overrides, timeout_s=300))
+    metrics = read_metrics(run_dir)
+    assert first == metrics and {**second, "wall_seconds": 0} == {**metrics, "wall_seconds": 0}
+
+    model, preprocess, tokenizer = plain_clip()
+    expected = [accuracy(model, preprocess, tokenizer, task) for task in TASKS]
+    assert metrics["accuracy"][0] == pytest.approx(expected)
+    add_adapters(model, run_dir / "adapters")
+    expected = [accuracy(model, preprocess, tokenizer, task) for task in TASKS]
+    # fp32 sums in another order may turn a picture that is a tie
+    assert metrics["accuracy"][-1] == pytest.approx(expected, abs=0.7)
+    assert metrics["accuracy"][-1] != metrics["accuracy"][0] != metrics["accuracy"][1]
+
+
+def test_the_files_of_a_run_agree_with_each_other(run_dir: Path) -> None:
+    metrics = read_metrics(run_dir)
+    assert metrics["tasks"] == TASKS and len(metrics["accuracy"]) == 1 + len(TASKS)
+    facts = [metrics[key] for key in ("world_size", "zero_stage", "method", "seed")]
+    assert facts == [2, 3, "dac", 0]
+    # 12 experts per linear: 4 linears of 192 by 192 and two of 192 by 768 in each of 10 blocks, without the routers
+    assert metrics["trainable_parameters"] == 12 * 10 * (4 * 384 + 2 * 960)
+    for line in (run_dir / "correct.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        matrix_entry = metrics["accuracy"][record["row"]][TASKS.index(record["task"])]
+        assert 100 * record["correct"].count("1") / len(record["correct"]) == pytest.approx(matrix_entry)
+    steps = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    assert [(step["task"], step["step"]) for step in steps] == [(task, step) for task in TASKS for step in (2, 4)]
+    assert [step["ago"] > 0 for step in steps] == [False, False, True, True]
+    assert all(step.keys() >= {"loss", "lr", "samples_per_second", "data_wait"} for step in steps)
+    assert RunConfig.load(run_dir / "config.yaml").train.iterations == 4
+    assert (run_dir / "report.html").is_file() and list((run_dir / "tensorboard").iterdir())
+    assert [value is not None for value in metrics["before_merge"]] == [True, True]
+
+
+def test_zero_shot_repeats_its_row_and_has_the_identities(run_distributed, tmp_path: Path) -> None:
+    run_distributed(run_stream, 1, [*SHORT, "method=zero_shot", f"run_dir={tmp_path}"])
+    metrics = read_metrics(tmp_path)
+    row = metrics["accuracy"][0]
+    assert metrics["accuracy"] == [row] * 3 and metrics["trainable_parameters"] == 0
+    assert metrics["transfer"] == pytest.approx(row[1])
+    assert metrics["average"] == metrics["last"] == pytest.approx(fmean(row))
+    assert metrics["bwt"] == metrics["forgetting"] == 0 and metrics["before_merge"] == [None, None]
+
+
+def test_joint_has_one_trained_row(run_distributed, tmp_path: Path) -> None:
+    run_distributed(run_stream, 1, [*SHORT, "method=joint", f"run_dir={tmp_path}"])
+    metrics = read_metrics(tmp_path)
+    assert len(metrics["accuracy"]) == 2 and metrics["last"] == pytest.approx(fmean(metrics["accuracy"][1]))
+    assert metrics["transfer"] is None and metrics["bwt"] is None
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] == 8  # as many as the tasks have together
+
+
+def test_lora_kept_going_and_restarted_differ_after_the_first_task(run_distributed, tmp_path: Path) -> None:
+    rows = {}
+    for restart in ("false", "true"):
+        folder = tmp_path / restart
+        run_distributed(run_stream, 1, [*SHORT, "method=lora", f"lora.restart={restart}", f"run_dir={folder}"])
+        rows[restart] = read_metrics(folder)["accuracy"]
+    assert rows["false"][:2] == rows["true"][:2] and rows["false"][2] != rows["true"][2]
+
+
+def fail_for(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
+    from r1p_dist.train import run
+
+    messages = []
+    for overrides in cases:
+        try:
+            run(RunConfig.load("mini_mtil", overrides))
+        except InputError as error:
+            messages.append(str(error))
+        else:
+            messages.append("no error")
+    return messages
+
+
+def write_stream(folder: Path, train: list[tuple[str, bytes]]) -> Path:
+    """Writes a stream of one task whose train shard has these files and returns its file."""
+    write_tar(folder / "train.tar", train)
+    write_tar(folder / "test.tar", [("a.cls", b"0"), ("a.png", b"")])
+    (folder / "classes.txt").write_text("cat\ndog\n")
+    (folder / "templates.txt").write_text("a {c}\n")
+    (folder / "stream.yaml").write_text(
+        "name: toy\ntasks:\n- {name: pets, train: [train.tar], test: [test.tar], class_names: classes.txt, "
+        "templates: templates.txt}\n"
+    )
+    return folder / "stream.yaml"
+
+
+def test_bad_input_is_one_line_that_names_it_before_any_training(run_distributed, tmp_path: Path) -> None:
+    unknown_class = write_stream(tmp_path / "unknown_class", [("a.cls", b"2"), ("a.png", b"")])
+    empty_shard = write_stream(tmp_path / "empty", [])
+    cases = {
+        "backbone.name=ViT-B-61": "backbone.name=ViT-B-61: open_clip has no such model; nearest: ViT-B-16",
+        "backbone.pretrained=openai": "backbone.pretrained=openai: the model tiny brings its own weights",
+        "method=dca": "method=dca: no such method; did you mean dac?",
+        "pool.rank=200": "pool.rank=200 is larger than a layer of 192 by 192",
+        "stream=mini_mtli": "stream=mini_mtli: no such stream file",
+        f"stream={unknown_class}": "train.tar: key a: label 2 is outside the class list, 2 classes from 0",
+        f"stream={empty_shard}": "train.tar: empty shard",
+        "train.per_task.fashoin.lr=1e-3": "train.per_task: unknown task 'fashoin' (nearest: fashion)",
+        "tasks=[fashoin]": "unknown task 'fashoin' (nearest: fashion)",
+    }
+    run_dir = tmp_path / "run"
+    overrides = [[case, f"run_dir={run_dir}"] for case in cases]
+    messages = run_distributed(fail_for, 1, overrides)[0]
+    for message, expected in zip(messages, cases.values(), strict=True):
+        assert expected in message and "\n" not in message
+    assert not run_dir.exists()
