@@ -158,7 +158,7 @@ def test_wrong_value_names_source_key_value_and_reason(override: str, expected: 
             ["train.gradient_accumulation_steps=5"],
             "train.global_batch_size=32 must be a multiple of train.gradient_accumulation_steps=5",
         ),
-        (["train.min_lr=1"], "train.min_lr=1.0 must not be larger than train.lr=0.005"),
+        (["train.min_lr=1", "train.lr=5e-3"], "train.min_lr=1.0 must not be larger than train.lr=0.005"),
         (["train.per_task.a.warmup_steps=100", "train.iterations=100"], "must be smaller than train.per_task.a.iter"),
     ],
 )
