@@ -165,6 +165,7 @@ def evaluation_loaders(
     config: RunConfig, tasks: Sequence[Task], preprocess: dict[str, Any]
 ) -> dict[str, EvaluationLoader]:
     """Return task name -> this rank's loader of the split that the run is scored on."""
+    transform = evaluation_transform(preprocess)
     return {
         task.name: EvaluationLoader(
             task,
@@ -172,7 +173,7 @@ def evaluation_loaders(
             batch_size=config.evaluation.batch_size,
             rank=rank(),
             world_size=world_size(),
-            transform=evaluation_transform(preprocess),
+            transform=transform,
             workers=config.data.workers,
         )
         for task in tasks
