@@ -84,9 +84,10 @@ class PoolConfig(_Section):
     active: Count = 8
     merged: Count = 4
     dropout: Probability = 0.0
+    dropout_kind: Literal["element", "feature"] = "element"
     guide: GuideConfig = GuideConfig()
     router_grad: Literal["none", "straight_through", "gated"] = "none"
-    vote: Literal["global", "local"] = "global"
+    vote: Literal["global", "lagged", "local"] = "global"
 
     @model_validator(mode="after")
     def _check_sizes(self) -> PoolConfig:

@@ -1,10 +1,13 @@
 """The process group: rank and size, sums over ranks, a gather with gradient, and access to ZeRO-3's parameters."""
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def is_distributed() -> bool:
@@ -24,6 +27,37 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def start_sum_over_ranks(tensor: torch.Tensor) -> dist.Work | None:
+    """Starts the sum in place and returns what to wait for before the tensor is read; None on one rank."""
+    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else None
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts this rank's collectives while it is entered, DeepSpeed's too: calls and bytes by kind.
+
+    Bytes are those of the whole tensor, the larger of input and output, not of what one network link carries.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            kind = function.overloadpacket.__name__.strip("_")
+            self.calls[kind] += 1
+            self.bytes[kind] += max(
+                sum(leaf.nbytes for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))
+                for argument in args
+            )
+        return function(*args, **(kwargs or {}))
+
+    def summary(self) -> dict[str, dict[str, int]]:
+        """Returns {kind: {"calls": n, "bytes": n}}."""
+        return {kind: {"calls": self.calls[kind], "bytes": self.bytes[kind]} for kind in sorted(self.calls)}
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -81,6 +115,20 @@ def gathered(parameters: Iterable[torch.nn.Parameter], modify: bool = False) -> 
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None)
+
+
+def stored_copies(parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
+    """Returns what this rank stores of a parameter: flat tensors, each with its offset in the flattened parameter.
+
+    Under ZeRO-3 that is this rank's part, and with ZeRO++ (hpZ) a second part that the ranks of one node share.
+    """
+    if not hasattr(parameter, "ds_id"):
+        return [(parameter.data.view(-1), 0)]
+    part, second = parameter.ds_tensor, parameter.ds_secondary_tensor
+    copies = [(part.data, rank() * part.ds_numel)]
+    if second is not None:
+        copies.append((second.data, rank() % parameter.ds_secondary_tensor_group_size * second.ds_numel))
+    return copies
 
 
 def drop_whole_copy(parameter: torch.nn.Parameter) -> None:

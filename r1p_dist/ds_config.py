@@ -44,6 +44,14 @@ OWNED_KEYS = {
     "train_micro_batch_size_per_gpu": "train.global_batch_size",
 }
 
+UNMERGEABLE = {
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        (True,),
+        "frozen weights would lie quantised; zero_quantized_weights quantises only what travels",
+    ),
+    "zero_optimization.offload_param.device": (("nvme",), "frozen weights would lie on disk; use cpu"),
+}
+
 TOP_LEVEL_KEYS = frozenset(
     """
     activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile
@@ -137,6 +145,10 @@ def _check(config: Mapping[str, Any], source: str) -> None:
             raise InputError(f"{source}: DeepSpeed has removed {key}: {REMOVED_KEYS[key]}")
         if key in OWNED_KEYS:
             raise InputError(f"{source}: {key} comes from the run configuration: set {OWNED_KEYS[key]} instead")
+    for key, (refused, reason) in UNMERGEABLE.items():
+        value = _look_up(config, key)
+        if value in refused:
+            raise InputError(f"{source}: {key}={value}: no task could be merged into the weights: {reason}")
     _refuse_unknown(config, TOP_LEVEL_KEYS, "", source)
     _refuse_unknown(zero, ZERO_KEYS, "zero_optimization.", source)
     if config.get("gradient_clipping", 0.0) != 0.0:
@@ -144,6 +156,13 @@ def _check(config: Mapping[str, Any], source: str) -> None:
             f"{source}: gradient_clipping={config['gradient_clipping']!r} comes from the run configuration: "
             "write 0.0 here and set train.gradient_clipping instead"
         )
+
+
+def _look_up(config: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _dotted_keys(config: Mapping[str, Any]) -> Iterator[str]:

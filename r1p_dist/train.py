@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import deepspeed
 import open_clip
@@ -12,7 +13,7 @@ from r1p_dist.backbones import load_backbone
 from r1p_dist.checkpoint import save_adapter
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, TrainLoader, evaluation_loaders, train_loader
-from r1p_dist.distributed import rank, sum_over_ranks, world_size
+from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.classify import Classifier
@@ -45,6 +46,7 @@ def run(config: RunConfig) -> dict:
 
     rows: list[list[float]] = []
     before_merge: list[float | None] = [None] * len(stream.tasks)
+    collectives: dict[str, dict[str, int]] = {}
     for index, (stage, loader) in enumerate(zip(stages, loaders, strict=True)):
         method.begin_task(index)
         train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
@@ -52,7 +54,7 @@ def run(config: RunConfig) -> dict:
         if index == 0:
             rows.append(evaluate(classifier, model, stream, 0, log))
         if method.adapters:
-            fit(model, method, stage, loader, config, log)
+            collectives = fit(model, method, stage, loader, config, log)
             for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
                 adapter.set_weight(updates)
             for result in classifier.evaluate(model, stage.tasks):
@@ -80,6 +82,7 @@ def run(config: RunConfig) -> dict:
             "trainable_parameters": method.count_parameters(),
             "world_size": world_size(),
             "zero_stage": zero_stage,
+            "collectives_per_step": collectives,
             "method": config.method,
             "seed": config.seed,
             "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)},
@@ -92,24 +95,27 @@ def run(config: RunConfig) -> dict:
     return metrics
 
 
-def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, config: RunConfig, log: RunLog) -> None:
-    """Trains one stage: the loop over micro batches, for every method and backbone."""
+def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, config: RunConfig, log: RunLog) -> dict:
+    """Trains one stage, the loop over micro batches, for every method and backbone; returns a step's collectives."""
     method.backbone.set_prompts(loader.prompts)
     method.backbone.train()
     log.begin_stage(stage.name, stage.iterations)
     step, sums, waited, since = 0, torch.zeros(2), 0.0, time.perf_counter()
-    batches, micro_batches = iter(loader), 0
+    batches, micro_batches, collectives = iter(loader), 0, CollectiveCounter()
     while step < stage.iterations:
         asked = time.perf_counter()
         batch = {name: tensor.to(method.backbone.device) for name, tensor in next(batches).items()}
         waited += time.perf_counter() - asked
-        loss, parts = method.loss(model, batch)
+        lr = model.lr
+        with collectives if step == 1 else nullcontext():  # the second step stands for all: lagged votes run by then
+            loss, parts = method.loss(model, batch)
+            is_boundary = model.step(loss)
+            if is_boundary:
+                method.end_step()
         sums += torch.stack([loss.detach(), parts.get("ago", torch.zeros_like(loss)).detach()]).cpu()
         micro_batches += 1
-        lr = model.lr
-        if not model.step(loss):
+        if not is_boundary:
             continue
-        method.end_step()
         step += 1
         if step % config.log.every_steps == 0 or step == stage.iterations:
             seconds = time.perf_counter() - since
@@ -124,6 +130,7 @@ def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, co
                 )
             sums, micro_batches, waited, since = torch.zeros(2), 0, 0.0, time.perf_counter()
     log.end_stage()
+    return collectives.summary()
 
 
 def evaluate(classifier: Classifier, model: Callable, stream: Stream, row: int, log: RunLog) -> list[float]:

@@ -134,7 +134,7 @@ def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> 
         ("train.iterations=0", "train.iterations=0: "),
         ("train=3", "train=3: must be a mapping"),
         ("seed.x=3", "seed={'x': 3}: "),
-        ("pool.vote=lagged", "pool.vote='lagged': input should be 'global' or 'local'"),
+        ("pool.vote=late", "pool.vote='late': input should be 'global', 'lagged' or 'local'"),
         ("pool.dropout=1", "pool.dropout=1: "),
         ("tasks=[]", "tasks=[]: "),
         ("tasks=[a, a]", "tasks=['a', 'a']: names the same entry twice"),

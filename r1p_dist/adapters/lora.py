@@ -1,6 +1,7 @@
 """LoRALinear: a frozen linear layer with plain LoRA (Hu et al., arXiv 2106.09685), merged at the end of a task."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ class LoRALinear(LowRankLinear):
     def __init__(
         self, linear: nn.Linear, rank: int, alpha: float = 1.0, dropout: float = 0.0, *, rows: slice | None = None
     ):
-        super().__init__(linear, alpha / rank, dropout, rows)
+        super().__init__(linear, alpha / rank, dropout, rows=rows)
         if rank > min(self.in_features, self.out_features):
             raise InputError(f"lora.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}")
         self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
@@ -31,8 +32,9 @@ class LoRALinear(LowRankLinear):
             nn.init.uniform_(self.A, -bound, bound, generator=generator)
             nn.init.zeros_(self.B)
 
-    def factors(self, x: torch.Tensor, votes: None) -> Factors:
-        return Factors(self.A, self.B, self.scaling)
+    @staticmethod
+    def factors(adapters: Sequence["LoRALinear"], x: torch.Tensor, votes: None) -> list[Factors]:
+        return [Factors(adapter.A, adapter.B, adapter.scaling) for adapter in adapters]
 
     def update(self) -> Factors:
         """Returns the whole LoRA as an update of the weight. A collective under ZeRO-3."""

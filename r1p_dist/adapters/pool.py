@@ -1,6 +1,7 @@
 """AdaptedLinear: a frozen linear layer with a pool of rank-1 experts (DAC, arXiv 2601.22828)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,12 @@ class AdaptedLinear(LowRankLinear):
     experts with most votes are used by the whole batch. `merge` adds the `merged` most counted ones to the frozen
     weight; eval uses that weight alone.
 
-    linear: the layer to freeze. dropout: element dropout on the input of the update. guide: `first`, `eot` or `mean`
-    token of the input. vote: `global` sums the votes over ranks, `local` does not. router_grad: `none` (the paper's
-    released code: routing is a fixed random projection), `straight_through` or `gated` (ours, DESIGN: M_j = active *
-    q_j / sum of q over the active experts).
+    linear: the layer to freeze. dropout, dropout_kind: on the input of the update, as in `LowRankLinear`. guide:
+    `first`, `eot` or `mean` token of the input. vote: `global` sums the votes over ranks while the frozen product
+    runs; `lagged` uses the sum over ranks of the step before (the first step of a task votes as `global` does);
+    `local` does not sum, so ranks can use different experts. router_grad: `none` (the paper's released code: routing
+    is a fixed random projection), `straight_through` or `gated` (ours: M_j = active * q_j / sum of q over the active
+    experts).
     rows, routing: given by `attach_pool` for parts of a fused projection and for what a tower's guide needs.
     Raises InputError where rank, active and merged do not fit each other or the layer.
     Source: DAC's released code, layers.py; the options `guide` and `router_grad` are ours.
@@ -49,11 +52,12 @@ class AdaptedLinear(LowRankLinear):
         guide: str = "first",
         vote: str = "global",
         *,
+        dropout_kind: str = "element",
         router_grad: str = "none",
         rows: slice | None = None,
         routing: Routing | None = None,
     ):
-        super().__init__(linear, alpha / rank, dropout, rows)
+        super().__init__(linear, alpha / rank, dropout, dropout_kind, rows)
         if not 1 <= merged <= active <= rank:
             raise InputError(
                 f"pool: needs 1 <= merged <= active <= rank, got merged={merged}, active={active}, rank={rank}"
@@ -73,12 +77,12 @@ class AdaptedLinear(LowRankLinear):
         self.router.requires_grad_(router_grad != "none")
         self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
         self.register_buffer("gate_sum", torch.zeros(rank, dtype=torch.float64, device=weight.device))
-        # `local` votes not yet summed over ranks
+        # votes of this step that `share_votes` has yet to sum over ranks
         self.register_buffer("pending_votes", torch.zeros_like(self.activation_counts), persistent=False)
         self.steps = 0
         self.orthogonal_to: torch.Tensor | None = None  # columns (out, n) of past tasks for the AGO loss; None = off
         self.ago: torch.Tensor | None = None  # this micro step's term, with gradient
-        self._active = torch.zeros(0, dtype=torch.int64)
+        self._active: torch.Tensor | None = None  # the experts in use; None until the first vote of a task
         self.reset()
 
     @torch.no_grad()
@@ -92,7 +96,7 @@ class AdaptedLinear(LowRankLinear):
             nn.init.uniform_(self.router.bias, -bound, bound, generator=generator)
         for state in (self.activation_counts, self.gate_sum, self.pending_votes):
             state.zero_()
-        self.steps = 0
+        self.steps, self._active, self._shared = 0, None, False
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the router's input (batch, in) from the layer's input (batch, tokens, in)."""
@@ -105,44 +109,51 @@ class AdaptedLinear(LowRankLinear):
         real = self.routing.padding.to(x.dtype)[..., None]
         return (x * real).sum(1) / real.sum(1)
 
-    def votes(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Returns this rank's votes (rank,), int64, where the vote is global; where it is local, uses them at once."""
+    @staticmethod
+    @torch.no_grad()
+    def votes(adapters: Sequence["AdaptedLinear"], x: torch.Tensor) -> torch.Tensor | None:
+        """Returns this rank's votes (adapters, rank), int64, where they must be summed over ranks before their use."""
         if _is_recomputing():
             return None  # activation checkpointing runs the forward again: the vote stands
-        votes = self._cast_votes(x.detach())
-        if self.vote == "global":
+        first = adapters[0]
+        guide = first.guide_vector(x)
+        scores = torch.stack([adapter.router(guide) for adapter in adapters])  # (adapters, batch, rank)
+        ballots = torch.zeros(scores.shape, dtype=torch.int64, device=x.device)
+        ballots.scatter_(2, top(scores, first.active), 1)
+        if first.routing.weights is not None:
+            ballots *= first.routing.weights[:, None]
+        votes = ballots.sum(1)
+        if first.vote == "global":
             return votes
-        self.pending_votes += votes
-        self._active = top(votes, self.active)
+        for adapter, vote in zip(adapters, votes, strict=True):
+            adapter.pending_votes += vote
+        if first.vote == "lagged":
+            return None if first._shared else votes
+        _choose(adapters, votes)
         return None
 
-    @torch.no_grad()
-    def _cast_votes(self, x: torch.Tensor) -> torch.Tensor:
-        best = self.router(self.guide_vector(x)).sort(dim=-1, descending=True, stable=True).indices[:, : self.active]
-        ballots = torch.zeros(len(x), self.rank, dtype=torch.int64, device=x.device).scatter_(1, best, 1)
-        if self.routing.weights is not None:
-            ballots *= self.routing.weights[:, None]
-        return ballots.sum(0)
-
-    def factors(self, x: torch.Tensor, votes: torch.Tensor | None) -> Factors:
-        """Returns the active experts as A with all other rows at zero, so that A and B are not copied, and B whole."""
+    @staticmethod
+    def factors(adapters: Sequence["AdaptedLinear"], x: torch.Tensor, votes: torch.Tensor | None) -> list[Factors]:
+        """Returns the experts in use; all of them, weighted, where the router's gradient needs the others too."""
         if votes is not None:
-            self.activation_counts += votes
-            self._active = top(votes, self.active)
-        mask = self._mask(x)
-        self._compute_ago()
-        return Factors(mask[:, None] * self.A, self.B, self.scaling)
+            _choose(adapters, votes)
+            if adapters[0].vote == "global":
+                for adapter, vote in zip(adapters, votes, strict=True):
+                    adapter.activation_counts += vote
+        for adapter in adapters:
+            adapter._compute_ago()
+        if adapters[0].router_grad == "none":
+            return [Factors(adapter.A, adapter.B, adapter.scaling, adapter._active) for adapter in adapters]
+        return [Factors(adapter._mask(x)[:, None] * adapter.A, adapter.B, adapter.scaling) for adapter in adapters]
 
     def _mask(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the weight of each expert in this batch, (rank,): 0 or 1, or with the router's gradient."""
+        """Returns the weight of each expert in this batch, (rank,), with the router's gradient."""
         chosen = torch.zeros(self.rank, dtype=self.A.dtype, device=x.device)
         chosen[self._active] = 1
-        if self.router_grad == "none":
-            return chosen
         probabilities = self.router(self.guide_vector(x)).softmax(-1)  # (batch, rank)
         weights = self.routing.weights if self.routing.weights is not None else torch.ones(len(x), device=x.device)
         mean = (weights[:, None] * probabilities).sum(0) / weights.sum()
-        if self.vote == "global":
+        if self.vote != "local":
             mean = sum_over_ranks_with_gradient(mean) / world_size()
         if self.router_grad == "straight_through":
             return chosen + (mean - mean.detach())
@@ -176,19 +187,29 @@ class AdaptedLinear(LowRankLinear):
 
 
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns the indices of the `count` largest scores, largest first; ties go to the lower index."""
-    return scores.sort(descending=True, stable=True).indices[:count]
+    """Returns the indices of the `count` largest scores of the last dimension, largest first; ties: the lower index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
-def share_counts(adapters: list[AdaptedLinear]) -> None:
-    """Sums the votes of `local` mode over ranks into the activation counts, all layers in one collective."""
-    local = [adapter for adapter in adapters if adapter.vote == "local"]
-    if not local:
+def _choose(adapters: Sequence[AdaptedLinear], votes: torch.Tensor) -> None:
+    for adapter, chosen in zip(adapters, top(votes, adapters[0].active), strict=True):
+        adapter._active = chosen
+
+
+def share_votes(adapters: Sequence[AdaptedLinear]) -> None:
+    """Ends a step: sums the votes of `lagged` and `local` mode over ranks, all layers in one collective.
+
+    They enter the activation counts, and in `lagged` mode choose the experts of the next step.
+    """
+    adapters = [adapter for adapter in adapters if adapter.vote != "global"]
+    if not adapters:
         return
-    votes = sum_over_ranks(torch.cat([adapter.pending_votes for adapter in local]))
-    for adapter, vote in zip(local, votes.split([adapter.rank for adapter in local]), strict=True):
+    votes = sum_over_ranks(torch.cat([adapter.pending_votes for adapter in adapters]))
+    for adapter, vote in zip(adapters, votes.split([adapter.rank for adapter in adapters]), strict=True):
         adapter.activation_counts += vote
         adapter.pending_votes.zero_()
+        if adapter.vote == "lagged":
+            adapter._active, adapter._shared = top(vote, adapter.active), True
 
 
 def _is_recomputing() -> bool:

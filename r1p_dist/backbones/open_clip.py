@@ -1,7 +1,7 @@
 """CLIP models of open_clip: loading, features, the contrastive training loss, and where adapters go.
 
-The towers stay open_clip's own modules, called as modules, so that ZeRO-3's hooks see every parameter. Only attention
-is replaced: open_clip's nn.MultiheadAttention hides its fused projection from adapters.
+The towers stay open_clip's own modules, called as modules, so that ZeRO-3's hooks see every parameter. Only the blocks
+are replaced, by ones of the same weights whose linears are open to adapters (blocks.py).
 """
 
 import difflib
@@ -20,36 +20,13 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from r1p_dist.adapters import AdaptedLinear, FusedProjection, LowRankLinear, Routing
+from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
+from r1p_dist.backbones.blocks import Block, set_recompute
 from r1p_dist.errors import InputError
 from r1p_dist.losses import contrastive_loss
 
 TOWERS = ("image", "text")
 LAYERS = ("q", "k", "v", "out", "fc1", "fc2")
-
-
-class Attention(nn.Module):
-    """Self-attention with the weights of an nn.MultiheadAttention, its projections open to adapters; called like it."""
-
-    def __init__(self, source: nn.MultiheadAttention):
-        super().__init__()
-        width = source.embed_dim
-        in_proj = nn.Linear(width, 3 * width, bias=source.in_proj_bias is not None, device="meta")
-        in_proj.weight, in_proj.bias = source.in_proj_weight, source.in_proj_bias
-        self.in_proj = FusedProjection(in_proj)
-        self.out_proj = nn.Linear(width, width, bias=source.out_proj.bias is not None, device="meta")
-        self.out_proj.weight, self.out_proj.bias = source.out_proj.weight, source.out_proj.bias
-        self.num_heads = source.num_heads
-
-    def forward(self, query, key, value, need_weights: bool = False, attn_mask: torch.Tensor | None = None):
-        """Returns (output, None) for query = key = value (batch, tokens, width); attn_mask: additive (>= tokens)^2."""
-        batch, tokens, width = query.shape
-        heads = self.in_proj(query).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head width)
-        if attn_mask is not None:
-            attn_mask = attn_mask[:tokens, :tokens].to(q.dtype)  # trimmed prompts
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, width)), None
 
 
 @dataclass(frozen=True)
@@ -61,50 +38,58 @@ class Slot:
     layer: str
     linear: nn.Linear
     rows: slice | None
-    install: Callable[[LowRankLinear], None]
+    owner: nn.Module
+    attribute: str
+    input_from: nn.Module | None  # the module that computes the linear's input, if the backward may call it again
+
+    def install(self, adapter: LowRankLinear) -> None:
+        """Puts the adapter in the place of the linear, or of an earlier adapter."""
+        adapter.name = self.name
+        self.owner.add_module(self.attribute, adapter)
+        if self.input_from is not None:
+            set_recompute(adapter, self.input_from)
 
 
 def slots(model: nn.Module, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS) -> Iterator[Slot]:
-    """Yields the slots of an open_clip model after `open_attention`, tower by tower, block by block."""
+    """Yields the slots of an open_clip model after `open_blocks`, tower by tower, block by block."""
     for tower in towers:
         transformer = model.visual.transformer if tower == "image" else getattr(model, "text", model).transformer
         for i, block in enumerate(transformer.resblocks):
             width = block.attn.out_proj.in_features
+            attention, mlp = block.attn, block.mlp
             places = [
-                (layer, block.attn.in_proj.parts, block.attn.in_proj.linear, slice(j * width, (j + 1) * width))
+                (layer, attention.in_proj.parts, layer, attention.in_proj.linear, slice(j * width, (j + 1) * width))
                 for j, layer in enumerate(("q", "k", "v"))
             ]
             places += [
-                ("out", block.attn, block.attn.out_proj, None),
-                ("fc1", block.mlp, block.mlp.c_fc, None),
-                ("fc2", block.mlp, block.mlp.c_proj, None),
+                ("out", attention, "out_proj", attention.out_proj, None),
+                ("fc1", mlp, "c_fc", mlp.c_fc, None),
+                ("fc2", mlp, "c_proj", mlp.c_proj, None),
             ]
-            names = {"out": "out_proj", "fc1": "c_fc", "fc2": "c_proj"}
-            for layer, owner, linear, rows in places:
+            input_from = {"fc1": block.ln_2, "fc2": mlp.gelu}
+            for layer, owner, attribute, linear, rows in places:
                 if layer in layers:
-                    install = _installer(owner, names.get(layer, layer))
-                    yield Slot(f"{tower}.{i}.{layer}", tower, layer, linear, rows, install)
+                    linear = linear.linear if isinstance(linear, LowRankLinear) else linear
+                    yield Slot(
+                        f"{tower}.{i}.{layer}", tower, layer, linear, rows, owner, attribute, input_from.get(layer)
+                    )
 
 
-def _installer(owner: nn.Module, name: str) -> Callable[[LowRankLinear], None]:
-    return lambda adapter: owner.add_module(name, adapter)
-
-
-def open_attention(model: nn.Module) -> None:
-    """Replaces the attention of every block of both towers by one whose projections adapters can serve.
+def open_blocks(model: nn.Module) -> None:
+    """Replaces every block of both towers by one whose linears adapters can serve.
 
     Raises InputError where a tower is not built from open_clip's own blocks.
     """
     for tower in (model.visual, getattr(model, "text", model)):
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        if blocks is None or not all(isinstance(block, ResidualAttentionBlock) for block in blocks):
+        if blocks is None or not all(isinstance(block, ResidualAttentionBlock | Block) for block in blocks):
             raise InputError(
                 f"backbone: a tower of type {type(tower).__name__} is not made of open_clip's own residual attention "
                 "blocks; use a ViT-* model"
             )
-        for block in blocks:
-            if isinstance(block.attn, nn.MultiheadAttention):
-                block.attn = Attention(block.attn)
+        for i, block in enumerate(blocks):
+            if isinstance(block, ResidualAttentionBlock):
+                blocks[i] = Block(block)
 
 
 def attach(
@@ -119,12 +104,11 @@ def attach(
     """
     clip = model.model if isinstance(model, ClipBackbone) else model
     routing = model.routing if isinstance(model, ClipBackbone) else {tower: Routing() for tower in TOWERS}
-    open_attention(clip)
+    open_blocks(clip)
     clip.requires_grad_(False)
     adapters = []
     for slot in slots(clip, towers, layers):
         adapter = make(slot, routing[slot.tower])
-        adapter.name = slot.name
         slot.install(adapter)
         adapters.append(adapter)
     return adapters
@@ -154,7 +138,7 @@ class ClipBackbone(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Callable, preprocess: dict):
         super().__init__()
-        open_attention(model)
+        open_blocks(model)
         self.model = model.requires_grad_(False)
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.routing = {tower: Routing() for tower in TOWERS}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from r1p_dist.adapters import AdaptedLinear, Factors, Routing
-from r1p_dist.adapters.pool import share_counts
+from r1p_dist.adapters.pool import share_votes
 from r1p_dist.backbones import Slot, attach
 from r1p_dist.methods.method import Method
 
@@ -32,6 +32,7 @@ class Dac(Method):
                 pool.dropout,
                 guide=getattr(pool.guide, slot.tower),
                 vote=pool.vote,
+                dropout_kind=pool.dropout_kind,
                 router_grad=pool.router_grad,
                 rows=slot.rows,
                 routing=routing,
@@ -56,7 +57,7 @@ class Dac(Method):
         return loss + self.config.ago.weight * ago, {"ago": ago.detach()}
 
     def end_step(self) -> None:
-        share_counts(self.adapters)
+        share_votes(self.adapters)
 
     def unmerged_updates(self) -> list[list[Factors]]:
         return [[*adapter.merged, adapter.update(adapter.active)[0]] for adapter in self.adapters]

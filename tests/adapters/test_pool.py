@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, Factors, FusedProjection, Routing
-from r1p_dist.adapters.pool import top
+from r1p_dist.adapters.pool import share_votes, top
 from r1p_dist.errors import InputError
 
 BATCH, TOKENS, IN, OUT = 5, 7, 12, 9
@@ -250,3 +250,59 @@ def test_reset_is_the_same_for_a_seed_and_has_no_effect_on_the_output() -> None:
     assert adapted.A.abs().max() <= bound and adapted.A.abs().max() > 0.9 * bound
     x = example()
     torch.testing.assert_close(adapted(x), x @ adapted.linear.weight.T + adapted.linear.bias)
+
+
+def vote_of(adapted: AdaptedLinear, x: torch.Tensor) -> list[int]:
+    return expected_votes(adapted, x[:, 0], [1] * len(x))
+
+
+def active_in(adapted: AdaptedLinear, x: torch.Tensor) -> list[int]:
+    """Returns the experts that a forward really used: those whose columns get a gradient."""
+    adapted.zero_grad()
+    adapted(x).square().sum().backward()
+    return [j for j in range(adapted.rank) if adapted.B.grad[:, j].abs().max() > 0]
+
+
+def test_lagged_votes_choose_the_experts_of_the_next_step() -> None:
+    adapted = make(vote="lagged", active=2)
+    first, second, third = example(1), example(2), example(3)
+    assert active_in(adapted, first) == sorted(most(vote_of(adapted, first), 2)), "the first step uses its own votes"
+    assert adapted.activation_counts.sum() == 0, "the votes are counted when the step ends"
+    share_votes([adapted])
+    assert adapted.activation_counts.tolist() == vote_of(adapted, first)
+    assert active_in(adapted, second) == sorted(most(vote_of(adapted, first), 2))
+    share_votes([adapted])
+    assert active_in(adapted, third) == sorted(most(vote_of(adapted, second), 2))
+    share_votes([adapted])
+    total = [sum(votes) for votes in zip(*(vote_of(adapted, x) for x in (first, second, third)), strict=True)]
+    assert adapted.activation_counts.tolist() == total
+    assert most(vote_of(adapted, first), 2) != most(vote_of(adapted, second), 2), "else the test shows nothing"
+
+
+def test_lagged_votes_of_all_micro_steps_count_together() -> None:
+    adapted = make(vote="lagged", active=2)
+    for x in (example(1), example(2)):
+        adapted(x)
+    share_votes([adapted])
+    both = [a + b for a, b in zip(vote_of(adapted, example(1)), vote_of(adapted, example(2)), strict=True)]
+    assert adapted.activation_counts.tolist() == both
+    for x in (example(3), example(4)):  # every micro step of the next step uses the same experts
+        assert active_in(adapted, x) == sorted(most(both, 2))
+
+
+def test_a_new_task_votes_anew() -> None:
+    adapted = make(vote="lagged", active=2)
+    adapted(example(1))
+    share_votes([adapted])
+    adapted.reset()
+    nn.init.normal_(adapted.B)
+    assert active_in(adapted, example(2)) == sorted(most(vote_of(adapted, example(2)), 2))
+
+
+@pytest.mark.parametrize("vote", ["global", "lagged", "local"])
+def test_checkpointing_counts_votes_once_in_every_mode(vote: str) -> None:
+    adapted, x = make(vote=vote), example().requires_grad_()
+    for step in range(1, 3):
+        torch.utils.checkpoint.checkpoint(adapted, x, use_reentrant=False).sum().backward()
+        share_votes([adapted])
+        assert adapted.activation_counts.tolist() == [step * votes for votes in vote_of(adapted, x.detach())]

@@ -9,6 +9,7 @@ from torch import nn
 
 from r1p_dist import attach_pool, load_clip
 from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.adapters.pool import share_votes
 from r1p_dist.backbones.open_clip import ClipBackbone
 from r1p_dist.errors import InputError
 from tests.small_clip import CONFIG, make_backbone, make_clip, tokenize
@@ -140,6 +141,66 @@ def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
         backbone.loss(backbone, {"image": images(), "label": torch.tensor([0, 1, 2, 0])}).backward()
         results.append([(adapter.activation_counts, adapter.A.grad, adapter.B.grad) for adapter in adapted])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("vote", "dropout"), [("global", 0.0), ("lagged", 0.3)])
+def test_a_compiled_model_gives_the_same_losses_gradients_votes_and_features(backend, vote, dropout) -> None:
+    torch._dynamo.reset()
+    plain = make_backbone()
+    for adapter in attach_pool(plain, rank=6, active=3, merged=2, vote=vote, dropout=dropout):
+        nn.init.normal_(adapter.B, std=0.1)
+    ours = copy.deepcopy(plain)
+    compiled = torch.compile(ours, backend=backend)
+    results = []
+    for backbone, model in ((plain, plain), (ours, compiled)):
+        adapters = [module for module in backbone.modules() if isinstance(module, AdaptedLinear)]
+        backbone.set_prompts(PROMPTS)
+        torch.manual_seed(0)
+        losses = []
+        for label in ([0, 1, 2, 0], [2, 2, 1, 0]):
+            loss = backbone.loss(model, {"image": images(), "label": torch.tensor(label)})
+            loss.backward()
+            share_votes(adapters)
+            losses.append(loss.detach())
+        gradients = [gradient for adapter in adapters for gradient in (adapter.A.grad, adapter.B.grad)]
+        backbone.eval()
+        with torch.no_grad():
+            features = model(image=images())[0]
+        results.append((losses, [adapter.activation_counts for adapter in adapters], gradients, features))
+        backbone.train()
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+
+
+def test_attaching_again_replaces_the_adapters() -> None:
+    backbone = make_backbone()
+    attach_pool(backbone, rank=6, active=3, merged=2)
+    parameters = sum(1 for _ in backbone.parameters())
+    again = attach_pool(backbone, rank=4, active=3, merged=2)
+    assert all(isinstance(adapter.linear, nn.Linear) and adapter.rank == 4 for adapter in again)
+    assert [module for module in backbone.modules() if isinstance(module, AdaptedLinear)] == again
+    assert sum(1 for _ in backbone.parameters()) == parameters
+
+
+def test_training_keeps_no_layer_norm_or_activation_output() -> None:
+    """Of the inputs of adapted linears only attention's is kept, which autograd keeps anyway."""
+    backbone = make_backbone()
+    attach_pool(backbone, rank=6, active=3, merged=2)
+    block = backbone.model.visual.transformer.resblocks[1]
+    outputs, kept = [], []  # the tensors themselves, so that no address is used twice
+    for module in (block.ln_1, block.ln_2, block.mlp.gelu):
+        module.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    x = torch.randn(2, 5, 32, requires_grad=True)
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x)
+    addresses = {tensor.data_ptr() for tensor in kept}
+    assert len(outputs) == 3 and not any(output.data_ptr() in addresses for output in outputs)
 
 
 def test_tiny_loads_with_plain_open_clip() -> None:

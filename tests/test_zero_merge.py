@@ -1,0 +1,126 @@
+"""The merge under every shipped DeepSpeed configuration: the model that runs afterwards has the merged weights, in each
+copy that DeepSpeed keeps of them, and un-merging gives the pristine ones back."""
+
+import pytest
+import torch
+
+from r1p_dist.adapters.low_rank import full_values
+from r1p_dist.config import RunConfig
+from r1p_dist.distributed import gather, rank, stored_copies, world_size
+from r1p_dist.engine import TaskEngine
+from r1p_dist.errors import InputError
+from r1p_dist.methods import make_method
+from r1p_dist.shipped import shipped_files
+from tests.small_clip import make_backbone
+
+SHARDED = "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"
+# what users lay over zero3, and what keeps more than one copy of a weight or keeps it elsewhere
+VARIANTS = {
+    "zero3 sharded": ["deepspeed.config=zero3", SHARDED],
+    "zero3 on the host": [
+        "deepspeed.config=zero3",
+        SHARDED,
+        "deepspeed.overrides.zero_optimization.offload_param={device: cpu, pin_memory: false}",
+    ],
+    "zero++ with a copy per node": [
+        "deepspeed.config=zero3",
+        SHARDED,
+        "deepspeed.overrides.zero_optimization.zero_hpz_partition_size=2",
+    ],
+}
+CONFIGS = {name: [f"deepspeed.config={name}"] for name in shipped_files("ds_configs", ".json")} | VARIANTS
+
+
+def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: int) -> dict[str, bool]:
+    config = RunConfig.load(
+        "mini_mtil",
+        ["train.global_batch_size=8", "train.lr=1e-1", "pool.rank=6", "pool.active=3", "pool.merged=2", *overrides],
+    )
+    backbone = make_backbone()
+    method = make_method(config, backbone)
+    backbone.set_prompts(["cat", "tree", "sea"])
+    pristine = [adapter.linear.weight.detach().clone()[adapter.rows] for adapter in method.adapters]
+    image = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).chunk(world_size())[rank()]
+    label = torch.arange(8).remainder(3).chunk(world_size())[rank()]
+    facts = {}
+
+    def weights() -> list[torch.Tensor]:
+        return [full_values(adapter.linear.weight)[0][adapter.rows] for adapter in method.adapters]
+
+    def features(engine: TaskEngine) -> torch.Tensor:
+        """What the model really computes, by its own gathers, in forward and backward."""
+        backbone.eval()
+        with torch.no_grad():
+            return engine(image=image)[0]
+
+    for task in range(2):
+        method.begin_task(task)
+        engine = TaskEngine(backbone, config, config.train, world_size())
+        backbone.train()
+        for _ in range(2):
+            loss, _ = method.loss(engine, {"image": image, "label": label})
+            engine.step(loss)
+            method.end_step()
+        method.end_task()
+        facts["copies"] = len(stored_copies(method.adapters[0].linear.weight)) == copies
+        expected = [
+            before + adapter.merged_delta().to(before.device)
+            for before, adapter in zip(pristine, method.adapters, strict=True)
+        ]
+        now = weights()
+        facts[f"merged {task}"] = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(now, expected, strict=True))
+        facts[f"changed {task}"] = any((a - b).abs().max() > 1e-4 for a, b in zip(now, pristine, strict=True))
+        facts[f"same on ranks {task}"] = all(bool((gather(w[None]) == w).all()) for w in now)
+        plain = make_backbone().eval()
+        load_weights(plain, method.adapters, expected)
+        with torch.no_grad():
+            facts[f"runs merged {task}"] = torch.allclose(features(engine), plain(image=image)[0], atol=1e-5)
+        if task == 1:
+            for adapter in method.adapters:
+                adapter.unmerge(0)
+            first_out = [
+                before + (adapter.merged[0].scaling * adapter.merged[0].B @ adapter.merged[0].A).to(before.device)
+                for before, adapter in zip(pristine, method.adapters, strict=True)
+            ]
+            facts["first task out"] = all(
+                torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(), first_out, strict=True)
+            )
+            for adapter in method.adapters:
+                adapter.unmerge_all()
+            facts["pristine again"] = all(torch.equal(a, b) for a, b in zip(weights(), pristine, strict=True))
+            with torch.no_grad():
+                facts["runs pristine"] = torch.allclose(
+                    features(engine), make_backbone().eval()(image=image)[0], atol=1e-5
+                )
+        engine.close()
+    return facts
+
+
+def load_weights(backbone, adapters, weights) -> None:
+    """Puts weights (rows of each adapter's linear) into a backbone without adapters."""
+    linears = {name: module for name, module in backbone.named_modules() if isinstance(module, torch.nn.Linear)}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        tower, block, layer = adapter.name.split(".")
+        place = {"out": "attn.out_proj", "fc1": "mlp.c_fc", "fc2": "mlp.c_proj"}.get(layer, "attn.in_proj.linear")
+        name = f"model.{'visual' if tower == 'image' else 'text'}.transformer.resblocks.{block}.{place}"
+        with torch.no_grad():
+            linears[name].weight[adapter.rows] = weight
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merge_reaches_every_copy(run_distributed, name: str) -> None:
+    copies = 2 if "copy per node" in name else 1
+    for facts in run_distributed(train_merge_unmerge, 2, CONFIGS[name], copies, timeout_s=240):
+        assert all(facts.values()) and len(facts) == 12, facts
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("zero_quantized_nontrainable_weights=true", "frozen weights would lie quantised"),
+        ("offload_param={device: nvme, nvme_path: /tmp}", "frozen weights would lie on disk; use cpu"),
+    ],
+)
+def test_weights_that_cannot_take_a_merge_are_refused_before_training(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RunConfig.load("mini_mtil", ["deepspeed.config=zero3", f"deepspeed.overrides.zero_optimization.{override}"])
