@@ -1,0 +1,94 @@
+"""Fair measurements on a noisy machine: interleaved times, ratios of medians, peak memory of a fresh process."""
+
+import multiprocessing
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Returns the seconds of each call: all variants in turn, `rounds` times, after one round that is not counted."""
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, list[float]], over: str, under: str) -> float:
+    """Returns the median over rounds of one variant's time through another's, so that slow phases cancel out."""
+    return statistics.median(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+
+
+def processor() -> str:
+    """Returns the processor's name and which matrix extensions it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    values = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    flags = values.get("flags", "").split()
+    extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    return f"{values.get('model name', platform.machine())}, family {values.get('cpu family', '?')} {extensions}"
+
+
+def anonymous_bytes() -> int:
+    """Returns this process's anonymous resident memory; file-backed pages (mapped weights) are not in it. Linux."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+
+
+class PeakMemory:
+    """The highest anonymous memory while the context is open, looked at every two milliseconds."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.bytes, self._open = anonymous_bytes(), True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._open:
+            self.bytes = max(self.bytes, anonymous_bytes())
+            time.sleep(0.002)
+
+    def __exit__(self, *exception: object) -> None:
+        self._open = False
+        self._thread.join()
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns function(*arguments) from a new process that gives freed memory back at once, so that peaks are real."""
+    with _environment(MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(function, arguments)
+
+
+@contextmanager
+def _environment(**values: str):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
