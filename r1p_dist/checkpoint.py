@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from r1p_dist.adapters import LowRankLinear
-from r1p_dist.runlog import write_atomically
+from r1p_dist.files import write_atomically
 
 
 def save_adapter(folder: Path, adapters: list[LowRankLinear], facts: dict) -> None:

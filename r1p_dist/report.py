@@ -24,7 +24,7 @@ from r1p_dist.figures import (
     pad_row,
     png_of,
 )
-from r1p_dist.runlog import write_atomically
+from r1p_dist.files import write_atomically
 
 MEANINGS = {
     "transfer": ("Transfer", "accuracy on tasks not trained yet: how much zero-shot ability is kept"),
@@ -134,6 +134,9 @@ def _facts(metrics: dict[str, Any]) -> str:
         "trainable_parameters": "{:,} trainable parameters",
     }
     facts = [look.format(metrics[key]) for key, look in looks.items() if metrics.get(key) is not None]
+    if collectives := metrics.get("collectives_per_step"):
+        calls, sent = (sum(entry[key] for entry in collectives.values()) for key in ("calls", "bytes"))
+        facts.append(f"{calls} collectives with {sent / 1e6:.2f} MB per step")
     if metrics.get("wall_seconds") is not None:
         facts.append(f"{metrics['wall_seconds'] / 60:.1f} minutes")
     return " · ".join(facts)

@@ -1,24 +1,13 @@
 """What a run shows and writes while it goes: progress bar, log.jsonl, metrics.json and more; rank 0 only."""
 
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r1p_dist.distributed import rank
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes the file under a temporary name, syncs it and renames it, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from r1p_dist.files import write_atomically
 
 
 class RunLog:

@@ -11,8 +11,8 @@ PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "errors shipped safe_yaml ds_config config distributed data losses adapters backbones evaluation methods engine "
-    "runlog checkpoint figures report train doctor cli"
+    "errors files shipped safe_yaml ds_config config distributed data losses adapters backbones evaluation methods "
+    "engine runlog checkpoint figures report train doctor cli"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

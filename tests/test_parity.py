@@ -8,6 +8,7 @@ import torch
 
 import r1p_dist.engine
 from r1p_dist import attach_pool
+from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.adapters.pool import share_votes
 from r1p_dist.config import RunConfig
@@ -200,3 +201,18 @@ def test_votes_travel_once_per_group_or_once_per_step(run_distributed, vote: str
             for what in ("calls", "bytes"):
                 assert step["allreduce"][what] == returned[what] + sum(vote[what] for vote in votes)
             assert set(step) == {"allgather", "allreduce"}
+
+
+def half_precision_output(rank: int, world_size: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    adapted = AdaptedLinear(torch.nn.Linear(64, 96), rank=6, active=3, merged=2).bfloat16()
+    torch.nn.init.normal_(adapted.B, std=1e-4)
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    return adapted(x).detach()  # every rank has the same samples, so the votes are the same as on one rank
+
+
+def test_small_updates_survive_bf16_on_several_ranks_too(run_distributed) -> None:
+    """The frozen product must not be rounded before the update is there, though it could run while votes travel."""
+    one = run_distributed(half_precision_output, 1)[0]
+    for output in run_distributed(half_precision_output, 2):
+        assert torch.equal(output, one)

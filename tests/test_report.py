@@ -91,6 +91,7 @@ def test_report_of_a_finished_run_shows_every_part(tmp_path: Path) -> None:
         world_size=2,
         zero_stage=1,
         trainable_parameters=4978368,
+        collectives_per_step={"allreduce": {"calls": 9, "bytes": 250000}, "allgather": {"calls": 3, "bytes": 50000}},
         wall_seconds=90.0,
     )
     run = write_run(tmp_path / "run", metrics, log_of(metrics["tasks"]))
@@ -99,7 +100,8 @@ def test_report_of_a_finished_run_shows_every_part(tmp_path: Path) -> None:
     page = read_page(run)
     text = " ".join(page.words)
     assert "dac on 3 tasks" in text
-    assert "seed 3 · world size 2 · ZeRO stage 1 · 4,978,368 trainable parameters · 1.5 minutes" in text
+    assert "seed 3 · world size 2 · ZeRO stage 1 · 4,978,368 trainable parameters" in text
+    assert "12 collectives with 0.30 MB per step · 1.5 minutes" in text
     # Transfer: task 2: 22.25; task 3: (9 + 12) / 2
     assert ["Transfer", "16.4"] in [row[:2] for row in page.cells]
     assert ["Last", "66.0"] in [row[:2] for row in page.cells]

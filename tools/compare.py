@@ -39,7 +39,7 @@ from r1p_dist.evaluation.comparison import (
     paired_differences,
     paired_table,
 )
-from r1p_dist.runlog import write_atomically
+from r1p_dist.files import write_atomically
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
 SETTINGS = Path(__file__).with_name("compare_mini_mtil.yaml")

@@ -187,8 +187,9 @@ def adapted_product(
     recompute, source: x = recompute(source), for example a LayerNorm; the backward then computes x again instead of
     keeping it. The adapters share the input, so they share one vote, one dropout mask and one big product.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+        x = x.to(torch.get_autocast_dtype(device))
     kind = type(adapters[0])
     votes = kind.votes(adapters, x)
     frozen = None if votes is None else _sum_votes(votes, linear, x)

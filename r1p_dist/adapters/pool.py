@@ -116,7 +116,7 @@ class AdaptedLinear(LowRankLinear):
         if _is_recomputing():
             return None  # activation checkpointing runs the forward again: the vote stands
         first = adapters[0]
-        guide = first.guide_vector(x)
+        guide = first.guide_vector(x.detach())
         scores = torch.stack([adapter.router(guide) for adapter in adapters])  # (adapters, batch, rank)
         ballots = torch.zeros(scores.shape, dtype=torch.int64, device=x.device)
         ballots.scatter_(2, top(scores, first.active), 1)

@@ -8,13 +8,14 @@ Why the update is not added to W first: at 1,576 tokens both forms cost about th
 text tower this one costs less, it needs no second copy of W, and in bf16 it keeps small updates. W lies on bf16's grid,
 so an update below half a step of the grid vanishes in W + scaling B A; a rounded x W^T lies on that grid as well. Here
 the update comes first and the big product is accumulated onto it, with one rounding at the end. The share of an update
-that arrives in a bf16 output, for updates of 1.5e-4, 1.5e-3 and 1.5e-2 of the output (`python tools/benchmark.py
-precision`):
+that arrives in a bf16 output, for updates of 4e-5, 4e-4 and 4e-3 of the output (`python tools/benchmark.py precision`):
 
-    W + update, then the product                0.09  0.70  1.00
-    product, then the update added              0.09  0.70  1.00
-    bias + update, then the product added       0.39  1.00  1.00
-    update, then the product added, then bias   1.02  1.00  1.00    <- in bf16 and fp16
+    W + update, then the product                0.02  0.19  0.93
+    product, then the update added              0.02  0.21  0.96
+    bias + update, then the product added       0.08  0.75  1.00
+    update, then the product added, then bias   0.79  0.97  1.00    <- in bf16 and fp16
+
+In fp32 nothing of this matters and the bias comes first, which saves a pass over the output.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,27 +54,29 @@ class Product:
         # from the default generator, which activation checkpointing sets back for its second forward
         self._seed = torch.randint(2**63 - 1, ()).item() if self.dropout else 0
 
-    def chunks(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
-        """Yields the rows of x in parts, each with its dropout mask (1 keeps, 0 drops) in x's type, or None.
+    def chunks(self, count: int, width: int, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        """Yields the rows of x (count, width) in parts, each with its dropout mask (1 keeps, 0 drops) or None.
+
+        like: a tensor of the device and type that the masks shall have.
 
         The masks are the same at every call: the backward draws them again. Each element is kept or dropped
         independently of all others; four share one 64-bit draw, so the rate is a multiple of 1 / 65,536, and the
         scaling uses that very rate.
         """
-        generator = torch.Generator(x.device).manual_seed(self._seed) if self.dropout else None
-        count, width = x.shape
-        parts = -(-count * width // _CHUNK_ELEMENTS) if x.device.type == "cpu" else 1
-        step = -(-count // parts)
+        generator = torch.Generator(like.device).manual_seed(self._seed) if self.dropout else None
+        parts = -(-count * width // _CHUNK_ELEMENTS) if like.device.type == "cpu" else 1
+        step = -(-count // parts) if count else 1
         for start in range(0, count, step):
             rows = slice(start, min(start + step, count))
-            yield rows, None if generator is None else self._mask(x[rows], generator)
+            shape = (rows.stop - rows.start, width)
+            yield rows, None if generator is None else self._mask(shape, generator).to(like.dtype)
 
-    def _mask(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    def _mask(self, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+        size = shape[0] * shape[1]
+        draws = torch.empty(-(-size // 4), dtype=torch.int64, device=generator.device)
         draws.random_(-(2**63), None, generator=generator)
         dropped = round(self.dropout * _RATES) - _RATES // 2 - 1  # the highest 16-bit value that drops
-        mask = draws.view(torch.int16).clamp_(dropped, dropped + 1).sub_(dropped)
-        return mask[: x.numel()].view_as(x).to(x.dtype)
+        return draws.view(torch.int16).clamp_(dropped, dropped + 1).sub_(dropped)[:size].view(shape)
 
 
 def composed_product(
@@ -101,7 +104,7 @@ class _ComposedProduct(torch.autograd.Function):
         Bts = [(scaling * Bt).to(x.dtype) for Bt, scaling in zip(Bts, product.scalings, strict=True)]
         A = torch.cat(As).to(x.dtype)
         u = x.new_empty(len(A), len(flat))
-        for part, mask in product.chunks(flat):
+        for part, mask in product.chunks(*flat.shape, flat):
             kept = flat[part] if mask is None else mask.mul_(flat[part])
             torch.mm(A, kept.T, out=u[:, part])
         ctx.product, ctx.ranks, ctx.pool_sizes = product, [len(A) for A in As], [B.shape[1] for B in Bs]
@@ -119,7 +122,7 @@ class _ComposedProduct(torch.autograd.Function):
         gs, us = [g[:, rows] for rows in product.rows], u.split(ctx.ranks)
         dA, dBts = torch.zeros_like(A), [torch.zeros_like(Bt) for Bt in Bts]
         dx = g.new_empty(len(g), A.shape[1]) if ctx.needs_input_grad[2] else None
-        for part, mask in product.chunks(saved):
+        for part, mask in product.chunks(len(g), A.shape[1], g):
             x = saved[part] if product.recompute is None else product.recompute(saved[part]).to(g.dtype)
             gB = torch.cat([Bt @ g_i[part].T for Bt, g_i in zip(Bts, gs, strict=True)])  # (k, n), scaled
             if dx is not None:
