@@ -24,14 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import webdataset
 import yaml
 
+from r1p_dist.data.convert.sources import TEMPLATES
+from r1p_dist.data.convert.writer import write_tar
 from r1p_dist.data.shards import ShardDataset, index_shard
 from r1p_dist.data.stream import Stream, read_class_names, read_templates
 from r1p_dist.errors import InputError
-
-TEMPLATES = "zeroshot_classification_templates.txt"  # clip_benchmark's name
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ def split_validation(samples: Sequence[Sample], per_class: int) -> tuple[list[Sa
 
 def write_shard(path: Path, samples: Sequence[Sample]) -> None:
     """Write a shard whose bytes depend on the samples alone."""
-    with open(path, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0, user="root", group="root") as tar:
-        for sample in samples:
-            tar.write({"__key__": sample.key, **sample.files})
+    with open(path, "wb") as file:
+        write_tar(file, ({"__key__": sample.key, **sample.files} for sample in samples))
 
 
 def build_task(source: Path, target: Path, validation_per_class: int) -> dict:

@@ -162,7 +162,7 @@ class ShardDataset(torch.utils.data.Dataset):
         where = f"{self.shards[number]}: key {self._keys[index]}"
         if len(content) != size:
             raise InputError(f"{where}: the shard got shorter since it was indexed; do not change shards during a run")
-        return _decode(content, where), self.labels[index]
+        return decode_picture(content, where), self.labels[index]
 
     def _descriptor(self, number: int) -> int:
         # Positioned reads share no file offset, so descriptors stay right in forked workers.
@@ -215,7 +215,8 @@ def _parse_label(content: bytes, class_count: int, where: str) -> int:
     return int(text)
 
 
-def _decode(content: bytes, where: str) -> Image.Image:
+def decode_picture(content: bytes, where: str) -> Image.Image:
+    """Return a JPEG, PNG or WebP picture as RGB. BadSampleError: damaged, of another kind, or too large to be safe."""
     try:
         with warnings.catch_warnings():
             # Half-way to its limit PIL only warns; a training picture of that size is a bomb as well.

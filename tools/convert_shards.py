@@ -1,0 +1,135 @@
+"""Convert a data set into WebDataset shards, or check shards that were converted.
+
+    python tools/convert_shards.py photos/train shards --split train --workers 4
+    python tools/convert_shards.py photos/test shards --split test
+    python tools/convert_shards.py captions.csv shards --image-folder pictures --resize 256
+    python tools/convert_shards.py torchvision:CIFAR10:/data shards --split test
+    python tools/convert_shards.py verify shards
+    python tools/convert_shards.py stats shards
+
+INPUT is recognised, or named with --from: an image folder with a directory per class (folder), a CSV, TSV or parquet
+file (table), clip_benchmark's layout or img2dataset's output (shards), torchvision:CLASS:ROOT (torchvision), a Hugging
+Face data set saved to disk (datasets), LLaVA's conversation JSON (llava). With train and test split there, OUTPUT is a
+stream of one task: stream=OUTPUT trains on it. A conversion that was stopped goes on when the same command runs again.
+Exit code 0; 1 when `verify` finds a fault; 2 for wrong input.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from r1p_dist.data.convert.check import read_indexes, verify_shards
+from r1p_dist.data.convert.sources import SOURCES, SourceOptions, open_source
+from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert, verify or count; return 0, 1 (a fault was found) or 2 (wrong input)."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv[:1] == ["verify"]:
+            return _verify(_output_of("verify", argv[1:]))
+        if argv[:1] == ["stats"]:
+            return _stats(_output_of("stats", argv[1:]))
+        return _convert(_arguments(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _output_of(command: str, argv: Sequence[str]) -> Path:
+    parser = argparse.ArgumentParser(prog=f"convert_shards.py {command}")
+    parser.add_argument("output", type=Path, help="folder of converted shards")
+    return parser.parse_args(argv).output
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("input", help="data set to convert")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--from", dest="kind", choices=SOURCES, help="kind of INPUT, where it is not recognised")
+    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    parser.add_argument("--name", help="of the task (default: name of OUTPUT)")
+    parser.add_argument("--shard-samples", type=_count, default=1000, metavar="N", help="samples per shard (1000)")
+    parser.add_argument("--resize", type=_count, metavar="PIXELS", help="shorter side of pictures that are larger")
+    parser.add_argument("--max-samples", type=_count, metavar="N", help="keep so many")
+    parser.add_argument("--shots", type=_count, metavar="N", help="keep so many per class")
+    parser.add_argument("--seed", type=int, default=0, help="which are kept, and their order (0)")
+    parser.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
+    parser.add_argument("--image-column", metavar="NAME")
+    parser.add_argument("--label-column", metavar="NAME")
+    parser.add_argument("--caption-column", metavar="NAME")
+    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="what picture paths are relative to")
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    columns = (arguments.image_column, arguments.label_column, arguments.caption_column)
+    source = open_source(
+        arguments.input, arguments.kind, SourceOptions(*columns, arguments.image_folder, arguments.split)
+    )
+    options = ConvertOptions(
+        arguments.split,
+        arguments.shard_samples,
+        arguments.resize,
+        arguments.max_samples,
+        arguments.shots,
+        arguments.seed,
+    )
+    console = Console(stderr=True)
+    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("")
+        index = convert(
+            source,
+            arguments.output,
+            options,
+            name=arguments.name or arguments.output.resolve().name,
+            workers=arguments.workers,
+            progress=lambda done, all_: progress.update(bar, completed=done, total=all_),
+        )
+    classes = f", {index['classes']} classes" if index["classes"] else ""
+    print(f"{arguments.output / arguments.split}: {index['samples']} samples in {len(index['shards'])} shards{classes}")
+    for fault in index["skipped"]:
+        print(f"left out: {fault}", file=sys.stderr)
+    return 0
+
+
+def _verify(output: Path) -> int:
+    faults = 0
+    for fault in verify_shards(output):
+        faults += 1
+        print(fault)
+    print(f"{output}: {f'{faults} faults' if faults else 'every shard is as it was written, every picture decodes'}")
+    return 1 if faults else 0
+
+
+def _stats(output: Path) -> int:
+    for split, index in read_indexes(output).items():
+        size = sum(shard["bytes"] for shard in index["shards"])
+        classes = index["classes"] if index["classes"] else "no"
+        print(
+            f"{split}: {index['samples']} samples, {classes} classes, {len(index['shards'])} shards, "
+            f"{size / 1e6:.1f} MB, {len(index['skipped'])} left out, from {index['plan']['kind']}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
