@@ -164,9 +164,13 @@ class TrainConfig(_Section):
 
 
 class DataConfig(_Section):
-    """`shots`: training pictures per class (null: all). Workers are loader processes per rank."""
+    """`shots`: training pictures per class (null: all). Workers are loader processes per rank.
+
+    `max_bad_fraction`: the share of a task's training pictures that may be undecodable; null: 0.001, or one picture.
+    """
 
     shots: Count | None = None
+    max_bad_fraction: Probability | None = None
     evaluate_on: Literal["test", "validation"] = "test"
     workers: Steps = 0
     augment: bool = True

@@ -63,7 +63,8 @@ class TrainLoader:
 
     Yields {"image": (n, 3, H, W) float32, "label": (n,) int64}; `label` indexes `prompts`, which has the training
     prompt of each class of each task. A picture that cannot be decoded is replaced by the next one of the dataset, is
-    logged and counted in `replaced` (message -> times).
+    logged and counted in `replaced` (message -> times); more of them than `max_bad_fraction` allows end the run with an
+    InputError.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class TrainLoader:
         shots: int | None,
         include_validation: bool,
         workers: int,
+        max_bad_fraction: float | None = None,
         start_step: int = 0,
     ) -> None:
         """Index the tasks' training shards; `start_step` counts optimizer steps already done.
@@ -92,11 +94,14 @@ class TrainLoader:
         self.dataset = JointDataset(datasets, [len(task.class_names) for task in tasks])
         self.prompts = [task.prompt(label) for task in tasks for label in range(len(task.class_names))]
         self.micro_batch_size = share
+        self._most_bad = max(1, len(self.dataset) // 1000)
+        if max_bad_fraction is not None:
+            self._most_bad = int(max_bad_fraction * len(self.dataset))
         self.replaced: Counter[str] = Counter()
         self._workers = workers
         self._numbers = range(start_step * gradient_accumulation_steps, iterations * gradient_accumulation_steps)
-        name = "+".join(task.name for task in tasks)
-        self._batches = _TrainBatches(self.dataset, transform, seed, name, share, rank, world_size)
+        self.name = "+".join(task.name for task in tasks)
+        self._batches = _TrainBatches(self.dataset, transform, seed, self.name, share, rank, world_size)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -107,6 +112,11 @@ class TrainLoader:
                 if fault not in self.replaced:
                     _logger.warning("%s; the next sample takes its place", fault)
                 self.replaced[fault] += 1
+            if len(self.replaced) > self._most_bad:
+                raise InputError(
+                    f"task {self.name}: {len(self.replaced)} of {len(self.dataset)} training pictures cannot be "
+                    f"decoded and {self._most_bad} may; mend them or set data.max_bad_fraction; the last: {faults[-1]}"
+                )
             yield batch
 
 
@@ -158,6 +168,7 @@ def train_loader(config: RunConfig, tasks: Sequence[Task], iterations: int, prep
         shots=config.data.shots,
         include_validation=config.data.evaluate_on == "test",
         workers=config.data.workers,
+        max_bad_fraction=config.data.max_bad_fraction,
     )
 
 

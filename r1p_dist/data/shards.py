@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from r1p_dist.errors import InputError
 
@@ -225,6 +225,8 @@ def decode_picture(content: bytes, where: str) -> Image.Image:
                 return image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSampleError(f"{where}: picture too large to decode safely: {error}") from error
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise BadSampleError(f"{where}: picture cannot be decoded: no {', '.join(_IMAGE_FORMATS)} file") from error
     # PIL's decoders raise many kinds of errors on damaged bytes.
     except Exception as error:
         raise BadSampleError(f"{where}: picture cannot be decoded: {' '.join(str(error).split())}") from error

@@ -210,13 +210,14 @@ def test_a_bad_picture_is_replaced_by_the_next_alike_on_all_world_sizes(
     shard = write_tar(tmp_path / "bad.tar", files)
     bad = replace(task, train=(shard,), sizes={})
     fixed = train_transform(PREPROCESS, False)
+    lenient = {"max_bad_fraction": 0.5}
     images = {
         index: evaluation_transform(PREPROCESS)(ShardDataset([shard], "abc").read(index)[0]) for index in (0, 1, 4)
     }
     stand_in = {0: 0, 1: 1, 2: 4, 3: 4, 4: 4, 5: 0}
 
     for world_size in (1, 2):
-        options = {"iterations": 4, "global_batch_size": 6, "world_size": world_size, "transform": fixed}
+        options = {"iterations": 4, "global_batch_size": 6, "world_size": world_size, "transform": fixed, **lenient}
         with caplog.at_level(logging.WARNING, "r1p_dist.data.loader"):
             loaders = [load([bad], rank=rank, workers=workers, **options) for rank in range(world_size)]
             ranks = [list(loader) for loader in loaders]
@@ -234,6 +235,23 @@ def test_a_bad_picture_is_replaced_by_the_next_alike_on_all_world_sizes(
         # s2's stand-in s3 is bad as well, so that s3 is met twice per epoch.
         assert counted == {"s2": 4, "s3": 8, "s5": 4}
     assert "key s2" in caplog.text and "the next sample takes its place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bad_count", "fraction", "is_refused"), [(1, None, False), (2, None, True), (2, 0.34, False), (1, 0.0, True)]
+)
+def test_too_many_bad_pictures_end_the_run(task: Task, tmp_path: Path, bad_count: int, fraction, is_refused: bool):
+    files = []
+    for index in range(6):
+        content = b"no picture" if index < bad_count else picture(index)
+        files += [(f"s{index}.png", content), (f"s{index}.cls", str(index % 3).encode())]
+    bad = replace(task, train=(write_tar(tmp_path / "bad.tar", files),), sizes={})
+    loader = load([bad], iterations=4, global_batch_size=6, max_bad_fraction=fraction)
+    if not is_refused:
+        assert len(list(loader)) == 4
+        return
+    with pytest.raises(InputError, match=f"task fruit: {bad_count} of 6 training pictures cannot be decoded"):
+        list(loader)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -3,6 +3,7 @@
 import gzip
 import io
 import pickle
+import random
 import struct
 import tarfile
 import zlib
@@ -254,3 +255,42 @@ def check_message(call, words: list[str]) -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == [], message
+
+
+def test_flipped_and_cut_bytes_never_pass_for_another_picture(tmp_path: Path):
+    """Two thousand damaged shards: a clean error, a bad sample, or every untouched picture as it was."""
+    generator = random.Random(0)
+    files = [entry for number in range(4) for entry in sample_files(number, number % 3)]
+    shard = write_tar(tmp_path / "whole.tar", files)
+    whole, samples, plain = shard.read_bytes(), index_shard(shard), ShardDataset([shard], "abc")
+    originals = {sample.key: plain.read(number) for number, sample in enumerate(samples)}
+    # header and content of each file of a sample
+    spans = {s.key: [(offset - 512, offset + size) for offset, size in s.files.values()] for s in samples}
+    refused = bad = compared = 0
+    path = tmp_path / "damaged.tar"
+    for _ in range(2000):
+        content = bytearray(whole)
+        if generator.random() < 0.2:
+            place = generator.randrange(len(content))
+            del content[place:]
+        else:
+            place = generator.randrange(len(content))
+            content[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        try:
+            dataset = ShardDataset([path], "abc")
+        except InputError:
+            refused += 1
+            continue
+        for index in range(len(dataset)):
+            key = dataset._keys[index]
+            try:
+                image, label = dataset.read(index)
+            except BadSampleError:
+                bad += 1
+                continue
+            touched = any(start <= place < stop for start, stop in spans.get(key, []))
+            if key in originals and not touched:
+                assert image.tobytes() == originals[key][0].tobytes() and label == originals[key][1]
+                compared += 1
+    assert refused > 100 and bad > 100 and compared > 1000
