@@ -4,10 +4,11 @@
     python tools/benchmark.py --help
 
 Machines are noisy: variants run interleaved in one process, and ratios count, not seconds. The results are printed and,
-with --json FILE, written there.
+with --json FILE, written there; `table` prints a folder of them as Markdown.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -17,9 +18,9 @@ from pathlib import Path
 
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
-from r1p_dist.runlog import write_atomically
+from r1p_dist.files import write_atomically
 
-BENCHMARKS = ("step", "precision", "inference", "tasks", "scaling")
+BENCHMARKS = ("step", "precision", "inference", "tasks", "scaling", "table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,13 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
-    for name in BENCHMARKS:
-        module = importlib.import_module(f"benchmarks.{name}")
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log stays where it is when DeepSpeed is imported
+        modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
+    for name, module in modules.items():
         head, _, rest = module.__doc__.partition("\n\n")
         command = commands.add_parser(
             name, help=head, description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write what is printed there, too")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(result, indent=2)
+    text = result if isinstance(result, str) else json.dumps(result, indent=2)
     print(text)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

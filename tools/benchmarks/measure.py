@@ -1,5 +1,6 @@
 """Fair measurements on a noisy machine: interleaved times, ratios of medians, peak memory of a fresh process."""
 
+import gc
 import multiprocessing
 import os
 import platform
@@ -10,6 +11,8 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -52,6 +55,13 @@ def anonymous_bytes() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise OSError("/proc/self/status has no RssAnon")
+
+
+def live_tensor_bytes() -> int:
+    """Returns the bytes of the storages of all tensors alive in this process, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class PeakMemory:

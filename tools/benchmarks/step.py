@@ -14,6 +14,7 @@ model was built.
 
 import argparse
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if name not in VARIANTS:
             raise InputError(f"--against {arguments.against}: no variant {name!r}; there are limit and peft")
     torch.set_num_threads(arguments.threads)
+    logging.disable(logging.WARNING)  # random weights are meant
     variants = {name: VARIANTS[name](arguments) for name in names}
     result: dict[str, Any] = {
         "processor": processor(),
@@ -72,20 +74,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     for work in ("same_work", "end_to_end"):
         steps = {name: functools.partial(variant.step, work == "end_to_end") for name, variant in variants.items()}
-        flops = {name: _count_flops(step) for name, step in steps.items()}
         seconds = interleaved(steps, arguments.pairs)
-        memory = {name: in_fresh_process(_peak_memory, arguments, name, work == "end_to_end") for name in names}
         ratios = {}
         if "limit" in names:
             ratios["step/limit"] = ratio(seconds, "step", "limit")
         if "peft" in names:
             ratios["peft/step"] = ratio(seconds, "peft", "step")
         if "limit" in names:
+            flops = {name: _count_flops(steps[name]) for name in ("step", "limit")}
+            memory = {name: in_fresh_process(_peak_memory, arguments, name, work == "end_to_end") for name in flops}
             ratios["flops step/limit"] = flops["step"] / flops["limit"]
             ratios["memory step/limit"] = memory["step"] / memory["limit"]
+            result.setdefault("memory_mb", {})[work] = {name: round(value / 1e6) for name, value in memory.items()}
         result[work] = {name: round(value, 3) for name, value in ratios.items()}
         result.setdefault("median_s", {})[work] = {name: round(value, 4) for name, value in medians(seconds).items()}
-        result.setdefault("memory_mb", {})[work] = {name: round(value / 1e6) for name, value in memory.items()}
     return result
 
 

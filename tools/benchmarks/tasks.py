@@ -1,21 +1,31 @@
-"""What a task costs after many others: the step with its AGO loss, the merge, and what stays in memory.
+"""What a task costs after many others: switching to it, its AGO loss, its merge, and what stays in memory.
 
-For each number of past tasks: the time of a training step over that of a step without past tasks (`step`, medians of
-interleaved rounds), the seconds to merge one more task into all weights (`merge_s`), and the bytes of all merged
-factors (`stored_mb`), which is all that grows. The cost is linear in the number of tasks: 4 (in + out) numbers per
-adapted linear and task are stored, the AGO loss reads 4 out of them in each step, the merge multiplies all of them.
+A stream of tasks of one step each, as a run goes through it: fresh experts, a new DeepSpeed engine, a step, the merge.
+For each number of finished tasks:
+
+step         the time of a training step with the AGO loss over that of one without past tasks (interleaved, medians)
+switch_s     seconds from the end of the last step of one task to the first of the next: merge, engine, fresh experts
+stored_mb    the merged factors, 4 (in + out) numbers per adapted linear and task: all that is meant to grow
+tensors_mb   by how much all live tensors of the process grew since the first task
+resident_mb  by how much its anonymous memory did; the allocator's gaps are in it
+
+The cost is linear in the number of tasks: the AGO loss reads the stored columns of B, the merge multiplies all factors.
 """
 
 import argparse
 import functools
+import logging
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.measure import interleaved, processor, ratio
-from benchmarks.step import Step
-from r1p_dist.adapters import AdaptedLinear, Factors
+from benchmarks.measure import anonymous_bytes, interleaved, live_tensor_bytes, processor, ratio
+from benchmarks.step import CLASSES, random_images
+from r1p_dist.backbones import load_backbone
+from r1p_dist.config import RunConfig
+from r1p_dist.engine import TaskEngine, start_process_group
+from r1p_dist.methods import make_method
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,67 +33,72 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=15, help="interleaved rounds")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 50])
-    parser.set_defaults(dtype="float32", dropout=0.0, dropout_kind="element")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 50], help="report after so many tasks")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns per number of past tasks the ratio of step times, the merge's seconds and the stored megabytes."""
+    """Returns per number of finished tasks the ratio of step times, the seconds of a switch and the megabytes."""
     torch.set_num_threads(arguments.threads)
-    variant = PoolWithPast(arguments)
-    steps = {count: functools.partial(variant.step_after, count) for count in (0, *arguments.tasks)}
-    merges, stored = {}, {}
-    for task in range(max(arguments.tasks)):
-        merges[task + 1] = variant.merge_random_task(task)
-        stored[task + 1] = variant.stored_bytes()
-    seconds = interleaved(steps, arguments.pairs)
+    logging.disable(logging.WARNING)
+    start_process_group()
+    stream = Run(arguments)
+    switch, stored, tensors, resident = {}, {}, {}, {}
+    for task in range(1, max(arguments.tasks) + 1):
+        stream.step()
+        switch[task] = stream.switch(task)
+        stored[task], tensors[task], resident[task] = stream.stored_bytes(), live_tensor_bytes(), anonymous_bytes()
+    counts = sorted(arguments.tasks)
+    seconds = interleaved({count: functools.partial(stream.step, count) for count in (0, *counts)}, arguments.pairs)
     return {
         "processor": processor(),
         "model": arguments.model,
         "batch": arguments.batch,
-        "step": {count: round(ratio(seconds, count, 0), 3) for count in arguments.tasks},
-        "merge_s": {count: round(merges[count], 3) for count in arguments.tasks},
-        "stored_mb": {count: round(stored[count] / 1e6, 2) for count in arguments.tasks},
+        "step": {count: round(ratio(seconds, count, 0), 3) for count in counts},
+        "switch_s": {count: round(switch[count], 3) for count in counts},
+        "stored_mb": {count: round(stored[count] / 1e6, 2) for count in counts},
+        "tensors_mb": {count: round((tensors[count] - tensors[1]) / 1e6, 2) for count in counts},
+        "resident_mb": {count: round((resident[count] - resident[1]) / 1e6, 2) for count in counts},
     }
 
 
-class PoolWithPast(Step):
-    """A pool under training, with the factors of past tasks to stay orthogonal to."""
+class Run:
+    """DAC on one rank, between two tasks or within one."""
 
-    def prepare(self, arguments: argparse.Namespace) -> None:
-        super().prepare(arguments)
-        self.adapters = [module for module in self.backbone.modules() if isinstance(module, AdaptedLinear)]
+    def __init__(self, arguments: argparse.Namespace):
+        overrides = [f"backbone.name={arguments.model}", f"train.global_batch_size={arguments.batch}"]
+        self.config = RunConfig.load("mini_mtil", overrides)
+        self.backbone = load_backbone(self.config.backbone)
+        self.method = make_method(self.config, self.backbone)
+        self.backbone.set_prompts([f"a photo of a {name}." for name in CLASSES])
+        self.backbone.train()
+        generator = torch.Generator().manual_seed(0)
+        self.batch = {
+            "image": random_images(self.backbone, arguments.batch, generator),
+            "label": torch.randint(len(CLASSES), (arguments.batch,), generator=generator),
+        }
+        self._begin(0)
 
-    def merge_random_task(self, seed: int) -> float:
-        """Merges a task of random experts into every weight and returns the seconds."""
-        generator = torch.Generator().manual_seed(seed)
-        updates = [
-            Factors(
-                torch.randn(adapter.merge_count, adapter.in_features, generator=generator),
-                torch.randn(adapter.out_features, adapter.merge_count, generator=generator) * 1e-4,
-                adapter.scaling,
-            )
-            for adapter in self.adapters
-        ]
+    def _begin(self, task: int) -> None:
+        self.method.begin_task(task)
+        self.engine = TaskEngine(self.backbone, self.config, self.config.train, 1)
+
+    def switch(self, task: int) -> float:
+        """Ends the current task, begins the next and returns the seconds."""
         started = time.perf_counter()
-        for adapter, update in zip(self.adapters, updates, strict=True):
-            adapter.merge_update(update)
+        self.method.end_task()
+        self.engine.close()
+        self._begin(task)
         return time.perf_counter() - started
 
+    def step(self, past: int | None = None) -> None:
+        """One training step; past: how many finished tasks the AGO loss sees, all by default."""
+        if past is not None:
+            for adapter in self.method.adapters:
+                adapter.orthogonal_to = adapter.past_B[:, : past * adapter.merge_count] if past else None
+        self.engine.step(self.method.loss(self.engine, self.batch)[0])
+        self.method.end_step()
+
     def stored_bytes(self) -> int:
-        tensors = [adapter.past_B for adapter in self.adapters]
-        tensors += [past.A for adapter in self.adapters for past in adapter.merged]
+        adapters = self.method.adapters
+        tensors = [adapter.past_B for adapter in adapters] + [past.A for a in adapters for past in a.merged]
         return sum(tensor.nbytes for tensor in tensors)
-
-    def step_after(self, count: int) -> None:
-        """One training step with the AGO loss of `count` past tasks."""
-        for adapter in self.adapters:
-            adapter.orthogonal_to = adapter.past_B[:, : count * adapter.merge_count] if count else None
-        self.step(end_to_end=True)
-
-    def loss(self, end_to_end: bool) -> torch.Tensor:
-        loss = super().loss(end_to_end)
-        terms = [adapter.ago for adapter in self.adapters if adapter.ago is not None]
-        for adapter in self.adapters:
-            adapter.ago = None
-        return loss + 0.1 * torch.stack(terms).mean() if terms else loss

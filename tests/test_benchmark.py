@@ -1,0 +1,131 @@
+"""The benchmarks' arithmetic and files; what they measure depends on the machine and is no test's business."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module("benchmark")
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture
+def measure(tool: ModuleType) -> ModuleType:
+    return importlib.import_module("benchmarks.measure")
+
+
+def test_variants_run_in_turn_and_the_first_round_does_not_count(measure: ModuleType) -> None:
+    calls: list[str] = []
+    variants = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = measure.interleaved(variants, rounds=2)
+    assert calls == list("abc" * 3) and {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
+        "abc", 2
+    )
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios(measure: ModuleType) -> None:
+    seconds = {"slow": [2.0, 30.0, 4.0], "fast": [1.0, 10.0, 8.0]}  # the second round met a slow phase
+    assert measure.ratio(seconds, "slow", "fast") == 2.0
+    assert measure.medians(seconds) == {"slow": 4.0, "fast": 8.0}
+
+
+def test_peak_memory_sees_what_was_freed_again(measure: ModuleType) -> None:
+    before = measure.anonymous_bytes()
+    with measure.PeakMemory() as peak:
+        block = torch.ones(25_000_000)
+        torch.mm(torch.ones(1500, 1500), torch.ones(1500, 1500))  # some time to look
+        del block
+    assert 95e6 < peak.bytes - before < 300e6
+
+
+def test_live_tensors_count_each_storage_once(measure: ModuleType) -> None:
+    before = measure.live_tensor_bytes()
+    block = torch.ones(1000, 1000)
+    views = [block[i] for i in range(10)]
+    assert measure.live_tensor_bytes() - before == 4_000_000 and len(views) == 10
+
+
+@pytest.mark.slow
+def test_step_writes_every_ratio(tool: ModuleType, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "step.json"
+    arguments = "step --model tiny --batch 4 --pairs 1 --dropout 0.2 --against limit,peft --json"
+    assert tool.main([*arguments.split(), str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert json.loads(capsys.readouterr().out) == result
+    ratios = {"step/limit", "peft/step", "flops step/limit", "memory step/limit"}
+    for work in ("same_work", "end_to_end"):
+        assert result[work].keys() == ratios and all(value > 0 for value in result[work].values())
+        assert result["median_s"][work].keys() == {"step", "limit", "peft"}
+    assert result["end_to_end"]["flops step/limit"] < result["same_work"]["flops step/limit"] < 1.1
+    assert (result["dtype"], result["dropout"], result["model"]) == ("float32", 0.2, "tiny") and result["processor"]
+
+
+def test_precision_shows_that_small_updates_arrive(tool: ModuleType, capsys) -> None:
+    assert tool.main(["precision", "--scales", "1e-4"]) == 0
+    arrives = json.loads(capsys.readouterr().out)["arrives"]
+    assert arrives.pop("ours")[0] > 0.9 > max(values[0] for values in arrives.values())
+
+
+def test_inference_compares_equal_models(tool: ModuleType, capsys) -> None:
+    assert tool.main("inference --model tiny --batch 2 --pairs 2".split()) == 0
+    assert json.loads(capsys.readouterr().out)["merged/plain"] > 0
+
+
+@pytest.mark.slow
+def test_tasks_grow_by_their_factors(run_distributed) -> None:
+    result = json.loads(run_distributed(run_tasks, 1, timeout_s=200)[0])
+    grown = result["stored_mb"]["3"] - result["stored_mb"]["1"]
+    assert result["tensors_mb"]["3"] == pytest.approx(grown, rel=0.05) and grown > 1
+    assert 0 < result["switch_s"]["3"] and result["step"].keys() == {"1", "3"}
+
+
+def run_tasks(rank: int, world_size: int) -> str:
+    sys.path.insert(0, str(TOOLS))
+    import contextlib
+    import io
+
+    import benchmark
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert benchmark.main("tasks --batch 2 --pairs 1 --tasks 1 3".split()) == 0
+    return out.getvalue()[out.getvalue().index("{") :]
+
+
+@pytest.mark.slow
+def test_scaling_counts_collectives(tool: ModuleType, capsys) -> None:
+    arguments = "scaling --ranks 1 2 --votes global lagged --batch 4 --steps 1 --rounds 1"
+    assert tool.main(arguments.split()) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out[out.index("{") :])
+    groups = 4 * 10  # tiny has ten blocks; q, k and v share their input
+    calls = {vote: result["collectives"][vote]["2"]["allreduce"]["calls"] for vote in ("global", "lagged")}
+    assert calls["global"] - calls["lagged"] == groups - 1
+    assert all(value > 0 for ranks in result["samples_per_second"].values() for value in ranks.values())
+
+
+def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:
+    assert tool.main(["step", "--against", "limits"]) == 2
+    assert "error: --against limits: no variant 'limits'; there are limit and peft" in capsys.readouterr().err
+
+
+def test_the_published_tables_are_those_of_the_published_results(tool: ModuleType, capsys) -> None:
+    docs = TOOLS.parent / "docs"
+    assert tool.main(["table", str(docs / "benchmarks")]) == 0
+    page = (docs / "performance.md").read_text(encoding="utf-8")
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in page, table.splitlines()[0]
+
+
+def test_a_folder_without_results_is_refused(tool: ModuleType, tmp_path: Path, capsys) -> None:
+    assert tool.main(["table", str(tmp_path)]) == 2
+    assert "no results of a benchmark" in capsys.readouterr().err

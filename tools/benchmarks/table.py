@@ -1,0 +1,88 @@
+"""Print the JSON files of a folder as the Markdown tables of docs/performance.md."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1p_dist.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="holds step*.json, tasks*.json, scaling*.json and so on")
+
+
+def run(arguments: argparse.Namespace) -> str:
+    """Returns the tables of all results in the folder, by the name of the benchmark."""
+    tables = []
+    for name, make in TABLES.items():
+        results = [
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted(arguments.folder.glob(f"{name}*.json"))
+        ]
+        if results:
+            tables.append(make(results))
+    if not tables:
+        raise InputError(f"{arguments.folder}: no results of a benchmark; write them with --json")
+    return "\n\n".join(tables)
+
+
+def _step(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        dropout = f"{result['dropout']} {result['dropout_kind']}" if result["dropout"] else "none"
+        for work in ("same_work", "end_to_end"):
+            ratios = [result[work].get(key) for key in RATIOS]
+            rows.append([result["dtype"], dropout, work.replace("_", " "), *map(_number, ratios)])
+    return _markdown(["dtype", "dropout", "work", *RATIOS], rows)
+
+
+def _precision(results: Sequence[dict[str, Any]]) -> str:
+    (result,) = results
+    rows = [[name, *map(_number, values)] for name, values in result["arrives"].items()]
+    return _markdown(["update / output in bf16", *(f"{size:.1e}" for size in result["update/output"])], rows)
+
+
+def _inference(results: Sequence[dict[str, Any]]) -> str:
+    return _markdown(["model", "merged / plain"], [[r["model"], _number(r["merged/plain"])] for r in results])
+
+
+def _tasks(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for count in result["step"]:
+            rows.append([result["model"], count, *(_number(result[key][count]) for key in TASK_COLUMNS)])
+    return _markdown(["model", "past tasks", *TASK_COLUMNS], rows)
+
+
+def _scaling(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for vote, speeds in result["samples_per_second"].items():
+            for ranks, speed in speeds.items():
+                sent = result["collectives"][vote].get(ranks, {}).values()
+                calls, size = (sum(entry[key] for entry in sent) for key in ("calls", "bytes"))
+                rows.append([vote, ranks, _number(speed), str(calls), _number(size / 1e6)])
+    return _markdown(["vote", "ranks", "samples/s", "collectives per step", "MB per step"], rows)
+
+
+RATIOS = ("step/limit", "peft/step", "flops step/limit", "memory step/limit")
+TASK_COLUMNS = ("step", "switch_s", "stored_mb", "tensors_mb", "resident_mb")
+TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
+    "step": _step,
+    "precision": _precision,
+    "inference": _inference,
+    "tasks": _tasks,
+    "scaling": _scaling,
+}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
