@@ -65,7 +65,8 @@ def test_step_writes_every_ratio(tool: ModuleType, tmp_path: Path, capsys) -> No
     ratios = {"step/limit", "peft/step", "flops step/limit", "memory step/limit"}
     for work in ("same_work", "end_to_end"):
         assert result[work].keys() == ratios and all(value > 0 for value in result[work].values())
-        assert result["median_s"][work].keys() == {"step", "limit", "peft"}
+    variants = {"step", "limit", "peft"}
+    assert result["median_s"].keys() == variants | {f"{name} end_to_end" for name in variants}
     assert result["end_to_end"]["flops step/limit"] < result["same_work"]["flops step/limit"] < 1.1
     assert (result["dtype"], result["dropout"], result["model"]) == ("float32", 0.2, "tiny") and result["processor"]
 

@@ -120,7 +120,8 @@ class _ComposedProduct(torch.autograd.Function):
         saved = saved.reshape(-1, saved.shape[-1])
         g = gradient.reshape(-1, gradient.shape[-1])
         gs, us = [g[:, rows] for rows in product.rows], u.split(ctx.ranks)
-        dA, dBts = torch.zeros_like(A), [torch.zeros_like(Bt) for Bt in Bts]
+        # summed over parts in fp32 at least
+        dA, *dBts = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (A, *Bts))
         dx = g.new_empty(len(g), A.shape[1]) if ctx.needs_input_grad[2] else None
         for part, mask in product.chunks(len(g), A.shape[1], g):
             x = saved[part] if product.recompute is None else product.recompute(saved[part]).to(g.dtype)
@@ -129,9 +130,9 @@ class _ComposedProduct(torch.autograd.Function):
                 torch.mm(gB.T, A, out=dx[part])
                 if mask is not None:
                     dx[part] *= mask
-            dA.addmm_(gB, x if mask is None else mask.mul_(x))
+            dA += gB @ (x if mask is None else mask.mul_(x))
             for dBt, u_i, g_i in zip(dBts, us, gs, strict=True):
-                dBt.addmm_(u_i[:, part], g_i[part])
+                dBt += u_i[:, part] @ g_i[part]
         if dx is not None:
             dx = dx.addmm_(g, product.linear.weight.to(g.dtype)).view(*gradient.shape[:-1], -1)
         dBts = [dBt.mul_(scaling) for dBt, scaling in zip(dBts, product.scalings, strict=True)]

@@ -161,3 +161,20 @@ def test_autocast_runs_the_products_in_its_type() -> None:
     torch.testing.assert_close(y.float(), expected, atol=5e-2, rtol=2e-2)
     y.sum().backward()
     assert adapted.A.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
+
+
+def test_bf16_gradients_are_summed_over_parts_without_loss() -> None:
+    """Forty thousand tokens in ten parts: adding part by part in bf16 would round each time."""
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 64).bfloat16().requires_grad_(False)
+    x = torch.rand(40_000, 256).bfloat16()
+    A, B = torch.randn(4, 256).bfloat16().requires_grad_(), torch.randn(64, 4).bfloat16().requires_grad_()
+    product = Product(linear, [slice(0, 64)], [1.0], [None])
+    assert len(list(product.chunks(*x.shape, x))) == 10
+    composed_product(product, x, None, [A], [B]).sum().backward()
+    gB = B.detach().float().sum(0).bfloat16().float()  # the gradient of the output is 1 everywhere
+    exact_A, exact_B = gB[:, None] * x.float().sum(0), (x.float() @ A.detach().float().T).sum(0).expand(64, 4)
+    assert A.grad.dtype == B.grad.dtype == torch.bfloat16
+    rounding = 2.0**-9  # of bf16: at most half a step, for each part and at the end
+    torch.testing.assert_close(A.grad.float(), exact_A, rtol=3 * rounding, atol=0)
+    torch.testing.assert_close(B.grad.float(), exact_B, rtol=3 * rounding, atol=0)
