@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, flop_registry, register_flop_formula
 
 from r1p_dist import attach_pool
 from r1p_dist.adapters import AdaptedLinear
@@ -15,7 +15,8 @@ from r1p_dist.backbones.open_clip import open_blocks
 
 BATCH, TOKENS = 8, 77
 
-register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)  # torch's counter does not know it
+if torch.ops.aten.addmm_ not in flop_registry:  # torch's counter does not know it
+    register_flop_formula(torch.ops.aten.addmm_, get_raw=True)(addmm_flop)
 
 
 def require_gradient(module, inputs, keywords):

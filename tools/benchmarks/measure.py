@@ -1,6 +1,7 @@
 """Fair measurements on a noisy machine: interleaved times, ratios of medians, peak memory of a fresh process."""
 
 import gc
+import logging
 import multiprocessing
 import os
 import platform
@@ -60,8 +61,20 @@ def anonymous_bytes() -> int:
 def live_tensor_bytes() -> int:
     """Returns the bytes of the storages of all tensors alive in this process, each storage once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # these types alone: torch.compile leaves tensors without storage behind
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@contextmanager
+def quiet():
+    """Silences log lines below an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class PeakMemory:

@@ -14,7 +14,6 @@ steps in a fresh process, less what the process had before the model was built.
 
 import argparse
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +24,22 @@ from torch import nn
 from torch.utils.flop_counter import (
     FlopCounterMode,
     addmm_flop,
+    flop_registry,
     register_flop_formula,
     sdpa_backward_flop,
     sdpa_flop,
 )
 
-from benchmarks.measure import PeakMemory, anonymous_bytes, in_fresh_process, interleaved, medians, processor, ratio
+from benchmarks.measure import (
+    PeakMemory,
+    anonymous_bytes,
+    in_fresh_process,
+    interleaved,
+    medians,
+    processor,
+    quiet,
+    ratio,
+)
 from r1p_dist import attach_pool, load_clip
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.config import TrainConfig
@@ -61,8 +70,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if name not in VARIANTS:
             raise InputError(f"--against {arguments.against}: no variant {name!r}; there are limit and peft")
     torch.set_num_threads(arguments.threads)
-    logging.disable(logging.WARNING)  # random weights are meant
-    variants = {name: VARIANTS[name](arguments) for name in names}
+    with quiet():  # random weights are meant
+        variants = {name: VARIANTS[name](arguments) for name in names}
     result: dict[str, Any] = {
         "processor": processor(),
         "model": arguments.model,
@@ -229,7 +238,8 @@ for operation, formula in (
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
     (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
 ):
-    register_flop_formula(operation, get_raw=True)(formula)
+    if operation not in flop_registry:
+        register_flop_formula(operation, get_raw=True)(formula)
 
 
 def _count_flops(step: Callable[[], None]) -> int:
@@ -241,7 +251,8 @@ def _count_flops(step: Callable[[], None]) -> int:
 def _peak_memory(arguments: argparse.Namespace, name: str, end_to_end: bool) -> int:
     torch.set_num_threads(arguments.threads)
     before = anonymous_bytes()
-    variant = VARIANTS[name](arguments)
+    with quiet():
+        variant = VARIANTS[name](arguments)
     with PeakMemory() as peak:
         for _ in range(2):
             variant.step(end_to_end)

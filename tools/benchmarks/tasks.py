@@ -14,13 +14,12 @@ The cost is linear in the number of tasks: the AGO loss reads the stored columns
 
 import argparse
 import functools
-import logging
 import time
 from typing import Any
 
 import torch
 
-from benchmarks.measure import anonymous_bytes, interleaved, live_tensor_bytes, processor, ratio
+from benchmarks.measure import anonymous_bytes, interleaved, live_tensor_bytes, processor, quiet, ratio
 from benchmarks.step import CLASSES, random_images
 from r1p_dist.backbones import load_backbone
 from r1p_dist.config import RunConfig
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns per number of finished tasks the ratio of step times, the seconds of a switch and the megabytes."""
     torch.set_num_threads(arguments.threads)
-    logging.disable(logging.WARNING)
     start_process_group()
-    stream = Run(arguments)
+    with quiet():  # random weights are meant
+        stream = Run(arguments)
     switch, stored, tensors, resident = {}, {}, {}, {}
     for task in range(1, max(arguments.tasks) + 1):
         stream.step()
