@@ -26,7 +26,7 @@ from r1p_dist.errors import InputError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 _NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)")
-_LABEL_BYTES = 32  # a longer file is no label: do not read it
+LABEL_BYTES = 32  # a longer file is no label: do not read it
 _OPEN_SHARDS = 256  # well under the usual limit of 1024 open files per process
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -125,7 +125,7 @@ class ShardDataset(torch.utils.data.Dataset):
                     raise InputError(f"{where}: has no label; write the class number as text into {sample.key}.cls")
                 offset, size = sample.files["cls"]
                 file.seek(offset)
-                self.labels.append(_parse_label(file.read(min(size, _LABEL_BYTES + 1)), class_count, where))
+                self.labels.append(parse_label(file.read(min(size, LABEL_BYTES + 1)), class_count, where))
                 self._keys.append(sample.key)
                 self._places.append((number, *sample.files[pictures[0]]))
 
@@ -206,10 +206,11 @@ class JointDataset(torch.utils.data.Dataset):
         return image, label + self._label_offsets[task]
 
 
-def _parse_label(content: bytes, class_count: int, where: str) -> int:
+def parse_label(content: bytes, class_count: int, where: str) -> int:
+    """Return the class number in a .cls file. InputError: no number, or outside the classes."""
     text = content.decode("ascii", errors="replace").strip()
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise InputError(f"{where}: label {text[:_LABEL_BYTES]!r} is not a class number")
+        raise InputError(f"{where}: label {text[:LABEL_BYTES]!r} is not a class number")
     if int(text) >= class_count:
         raise InputError(f"{where}: label {int(text)} is outside the class list, {class_count} classes from 0")
     return int(text)

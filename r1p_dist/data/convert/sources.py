@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from r1p_dist.data.shards import IMAGE_SUFFIXES, IndexedSample, index_shard
+from r1p_dist.data.shards import IMAGE_SUFFIXES, LABEL_BYTES, IndexedSample, index_shard, parse_label
 from r1p_dist.data.stream import read_class_names, read_templates
 from r1p_dist.errors import InputError
 
@@ -231,10 +231,7 @@ def _label(shard: Path, sample: IndexedSample, classes: int) -> int:
     offset, size = sample.files["cls"]
     with open(shard, "rb") as file:
         file.seek(offset)
-        text = file.read(min(size, 32)).decode("ascii", errors="replace").strip()
-    if not text.isdigit() or int(text) >= classes:
-        raise InputError(f"{shard}: key {sample.key}: label {text!r} is not a class number below {classes}")
-    return int(text)
+        return parse_label(file.read(min(size, LABEL_BYTES + 1)), classes, f"{shard}: key {sample.key}")
 
 
 def _llava(path: str, options: SourceOptions) -> Source:
