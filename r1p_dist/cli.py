@@ -17,6 +17,7 @@ from r1p_dist.errors import InputError
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,6 +105,12 @@ def _list_methods() -> int:
 def _report_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         return command(argv)
+    except RuntimeError as error:
+        # gloo's and NCCL's words; the rank that ended has said why.
+        if not any(words in str(error) for words in _LOST_RANK):
+            raise
+        print(f"error (rank {_rank()}): another rank ended or cannot be reached any more", file=sys.stderr, flush=True)
+        return 1
     except InputError as error:
         rank = _rank()
         if rank:

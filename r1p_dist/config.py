@@ -166,14 +166,37 @@ class TrainConfig(_Section):
 class DataConfig(_Section):
     """`shots`: training pictures per class (null: all). Workers are loader processes per rank.
 
-    `max_bad_fraction`: the share of a task's training pictures that may be undecodable; null: 0.001, or one picture.
+    `shuffle_shards`: how many shards' samples are mixed with one another (null: a whole epoch's, which needs all shards
+    at hand). `replay_share`: the share of the training samples that comes from the tasks trained before;
+    `reference_share` comes from the tasks of `reference`, a stream like `stream`. `max_bad_fraction`: the share of a
+    task's training samples that may be unusable; null: 0.001, or one sample. Copies of remote shards are kept in
+    `cache_dir` (null: the user's cache folder), as far as `cache_gb` allows (null: all).
     """
 
     shots: Count | None = None
+    shuffle_shards: Count | None = None
+    replay_share: Probability = 0.0
+    reference: str | None = None
+    reference_share: Probability = 0.0
     max_bad_fraction: Probability | None = None
     evaluate_on: Literal["test", "validation"] = "test"
     workers: Steps = 0
     augment: bool = True
+    cache_dir: Path | None = None
+    cache_gb: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> DataConfig:
+        if self.replay_share + self.reference_share >= 1:
+            raise ValueError(
+                f"data.replay_share={self.replay_share} and data.reference_share={self.reference_share} must leave "
+                "some samples to the task: their sum must be below 1"
+            )
+        if (self.reference is None) != (self.reference_share == 0):
+            raise ValueError(
+                f"data.reference={self.reference} and data.reference_share={self.reference_share}: set both or none"
+            )
+        return self
 
 
 class EvaluationConfig(_Section):

@@ -146,7 +146,22 @@ def _metrics_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
     rows = [[name, _number(metrics.get(key)), meaning] for key, (name, meaning) in MEANINGS.items()]
     zero_shot = _number(mean_of(accuracy.zero_shot))
     rows.append(["Zero-shot", zero_shot, "mean over all tasks before any training, the reference for all above"])
-    return "<h2>Figures</h2>\n" + _table(["", "percent", ""], rows, numbers={1}, meaning=2)
+    table = _table(["", "percent", ""], rows, numbers={1}, meaning=2)
+    return f"<h2>Figures</h2>\n{table}{_bad_samples(metrics, accuracy)}"
+
+
+def _bad_samples(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
+    """Return a line on samples that could not be used; nothing where all could."""
+    bad = metrics.get("bad_samples", {})
+    left_out = [
+        f"{count} pictures of {task}"
+        for task, count in zip(accuracy.tasks, bad.get("evaluation", []), strict=False)
+        if count
+    ]
+    parts = [f"left out of the evaluation: {', '.join(left_out)}"] if left_out else []
+    if sum(bad.get("train", [])):
+        parts.append(f"replaced by their neighbours in training: {sum(bad['train'])}")
+    return f"<p>Samples that cannot be decoded; {_text('; '.join(parts))}.</p>\n" if parts else ""
 
 
 def _matrix_section(accuracy: AccuracyRows) -> str:

@@ -12,7 +12,7 @@ import torch
 from r1p_dist.backbones import load_backbone
 from r1p_dist.checkpoint import save_adapter
 from r1p_dist.config import RunConfig
-from r1p_dist.data import Stream, TrainLoader, evaluation_loaders, train_loader
+from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group
 from r1p_dist.errors import InputError
@@ -36,7 +36,13 @@ def run(config: RunConfig) -> dict:
     method = make_method(config, backbone)
     stages = method.stages(stream)
     zero_stage = resolve_deepspeed(config, world_size())["zero_optimization"]["stage"]
-    loaders = [train_loader(config, stage.tasks, stage.iterations, backbone.preprocess) for stage in stages]
+    reference = Stream.load(config.data.reference).tasks if config.data.reference else ()
+    loaders = [
+        train_loader(
+            config, stage.tasks, stage.iterations, backbone.preprocess, past=_tasks(stages[:index]), reference=reference
+        )
+        for index, stage in enumerate(stages)
+    ]
     test_loaders = evaluation_loaders(config, stream.tasks, backbone.preprocess)
     classifier = Classifier(backbone, test_loaders, config.evaluation.batch_size)
     log = RunLog(config.run_dir, config.dump(), config.log.tensorboard)
@@ -45,6 +51,7 @@ def run(config: RunConfig) -> dict:
     log.say(f"precision {precision}: {reason}")
 
     rows: list[list[float]] = []
+    left_out: list[int] = []
     before_merge: list[float | None] = [None] * len(stream.tasks)
     collectives: dict[str, dict[str, int]] = {}
     for index, (stage, loader) in enumerate(zip(stages, loaders, strict=True)):
@@ -52,7 +59,8 @@ def run(config: RunConfig) -> dict:
         train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
         model = TaskEngine(backbone, config, train, world_size()) if method.adapters else backbone
         if index == 0:
-            rows.append(evaluate(classifier, model, stream, 0, log))
+            row, left_out = evaluate(classifier, model, stream, 0, log)
+            rows.append(row)
         if method.adapters:
             collectives = fit(model, method, stage, loader, config, log)
             for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
@@ -60,7 +68,7 @@ def run(config: RunConfig) -> dict:
             for result in classifier.evaluate(model, stage.tasks):
                 before_merge[[task.name for task in stream.tasks].index(result.task)] = result.accuracy
             method.end_task()
-            rows.append(evaluate(classifier, model, stream, index + 1, log))
+            rows.append(evaluate(classifier, model, stream, index + 1, log)[0])
             model.close()
             if rank() == 0:
                 facts = {
@@ -83,6 +91,7 @@ def run(config: RunConfig) -> dict:
             "world_size": world_size(),
             "zero_stage": zero_stage,
             "collectives_per_step": collectives,
+            "bad_samples": {"train": [loader.bad_samples for loader in loaders[: index + 1]], "evaluation": left_out},
             "method": config.method,
             "seed": config.seed,
             "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)},
@@ -100,7 +109,7 @@ def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, co
     method.backbone.set_prompts(loader.prompts)
     method.backbone.train()
     log.begin_stage(stage.name, stage.iterations)
-    step, sums, waited, since = 0, torch.zeros(2), 0.0, time.perf_counter()
+    step, sums, waited, since = 0, torch.zeros(3), 0.0, time.perf_counter()
     batches, micro_batches, collectives = iter(loader), 0, CollectiveCounter()
     while step < stage.iterations:
         asked = time.perf_counter()
@@ -112,14 +121,18 @@ def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, co
             is_boundary = model.step(loss)
             if is_boundary:
                 method.end_step()
-        sums += torch.stack([loss.detach(), parts.get("ago", torch.zeros_like(loss)).detach()]).cpu()
+        sums[0] += loss.detach().cpu()
+        sums[1] += parts["ago"].detach().cpu() if "ago" in parts else 0
         micro_batches += 1
         if not is_boundary:
             continue
         step += 1
         if step % config.log.every_steps == 0 or step == stage.iterations:
             seconds = time.perf_counter() - since
-            loss_mean, ago_mean = (sum_over_ranks(sums) / (micro_batches * world_size())).tolist()
+            sums[2] = loader.count_new_faults()
+            loss_mean, ago_mean, faults = (sum_over_ranks(sums) / (micro_batches * world_size())).tolist()
+            if faults:
+                loader.check_faults()
             samples = micro_batches * config.train.global_batch_size / config.train.gradient_accumulation_steps
             values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
             values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
@@ -128,17 +141,23 @@ def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, co
                 raise InputError(
                     f"task {stage.name} step {step}: the loss is {loss_mean}; try a smaller train.lr than {lr}"
                 )
-            sums, micro_batches, waited, since = torch.zeros(2), 0, 0.0, time.perf_counter()
+            sums, micro_batches, waited, since = torch.zeros(3), 0, 0.0, time.perf_counter()
     log.end_stage()
     return collectives.summary()
 
 
-def evaluate(classifier: Classifier, model: Callable, stream: Stream, row: int, log: RunLog) -> list[float]:
-    """Returns one row of the accuracy matrix."""
+def evaluate(
+    classifier: Classifier, model: Callable, stream: Stream, row: int, log: RunLog
+) -> tuple[list[float], list[int]]:
+    """Returns one row of the accuracy matrix, and how many pictures of each task could not be decoded."""
     results = classifier.evaluate(model, stream.tasks)
     for result in results:
         log.correct(row, result.task, result.correct.tolist())
-    return [result.accuracy for result in results]
+    return [result.accuracy for result in results], [result.left_out for result in results]
+
+
+def _tasks(stages: Sequence[Stage]) -> list[Task]:
+    return [task for stage in stages for task in stage.tasks]
 
 
 def summary(index: int, stage: Stage, stages: Sequence[Stage], metrics: dict) -> str:

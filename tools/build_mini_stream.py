@@ -28,7 +28,8 @@ import yaml
 
 from r1p_dist.data.convert.sources import TEMPLATES
 from r1p_dist.data.convert.writer import write_tar
-from r1p_dist.data.shards import ShardDataset, index_shard
+from r1p_dist.data.index import index_shard
+from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import Stream, read_class_names, read_templates
 from r1p_dist.errors import InputError
 

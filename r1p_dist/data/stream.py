@@ -3,9 +3,9 @@
 name: mini_mtil
 tasks:                                        # the default order
   - name: fashion
-    train: [fashion/train-000000.tar]         # paths are relative to the file
+    train: [fashion/train-000000.tar]         # paths are relative to the file; braces count: train-{000000..000123}.tar
     validation: [fashion/validation-000000.tar]     # optional
-    test: [fashion/test-000000.tar]
+    test: ["s3://bucket/fashion/test-000000.tar"]   # http(s), s3, gs, az and hf addresses as well
     class_names: fashion/classnames.txt       # one class per line; the line number, from 0, is the label
     templates: fashion/zeroshot_classification_templates.txt    # one per line, `{c}` stands for the class name
     sizes: {train: 160, validation: 40, test: 100}   # optional; samples per split
@@ -16,11 +16,16 @@ orders: {second: [fashion, ...]}              # optional; further orders, each w
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from r1p_dist.data.remote import PROTOCOLS, is_url
 from r1p_dist.errors import InputError
 from r1p_dist.safe_yaml import parse_yaml
 
@@ -30,6 +35,7 @@ _STREAM_KEYS = ("name", "tasks", "orders")
 _TASK_KEYS = ("name", *SPLITS, "class_names", "templates", "sizes", "domain")
 _TASK_KEYS_NEEDED = ("name", "train", "test", "class_names", "templates")
 _DOMAINS = ("seen", "unseen")
+_MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,9 @@ class Task:
     """One task of a stream: its shards per split, its classes (label = position) and its prompt templates."""
 
     name: str
-    train: tuple[Path, ...]
-    validation: tuple[Path, ...]
-    test: tuple[Path, ...]
+    train: tuple[Path | str, ...]
+    validation: tuple[Path | str, ...]
+    test: tuple[Path | str, ...]
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     sizes: dict[str, int]
@@ -170,18 +176,37 @@ def _load_task(entry: dict[str, Any], path: Path) -> Task:
     return Task(entry["name"], **shards, class_names=class_names, templates=templates, sizes=sizes, domain=domain)
 
 
-def _shards(value: Any, path: Path, where: str, split: str) -> tuple[Path, ...]:
+def _shards(value: Any, path: Path, where: str, split: str) -> tuple[Path | str, ...]:
     if value is None and split == "validation":
         return ()
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: must be a list of shards (.tar files), got {value!r}")
-    shards = tuple(path.parent / _text(shard, where) for shard in value)
-    for shard in shards:
-        if not shard.is_file():
-            raise InputError(f"{where}: shard {shard} is missing; paths are relative to the stream file")
+    shards = tuple(_shard(name, path, where) for entry in value for name in _expand(_text(entry, where), where))
     if len(set(shards)) != len(shards):
         raise InputError(f"{where}: the same shard stands twice; name each shard once")
     return shards
+
+
+def _expand(text: str, where: str) -> list[str]:
+    try:
+        names = list(itertools.islice(braceexpand(text), _MOST_SHARDS + 1))
+    except UnbalancedBracesError as error:
+        raise InputError(f"{where}: {text}: {error}") from error
+    if len(names) > _MOST_SHARDS:
+        raise InputError(f"{where}: {text}: stands for more than {_MOST_SHARDS} shards")
+    return names
+
+
+def _shard(name: str, path: Path, where: str) -> Path | str:
+    if is_url(name):
+        return name
+    # webdataset would run `pipe:` as a command; here nothing but these addresses and files is opened.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name) and not (path.parent / name).is_file():
+        raise InputError(f"{where}: {name!r} is no address of {', '.join(PROTOCOLS)}, and commands are never run")
+    shard = path.parent / name
+    if not shard.is_file():
+        raise InputError(f"{where}: shard {shard} is missing; paths are relative to the stream file")
+    return shard
 
 
 def _text_file(value: Any, path: Path, where: str) -> Path:

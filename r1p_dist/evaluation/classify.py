@@ -8,15 +8,20 @@ import torch.nn.functional as F
 
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.data import EvaluationLoader, Task
-from r1p_dist.distributed import rank, sum_over_ranks, world_size
+from r1p_dist.distributed import sum_over_ranks
+from r1p_dist.errors import InputError
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What an evaluation of one task found; `correct` has one entry per picture in the order of the shards."""
+    """What an evaluation of one task found; `correct` has one entry per picture in the order of the shards.
+
+    Pictures that cannot be decoded have no entry; `left_out` is their number.
+    """
 
     task: str
     correct: torch.Tensor  # (pictures,) bool
+    left_out: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -45,15 +50,18 @@ class Classifier:
     def _evaluate_task(self, model: Callable, task: Task) -> TaskResult:
         weights = self._class_weights(model, task)
         loader = self.loaders[task.name]
-        correct = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
-        mine = correct[rank() :: world_size()]
-        start = 0
+        # 0: not seen, 1: wrong, 2: right. Every picture is on one rank, so the sum over ranks has them all.
+        found = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
         for batch in loader:
-            features, _ = model(image=batch["image"].to(weights.device))
-            right = (features @ weights.T).argmax(1) == batch["label"].to(weights.device)
-            mine[start : start + len(right)] = right.int()
-            start += len(right)
-        return TaskResult(task.name, sum_over_ranks(correct).bool().cpu())
+            batch = {name: tensor.to(weights.device) for name, tensor in batch.items()}
+            features, _ = model(image=batch["image"])
+            right = (features @ weights.T).argmax(1) == batch["label"]
+            found[batch["position"]] = 1 + right.int()
+        found = sum_over_ranks(found).cpu()
+        seen = found[found > 0]
+        if not len(seen):
+            raise InputError(f"task {task.name}: not one of its {len(found)} pictures to be evaluated can be decoded")
+        return TaskResult(task.name, seen == 2, len(found) - len(seen))
 
     def _class_weights(self, model: Callable, task: Task) -> torch.Tensor:
         prompts = [prompt for label in range(len(task.class_names)) for prompt in task.prompts(label)]

@@ -1,7 +1,6 @@
 """Conversion into shards: every kind of source, the same bytes always, killed and gone on, checked again."""
 
 import csv
-import importlib.util
 import io
 import json
 import random
@@ -12,64 +11,24 @@ import tarfile
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from r1p_dist.data import Stream
 from r1p_dist.data.convert.sources import SourceOptions, open_source
-from r1p_dist.data.convert.writer import ConvertOptions, convert
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.errors import InputError
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_shards.py"
-CLASSES = ("ant", "bee", "cat")
+from tests.data.converting import CLASSES, TOOL, contents, load_tool, members, picture, run, write_photos
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_shards", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def picture(seed: int, kind: str, size: tuple[int, int] = (24, 16)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+    return load_tool()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three classes with 7, 6 and 5 pictures of three formats, in nested folders and with dots in their names."""
-    root = tmp_path / "photos"
-    for label, (name, count) in enumerate(zip(CLASSES, (7, 6, 5), strict=True)):
-        for i in range(count):
-            suffix, kind = (("jpg", "JPEG"), ("png", "PNG"), ("webp", "WEBP"))[i % 3]
-            path = root / name / ("more" if i > 3 else "") / f"a.{i:02d}.{suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture(100 * label + i, kind))
-    return root
-
-
-def contents(output: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(output).as_posix(): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()
-    }
-
-
-def run(source, output: Path, workers: int = 1, **options) -> dict:
-    return convert(source, output, ConvertOptions(**options), name="task", workers=workers)
-
-
-def members(output: Path, split: str = "train") -> list[tuple[str, bytes]]:
-    found = []
-    for shard in sorted((output / split).glob("??????.tar")):
-        with tarfile.open(shard) as tar:
-            found += [(member.name, tar.extractfile(member).read()) for member in tar]
-    return found
+    return write_photos(tmp_path / "photos")
 
 
 def test_an_image_folder_becomes_shards_with_every_picture_once(folder: Path, tmp_path: Path) -> None:
@@ -103,7 +62,7 @@ def test_the_index_says_where_each_sample_begins(folder: Path, tmp_path: Path) -
     index = run(open_source(str(folder), None, SourceOptions()), tmp_path / "out", shard_samples=10)
     for shard in index["shards"]:
         content = (tmp_path / "out/train" / shard["name"]).read_bytes()
-        for key, offset in shard["offsets"].items():
+        for key, offset in zip(shard["keys"], shard["offsets"], strict=True):
             assert content[offset : offset + 100].startswith(f"{key}.".encode())
 
 
@@ -301,18 +260,16 @@ def test_llava_conversations_keep_their_record_without_the_picture(folder: Path,
         open_source(str(tmp_path / "train.json"), None, SourceOptions())
 
 
-def test_torchvision_data_sets(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    base = tmp_path / "data/cifar-10-batches-py"
-    base.mkdir(parents=True)
-    fake = tmp_path / "data/fake"
-    for label, name in enumerate(("x", "y")):
-        (fake / name).mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(fake / name / f"{label}.png")
-    with pytest.raises(InputError, match="write torchvision:CLASS:ROOT"):
-        open_source("torchvision:Nothing", None, SourceOptions())
-    with pytest.raises(InputError, match="torchvision:CIFAR10"):  # not downloaded, damaged
-        open_source(f"torchvision:CIFAR10:{tmp_path / 'data'}", None, SourceOptions())
+def test_help_names_every_command_and_kind(tool: ModuleType, capsys) -> None:
+    for command in ([], ["verify"], ["stats"]):
+        with pytest.raises(SystemExit) as stopped:
+            tool.main([*command, "--help"])
+        assert stopped.value.code == 0
+        out = capsys.readouterr().out
+        assert f"convert_shards.py {' '.join(command)}" in out
+        if not command:
+            assert all(f"({kind})" in out for kind in tool.SOURCES)
+            assert "convert_shards.py verify OUTPUT" in out and "convert_shards.py stats OUTPUT" in out
 
 
 def test_verify_finds_what_changed(folder: Path, tmp_path: Path, tool: ModuleType, capsys) -> None:
@@ -321,7 +278,9 @@ def test_verify_finds_what_changed(folder: Path, tmp_path: Path, tool: ModuleTyp
     assert tool.main(["verify", str(output)]) == 0
     assert "every shard is as it was written" in capsys.readouterr().out
     assert tool.main(["stats", str(output)]) == 0
-    assert "train: 18 samples, 3 classes, 5 shards" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "train: 18 samples, 3 classes, 5 shards" in out and "classes: from 5 samples (cat) to 7 (ant)" in out
+    assert "licences" not in out
     generator = random.Random(0)
     for _ in range(20):
         shard = output / "train" / f"{generator.randrange(5):06d}.tar"
@@ -340,25 +299,3 @@ def test_verify_finds_what_changed(folder: Path, tmp_path: Path, tool: ModuleTyp
     assert "000001.tar: missing" in out and "000002.tar: " in out and "the index says" in out
     assert tool.main(["verify", str(tmp_path)]) == 2
     assert "no SPLIT/index.json in it" in capsys.readouterr().err
-
-
-def test_plain_webdataset_reads_the_shards(folder: Path, tmp_path: Path) -> None:
-    run(open_source(str(folder), None, SourceOptions()), tmp_path / "out", shard_samples=4)
-    script = """
-import json, sys, webdataset
-dataset = webdataset.WebDataset(sys.argv[1:], shardshuffle=False).decode("pil").to_tuple("jpg;png;webp", "cls")
-print(json.dumps([[list(image.size), label] for image, label in dataset]))
-"""  # in a process of its own: it leaves its last file open
-    urls = sorted(str(path) for path in (tmp_path / "out/train").glob("??????.tar"))
-    samples = json.loads(subprocess.run([sys.executable, "-c", script, *urls], capture_output=True, check=True).stdout)
-    assert sorted(label for _, label in samples) == [0] * 7 + [1] * 6 + [2] * 5
-    assert all(size == [24, 16] for size, _ in samples)
-
-
-def test_clip_benchmarks_names_are_there(folder: Path, tmp_path: Path) -> None:
-    """Its reader opens ROOT/SPLIT/{0..nshards-1}.tar (webdataset layout of clip_benchmark's README)."""
-    run(open_source(str(folder), None, SourceOptions()), tmp_path / "out", shard_samples=4, split="test")
-    count = int((tmp_path / "out/test/nshards.txt").read_text())
-    for number in range(count):
-        with tarfile.open(tmp_path / f"out/test/{number}.tar") as tar:
-            assert tar.getnames()

@@ -1,6 +1,7 @@
 """Loaders: the same sequence, bit for bit, for any number of ranks, workers and accumulation steps."""
 
 import hashlib
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from r1p_dist.data.loader import EvaluationLoader, TrainLoader, sample_order
+from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader
+from r1p_dist.data.order import SampleOrder
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import Task
 from r1p_dist.data.transforms import evaluation_transform, train_transform
@@ -40,6 +42,10 @@ def load(tasks: list[Task], **options) -> TrainLoader:
         "workers": 0,
     }
     return TrainLoader(tasks, **(defaults | options))
+
+
+def sample_order(n: int, seed: int, task: str, start: int, stop: int) -> list[int]:
+    return SampleOrder([n], seed, task).take(start, stop)
 
 
 def digest(*parts: object) -> int:
@@ -117,10 +123,12 @@ def check_equal(first: list[dict], second: list[dict]) -> None:
 def test_a_resumed_run_goes_on_at_the_next_sample(task: Task, workers: int):
     options = {"gradient_accumulation_steps": 2, "workers": workers, "world_size": 2, "rank": 1}
     whole = list(load([task], **options))
-    resumed = load([task], start_step=3, **options)
+    resumed = load([task], **options)
+    resumed.resume(resumed.cursor(3))
     assert len(resumed) == 4
     check_equal(list(resumed), whole[6:])
-    assert list(load([task], start_step=5, **options)) == []
+    resumed.resume(resumed.cursor(5))
+    assert list(resumed) == []
 
 
 def test_no_sample_is_dropped_or_repeated_within_an_epoch(task: Task):
@@ -247,21 +255,53 @@ def test_too_many_bad_pictures_end_the_run(task: Task, tmp_path: Path, bad_count
         files += [(f"s{index}.png", content), (f"s{index}.cls", str(index % 3).encode())]
     bad = replace(task, train=(write_tar(tmp_path / "bad.tar", files),), sizes={})
     loader = load([bad], iterations=4, global_batch_size=6, max_bad_fraction=fraction)
+    assert len(list(loader)) == 4
+    assert loader.count_new_faults() == bad_count and loader.count_new_faults() == 0
     if not is_refused:
-        assert len(list(loader)) == 4
+        loader.check_faults()
+        assert loader.bad_samples == bad_count
         return
-    with pytest.raises(InputError, match=f"task fruit: {bad_count} of 6 training pictures cannot be decoded"):
-        list(loader)
+    with pytest.raises(InputError, match=f"task fruit: {bad_count} of 6 training samples cannot be used"):
+        loader.check_faults()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_faults_reach_the_caller_as_one_line(task: Task, tmp_path: Path, workers: int):
+def test_a_fault_of_the_data_reaches_the_caller_as_one_line(task: Task, tmp_path: Path, workers: int):
     shard = write_tar(tmp_path / "bad.tar", [("s0.png", b"no picture"), ("s0.cls", b"0")])
-    bad = replace(task, train=(shard,), test=(shard,), sizes={})
-    for loader in (load([bad], workers=workers), evaluate(bad, workers=workers)):
-        with pytest.raises(InputError, match="key s0: picture cannot be decoded") as caught:
-            list(loader)
-        assert "\n" not in str(caught.value)
+    loader = load([replace(task, train=(shard,), sizes={})], workers=workers)
+    with pytest.raises(InputError, match="no training sample can be used; .* key s0: picture cannot") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_bad_pictures_out_and_keeps_the_others_places(
+    task: Task, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+):
+    files = []
+    for index in range(7):
+        content = b"no picture" if index in (1, 4) else picture(index)
+        files += [(f"s{index}.png", content), (f"s{index}.cls", str(index % 3).encode())]
+    bad = replace(task, test=(write_tar(tmp_path / "bad.tar", files),), sizes={})
+    transform = evaluation_transform(PREPROCESS)
+    seen, left_out, counts = {}, set(), set()
+    with caplog.at_level(logging.WARNING, "r1p_dist.data.loader"):
+        for rank in range(3):
+            loader = evaluate(bad, rank=rank, world_size=3, batch_size=1, workers=workers)
+            batches = list(loader)
+            counts.add(len(batches))
+            left_out |= loader.left_out
+            for batch in batches:
+                for image, label, position in zip(batch["image"], batch["label"], batch["position"], strict=True):
+                    assert int(position) not in seen
+                    seen[int(position)] = (image, int(label))
+    assert counts == {3}, "every rank does as many forward passes"
+    assert sorted(seen) == [0, 2, 3, 5, 6] and left_out == {1, 4}
+    reference = ShardDataset(bad.test, bad.class_names)
+    for position, (image, label) in seen.items():
+        expected, expected_label = reference.read(position)
+        assert torch.equal(image, transform(expected)) and label == expected_label
+    assert "key s4" in caplog.text and "left out of the evaluation" in caplog.text
 
 
 def evaluate(task: Task, **options) -> EvaluationLoader:
@@ -294,6 +334,97 @@ def test_evaluation_with_more_ranks_than_samples(task: Task):
     assert [len(rank) for rank in batches] == [1] * 5
     assert [len(rank[0]["label"]) for rank in batches] == [1, 1, 1, 0, 0]
     assert batches[4][0]["image"].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("window", [None, 2])
+def test_any_ranks_and_workers_see_every_sample_once(task: Task, world_size: int, workers: int, window: int | None):
+    # 11 steps of 12 are 6 epochs of 22.
+    seen = [[] for _ in range(11)]
+    for rank in range(world_size):
+        loader = load(
+            [task],
+            iterations=11,
+            global_batch_size=12,
+            world_size=world_size,
+            rank=rank,
+            workers=workers,
+            shuffle_shards=window,
+            transform=train_transform(PREPROCESS, False),
+        )
+        batches = list(loader)
+        assert len(batches) == 11
+        for number, batch in enumerate(batches):
+            seen[number] += [image.numpy().tobytes() for image in batch["image"]]
+    sequence = sum(seen, [])
+    transform = evaluation_transform(PREPROCESS)
+    everything = ShardDataset(task.train, task.class_names)
+    pixels = [transform(everything.read(index)[0]).numpy().tobytes() for index in range(COUNT)]
+    assert len(set(pixels)) == COUNT
+    for epoch in range(6):
+        assert sorted(sequence[COUNT * epoch : COUNT * (epoch + 1)]) == sorted(pixels)
+    sizes = everything.shard_sizes()
+    assert sequence == [pixels[index] for index in SampleOrder(sizes, 3, "fruit", window).take(0, 11 * 12)]
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_a_cursor_of_two_ranks_goes_on_with_three_in_the_middle_of_an_epoch(task: Task, window: int | None):
+    def run(world_size: int, cursor: dict | None = None) -> list[dict]:
+        ranks = []
+        for rank in range(world_size):
+            loader = load([task], global_batch_size=6, world_size=world_size, rank=rank, shuffle_shards=window)
+            if cursor:
+                loader.resume(cursor)
+            ranks.append(list(loader))
+        return [
+            {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+            for batches in zip(*ranks, strict=True)
+        ]
+
+    undisturbed = run(1)
+    cursor = json.loads(json.dumps(load([task], global_batch_size=6, world_size=2).cursor(2)))
+    check_equal(run(2)[:2], undisturbed[:2])
+    check_equal(run(3, cursor), undisturbed[2:])
+
+
+def test_a_cursor_that_does_not_fit_is_refused(task: Task, tmp_path: Path):
+    cursor = load([task]).cursor(3)
+    other = make_task(tmp_path, "other", [index % 3 for index in range(COUNT)], task.class_names)
+    changed = write_tar(tmp_path / "changed.tar", [("z.png", picture(1)), ("z.cls", b"1")])
+    load([replace(other, name="fruit")]).resume(cursor)  # the same keys and labels are the same samples
+    with pytest.raises(InputError, match="task fruit: its training samples are not those that the run began with"):
+        load([replace(task, train=(*task.train, changed), sizes={})]).resume(cursor)
+    with pytest.raises(InputError, match="24 samples are done, which is no number of whole steps of .*size=10"):
+        load([task], global_batch_size=10).resume(cursor)
+
+
+def test_replay_has_its_share_of_every_block_and_its_own_order(task: Task, tmp_path: Path):
+    tools = make_task(tmp_path, "tools", [1, 0, 1, 1, 0], ["saw", "axe"], first=100)
+    birds = make_task(tmp_path, "birds", [0, 1, 0], ["owl", "tit"], first=200)
+    extras = [Extra("replay", [tools, birds], 0.25)]
+    fixed = train_transform(PREPROCESS, False)
+    ranks = [
+        list(load([task], extras=extras, iterations=10, world_size=2, rank=rank, transform=fixed)) for rank in (0, 1)
+    ]
+    batches = [torch.cat([one["label"], other["label"]]) for one, other in zip(*ranks, strict=True)]
+    images = torch.cat([torch.cat([one["image"], other["image"]]) for one, other in zip(*ranks, strict=True)])
+    labels = torch.cat(batches).tolist()
+    assert all(sum(label >= 3 for label in batch.tolist()) == 2 for batch in batches), "2 of 8"
+    # Both parts go through their own permutation, epoch after epoch.
+    past = [(tools, index) for index in range(5)] + [(birds, index) for index in range(3)]
+    own_order = iter(sample_order(COUNT, 3, "fruit", 0, 60))
+    past_order = iter(sample_order(8, 3, "fruit replay", 0, 20))
+    prompts = load([task], extras=extras).prompts
+    assert [prompt.split()[-1] for prompt in prompts] == ["apple.", "fig.", "pear.", "saw.", "axe.", "owl.", "tit."]
+    for image, label in zip(images, labels, strict=True):
+        source, index = past[next(past_order)] if label >= 3 else (task, next(own_order))
+        expected, expected_label = ShardDataset(source.train, source.class_names).read(index)
+        assert prompts[label] == source.prompt(expected_label)
+        assert torch.equal(image, evaluation_transform(PREPROCESS)(expected))
+    places = [[position for position, label in enumerate(batch.tolist()) if label >= 3] for batch in batches]
+    assert len({tuple(place) for place in places}) > 3, "at random places of a block"
 
 
 def test_a_split_that_is_not_there(task: Task):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from r1p_dist.data.shards import ShardDataset, index_shard
+from r1p_dist.data.index import index_shard
+from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import ASSETS, Stream
 from tests.data.toy_task import picture, read_webdataset, write_tar
 

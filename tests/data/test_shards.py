@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from r1p_dist.data.shards import BadSampleError, JointDataset, ShardDataset, index_shard
+from r1p_dist.data.convert.sources import SourceOptions, open_source
+from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.index import index_shard
+from r1p_dist.data.samples import BadSampleError
+from r1p_dist.data.shards import JointDataset, ShardDataset
 from r1p_dist.errors import InputError
 from tests.data.toy_task import picture, read_webdataset, sample_files, write_tar
 
@@ -91,7 +95,7 @@ def test_few_open_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     dataset = ShardDataset(shards, CLASSES)
     for index in (0, 1, 2, 3, 4, 0, 3):
         np.testing.assert_array_equal(np.asarray(dataset.read(index)[0]), pixels(picture(index)))
-    assert len(dataset._descriptors) == 2
+    assert len(dataset._files) == 2
 
 
 def identity(dataset: ShardDataset) -> list[tuple[bytes, int]]:
@@ -244,7 +248,7 @@ def test_a_joint_dataset_is_the_tasks_one_after_another(tmp_path: Path):
         datasets.append(ShardDataset([shard], [f"class {label}" for label in range(counts[task])]))
         for index, label in enumerate(task_labels):
             expected.append((pixels(picture(10 * task + index)).tobytes(), sum(counts[:task]) + label))
-    joint = JointDataset(datasets, counts)
+    joint = JointDataset(datasets)
     assert joint.labels == [label for _, label in expected] == [0, 2, 1, 4, 3, 5, 6, 7, 8]
     assert identity(joint) == expected
 
@@ -257,17 +261,28 @@ def check_message(call, words: list[str]) -> None:
     assert [word for word in words if word not in message] == [], message
 
 
-def test_flipped_and_cut_bytes_never_pass_for_another_picture(tmp_path: Path):
-    """Two thousand damaged shards: a clean error, a bad sample, or every untouched picture as it was."""
+@pytest.mark.parametrize("has_index", [False, True])
+def test_flipped_and_cut_bytes_never_pass_for_another_picture(tmp_path: Path, has_index: bool):
+    """Two thousand damaged shards: a clean error, a bad sample, or every untouched picture as it was.
+
+    With an index.json, whose checksums tell, no touched sample passes either.
+    """
     generator = random.Random(0)
-    files = [entry for number in range(4) for entry in sample_files(number, number % 3)]
-    shard = write_tar(tmp_path / "whole.tar", files)
+    for number in range(4):
+        kind = ("JPEG", "PNG")[number % 2]
+        photo = tmp_path / "photos" / "abc"[number % 3] / f"{number}.{kind.lower()}"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        photo.write_bytes(picture(number, (40, 30), kind))
+    source = open_source(str(tmp_path / "photos"), None, SourceOptions())
+    convert(source, tmp_path / "out", ConvertOptions(), name="abc")
+    shard = tmp_path / "out/train/000000.tar"
     whole, samples, plain = shard.read_bytes(), index_shard(shard), ShardDataset([shard], "abc")
     originals = {sample.key: plain.read(number) for number, sample in enumerate(samples)}
     # header and content of each file of a sample
     spans = {s.key: [(offset - 512, offset + size) for offset, size in s.files.values()] for s in samples}
-    refused = bad = compared = 0
-    path = tmp_path / "damaged.tar"
+    if not has_index:
+        (shard.parent / "index.json").unlink()
+    outcomes = Counter()
     for _ in range(2000):
         content = bytearray(whole)
         if generator.random() < 0.2:
@@ -276,21 +291,21 @@ def test_flipped_and_cut_bytes_never_pass_for_another_picture(tmp_path: Path):
         else:
             place = generator.randrange(len(content))
             content[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(content)
+        shard.write_bytes(content)
         try:
-            dataset = ShardDataset([path], "abc")
+            dataset = ShardDataset([shard], "abc")
         except InputError:
-            refused += 1
+            outcomes["refused"] += 1
             continue
         for index in range(len(dataset)):
             key = dataset._keys[index]
             try:
                 image, label = dataset.read(index)
             except BadSampleError:
-                bad += 1
+                outcomes["bad"] += 1
                 continue
             touched = any(start <= place < stop for start, stop in spans.get(key, []))
-            if key in originals and not touched:
+            if has_index or (key in originals and not touched):
                 assert image.tobytes() == originals[key][0].tobytes() and label == originals[key][1]
-                compared += 1
-    assert refused > 100 and bad > 100 and compared > 1000
+                outcomes["compared"] += 1
+    assert outcomes["refused"] > 100 and outcomes["bad"] > 100 and outcomes["compared"] > 1000, outcomes

@@ -118,7 +118,10 @@ def put(path: str, value: object):
         (put("tasks.1.train", ...), ["tasks[1]", "key 'train' is missing"]),
         (put("tasks.1.train", "a.tar"), ["tools.train", "list", "'a.tar'"]),
         (put("tasks.1.train", []), ["tools.train", "list", "[]"]),
-        (put("tasks.1.train", ["pipe:cat a.tar"]), ["tools.train", "pipe:cat a.tar is missing"]),
+        (put("tasks.1.train", ["pipe:cat a.tar"]), ["tools.train", "pipe:cat a.tar", "commands are never run"]),
+        (put("tasks.1.train", ["ftp://host/a.tar"]), ["tools.train", "ftp://host/a.tar", "no address of http"]),
+        (put("tasks.1.train", ["tools/{0..9.tar"]), ["tools.train", "tools/{0..9.tar"]),
+        (put("tasks.1.train", ["tools/{0..99999999}.tar"]), ["tools.train", "more than 100000 shards"]),
         (put("tasks.1.test", ["tools/test-000000.tar"] * 2), ["tools.test", "twice"]),
         (put("tasks.1.validation", []), ["tools.validation", "list"]),
         (put("tasks.1.name", "fruit"), ["tasks[1].name", "fruit", "twice"]),
@@ -183,3 +186,17 @@ def check_message(call, words: list[str]) -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == [], message
+
+
+def test_shards_may_be_remote_and_braces_count(folder: Path):
+    (folder / "fruit/train-000001.tar").touch()
+    mapping = content()
+    mapping["tasks"][0]["train"] = ["fruit/train-{000000..000001}.tar"]
+    mapping["tasks"][0]["test"] = ["s3://bucket/fruit/{a,b}-{08..10}.tar", "https://host/x.tar"]
+    write(folder, mapping)
+    task = Stream.load(folder).tasks[0]
+    assert task.train == (folder / "fruit/train-000000.tar", folder / "fruit/train-000001.tar")
+    assert task.test == (
+        *(f"s3://bucket/fruit/{letter}-{number}.tar" for letter in "ab" for number in ("08", "09", "10")),
+        "https://host/x.tar",
+    )

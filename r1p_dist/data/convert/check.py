@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1p_dist.data.convert.writer import INDEX
-from r1p_dist.data.shards import IMAGE_SUFFIXES, BadSampleError, decode_picture, index_shard
+from r1p_dist.data.index import INDEX, index_shard
+from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
 from r1p_dist.errors import InputError
 
 
@@ -48,8 +48,7 @@ def _verify_samples(path: Path, content: bytes, shard: dict[str, Any]) -> Iterat
     except InputError as error:
         yield str(error)
         return
-    offsets = {sample.key: min(offset for offset, _ in sample.files.values()) - 512 for sample in samples}
-    if offsets != shard["offsets"]:
+    if [(sample.key, sample.start) for sample in samples] != list(zip(shard["keys"], shard["offsets"], strict=False)):
         yield f"{path}: holds other samples than the index says, or at other places"
     for sample in samples:
         for suffix, (offset, size) in sample.files.items():

@@ -6,54 +6,37 @@ workers first; `read` then gets one record's files. Sources are pickled into the
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from io import BytesIO
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from r1p_dist.data.shards import IMAGE_SUFFIXES, LABEL_BYTES, IndexedSample, index_shard, parse_label
+from r1p_dist.data.convert.libraries import open_datasets, open_torchvision
+from r1p_dist.data.convert.records import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    LICENCE_COLUMNS,
+    Files,
+    Source,
+    SourceOptions,
+    all_licences,
+    all_texts,
+    class_numbers,
+    classes_among,
+    find_column,
+    is_image,
+    label_or_caption,
+    licence_of,
+    shard_suffix,
+)
+from r1p_dist.data.index import IndexedSample, index_shard
+from r1p_dist.data.samples import IMAGE_SUFFIXES, LABEL_BYTES, parse_label
 from r1p_dist.data.stream import read_class_names, read_templates
 from r1p_dist.errors import InputError
 
 TEMPLATES = "zeroshot_classification_templates.txt"  # clip_benchmark's name
-_IMAGE_COLUMNS = ("image", "image_path", "filepath", "file", "filename", "path", "img")
-_LABEL_COLUMNS = ("label", "class", "category", "target", "fine_label")
-_CAPTION_COLUMNS = ("caption", "text", "title")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
-@dataclass
-class Source:
-    """A data set before its conversion.
-
-    names: what each record is called in messages, and the order that they come in. labels: class numbers, or None for
-    captions and conversations. read: record number -> its files, suffix -> content, without the label.
-    """
-
-    kind: str
-    names: Sequence[str]
-    read: Callable[[int], dict[str, bytes]]
-    labels: Sequence[int] | None = None
-    class_names: tuple[str, ...] | None = None
-    templates: tuple[str, ...] | None = None
-    licences: dict[str, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What a source cannot find out by itself: columns of a table, the pictures' folder, a split of several."""
-
-    image_column: str | None = None
-    label_column: str | None = None
-    caption_column: str | None = None
-    image_folder: Path | None = None
-    split: str = "train"
+_METADATA_BYTES = 1 << 20  # a longer .json is no sample's metadata: do not read it
 
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
@@ -64,7 +47,10 @@ def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
     kind = kind or _recognise(path)
     if kind not in SOURCES:
         raise InputError(f"--from {kind}: no such kind; there are {', '.join(SOURCES)}")
-    source = SOURCES[kind](path, options)
+    try:
+        source = SOURCES[kind](path, options)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as {kind}: {error.strerror or error}") from error
     if not len(source):
         raise InputError(f"{path}: no samples in it (read as {kind})")
     return source
@@ -84,34 +70,9 @@ def _recognise(path: str) -> str:
         return "datasets"
     elif any(place.glob("*.tar")) or any(place.glob("*/*.tar")):
         return "shards"
-    elif any(_is_image(file.name) for file in place.glob("*/**/*")):
+    elif any(is_image(file.name) for file in place.glob("*/**/*")):
         return "folder"
     raise InputError(f"{path}: cannot tell what this is; say --from {'|'.join(SOURCES)}")
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().rpartition(".")[2] in IMAGE_SUFFIXES
-
-
-def _suffix(name: str) -> str:
-    suffix = name.lower().rpartition(".")[2]
-    return "jpg" if suffix == "jpeg" else suffix
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Reads record i as the picture at paths[i], with its text where there is one."""
-
-    paths: Sequence[Path]
-    texts: Sequence[dict[str, bytes]] | None = None
-
-    def __call__(self, index: int) -> dict[str, bytes]:
-        path = self.paths[index]
-        try:
-            files = {_suffix(path.name): path.read_bytes()}
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        return files | (self.texts[index] if self.texts else {})
 
 
 def _folder(path: str, options: SourceOptions) -> Source:
@@ -120,7 +81,7 @@ def _folder(path: str, options: SourceOptions) -> Source:
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(file for file in (root / name).rglob("*") if file.is_file() and _is_image(file.name))
+        found = sorted(file for file in (root / name).rglob("*") if file.is_file() and is_image(file.name))
         if not found:
             raise InputError(
                 f"{root / name}: no picture (.{', .'.join(IMAGE_SUFFIXES)}) in it; remove or fill the class"
@@ -128,66 +89,69 @@ def _folder(path: str, options: SourceOptions) -> Source:
         paths += found
         labels += [label] * len(found)
     names = [file.relative_to(root).as_posix() for file in paths]
-    return Source("folder", names, _Files(paths), labels, tuple(classes))
+    return Source("folder", names, Files(paths), labels, tuple(classes))
 
 
 def _table(path: str, options: SourceOptions) -> Source:
     """A CSV, TSV or parquet file with one picture path per row and a class name, a class number or a caption."""
     place = Path(path)
-    rows = list(_rows(place))
-    columns = list(rows[0]) if rows else []
-    image = _column(options.image_column, _IMAGE_COLUMNS, columns, "image", place)
-    label = _column(options.label_column, _LABEL_COLUMNS, columns, None, place)
-    caption = _column(options.caption_column, _CAPTION_COLUMNS, columns, None, place)
-    if (label is None) == (caption is None):
-        raise InputError(
-            f"{place}: columns {', '.join(columns)}: name one of --label-column and --caption-column, not both or none"
-        )
-    folder = options.image_folder or place.parent
-    paths = [folder / str(row[image]) for row in rows]
-    names = [str(row[image]) for row in rows]
-    if caption is not None:
-        texts = [{"txt": str(row[caption]).encode()} for row in rows]
-        return Source("table", names, _Files(paths, texts))
-    values = [str(row[label]) for row in rows]
-    classes = sorted(set(values), key=lambda value: (not value.isdigit(), int(value) if value.isdigit() else 0, value))
-    number = {value: index for index, value in enumerate(classes)}
-    return Source("table", names, _Files(paths), [number[value] for value in values], tuple(classes))
-
-
-def _rows(place: Path) -> Iterator[dict[str, Any]]:
-    if place.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise InputError(f"{place}: parquet files need pyarrow: pip install pyarrow") from error
-        yield from pyarrow.parquet.read_table(place).to_pylist()
-        return
-    if place.suffix not in _DELIMITERS:
+    if place.suffix not in (*_DELIMITERS, ".parquet"):
         raise InputError(f"{place}: a table is a .csv, .tsv or .parquet file")
+    columns, read = (_parquet if place.suffix == ".parquet" else _delimited)(place)
+    image = find_column(options.image_column, IMAGE_COLUMNS, columns, place, "image")
+    label, caption = label_or_caption(options, LABEL_COLUMNS, columns, place)
+    licence = find_column(None, LICENCE_COLUMNS, columns, place)
+    names = all_texts(read(image), image, place)
+    folder = options.image_folder or place.parent
+    paths = [folder / name for name in names]
+    licences = None if licence is None else all_licences(read(licence))
+    if caption is not None:
+        texts = [{"txt": text.encode()} for text in all_texts(read(caption), caption, place)]
+        return Source("table", names, Files(paths, texts), licences=licences)
+    values = all_texts(read(label), label, place)
+    classes = classes_among(values)
+    return Source("table", names, Files(paths), class_numbers(values, classes), classes, licences=licences)
+
+
+def _delimited(place: Path) -> tuple[list[str], Callable[[str], list[Any]]]:
+    """Returns a CSV or TSV file's columns, and a function: column -> its values."""
+    rows = []
     try:
         with open(place, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter=_DELIMITERS[place.suffix], strict=True), 2):
+            reader = csv.DictReader(file, delimiter=_DELIMITERS[place.suffix], strict=True)
+            columns = list(reader.fieldnames or ())
+            for number, row in enumerate(reader, 2):
                 if None in row or None in row.values():
                     raise InputError(f"{place}: row {number} has not as many fields as the head; correct it")
-                yield row
+                rows.append(row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(
             f"{place}: cannot be read as UTF-8 text with '{_DELIMITERS[place.suffix]}': {error}"
         ) from error
+    return columns, lambda name: [row[name] for row in rows]
 
 
-def _column(
-    wanted: str | None, usual: Sequence[str], columns: Sequence[str], needed: str | None, place: Path
-) -> str | None:
-    if wanted is not None:
-        if wanted not in columns:
-            raise InputError(f"{place}: no column {wanted!r}; there are {', '.join(columns)}")
-        return wanted
-    found = next((column for name in usual for column in columns if column.lower() == name), None)
-    if found is None and needed is not None:
-        raise InputError(f"{place}: no column is named like {', '.join(usual)}; say which with --{needed}-column")
-    return found
+def _parquet(place: Path) -> tuple[list[str], Callable[[str], list[Any]]]:
+    """Returns a parquet file's columns, and a function: column -> its values."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{place}: parquet files need pyarrow: pip install pyarrow") from error
+    try:
+        schema = pyarrow.parquet.read_schema(place)
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"{place}: not a parquet file: {error}") from error
+
+    def read(name: str) -> list[Any]:
+        kind = schema.field(name).type
+        if pyarrow.types.is_nested(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
+            raise InputError(
+                f"{place}: column {name!r} holds {kind}, not text; a table of pictures must be a saved data set first: "
+                f"datasets.Dataset.from_parquet({str(place)!r}).save_to_disk(FOLDER)"
+            )
+        return pyarrow.parquet.read_table(place, columns=[name]).column(0).to_pylist()
+
+    return schema.names, read
 
 
 @dataclass(frozen=True)
@@ -203,7 +167,7 @@ class _Members:
             for suffix, (offset, size) in sample.files.items():
                 if suffix in IMAGE_SUFFIXES or suffix in ("txt", "json"):
                     file.seek(offset)
-                    files[_suffix(suffix)] = file.read(size)
+                    files[shard_suffix(suffix)] = file.read(size)
         return files
 
 
@@ -222,7 +186,24 @@ def _shards(path: str, options: SourceOptions) -> Source:
         if (root / TEMPLATES).is_file():
             source.templates = read_templates(root / TEMPLATES)
         source.labels = [_label(shard, sample, len(source.class_names)) for shard, sample in places]
+    elif any("cls" in sample.files for _, sample in places):
+        raise InputError(f"{root}: samples have a .cls, but their class names are missing: write {root}/classnames.txt")
+    source.licences = all_licences(_member_licence(shard, sample) for shard, sample in places)
     return source
+
+
+def _member_licence(shard: Path, sample: IndexedSample) -> Any:
+    """Returns the licence in a sample's .json, where img2dataset puts the columns that it was asked to keep."""
+    offset, size = sample.files.get("json", (0, 0))
+    if not 0 < size <= _METADATA_BYTES:
+        return None
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        try:
+            record = json.loads(file.read(size))
+        except (ValueError, RecursionError):
+            return None
+    return licence_of(record) if isinstance(record, dict) else None
 
 
 def _label(shard: Path, sample: IndexedSample, classes: int) -> int:
@@ -257,111 +238,14 @@ def _llava(path: str, options: SourceOptions) -> Source:
         rest = {key: value for key, value in record.items() if key != "image"}
         texts.append({"json": json.dumps(rest, ensure_ascii=False, sort_keys=True).encode()})
         names.append(str(record.get("id", number)))
-    return Source("llava", names, _Files(paths, texts))
-
-
-@dataclass(frozen=True)
-class _Pictures:
-    """Reads record i of a data set that gives PIL pictures; written without loss."""
-
-    pictures: Any  # indexable
-
-    def __call__(self, index: int) -> dict[str, bytes]:
-        buffer = BytesIO()
-        picture: Image.Image = self.pictures[index]
-        picture.convert("RGB").save(buffer, "PNG")
-        return {"png": buffer.getvalue()}
-
-
-@dataclass(frozen=True)
-class _First:
-    items: Any
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.items[index][0]
-
-
-@dataclass(frozen=True)
-class _Column:
-    items: Any
-    name: str
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return self.items[index][self.name]
-
-
-def _torchvision(path: str, options: SourceOptions) -> Source:
-    """torchvision:CLASS:ROOT, for example torchvision:CIFAR10:/data; nothing is downloaded."""
-    import torchvision
-
-    parts = path.split(":", 2)
-    if len(parts) != 3 or not hasattr(torchvision.datasets, parts[1]):
-        raise InputError(f"{path}: write torchvision:CLASS:ROOT with a class of torchvision.datasets")
-    make, root = getattr(torchvision.datasets, parts[1]), parts[2]
-    train = options.split == "train"
-    for arguments in ({"train": train}, {"split": options.split}):
-        try:
-            items = make(root, **arguments)
-            break
-        except TypeError:
-            continue
-        except (RuntimeError, ValueError, OSError) as error:
-            raise InputError(f"{path}: {' '.join(str(error).split())}") from error
-    else:
-        raise InputError(f"{path}: this class takes neither `train` nor `split`")
-    labels = getattr(items, "targets", None)
-    if labels is None:
-        labels = getattr(items, "_labels", None) or getattr(items, "labels", None)
-    if labels is None:
-        labels = [items[index][1] for index in range(len(items))]
-    labels = [int(label) for label in labels]
-    classes = getattr(items, "classes", None) or [str(label) for label in range(max(labels) + 1)]
-    names = [f"{parts[1]} {index}" for index in range(len(items))]
-    classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in classes)
-    return Source("torchvision", names, _Pictures(_First(items)), labels, classes)
-
-
-def _datasets(path: str, options: SourceOptions) -> Source:
-    """A Hugging Face data set that was saved to disk (`save_to_disk`)."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"{path}: Hugging Face data sets need the package datasets: pip install datasets") from error
-    items = datasets.load_from_disk(path)
-    if isinstance(items, datasets.DatasetDict):
-        if options.split not in items:
-            raise InputError(f"{path}: no split {options.split!r}; there are {', '.join(items)}")
-        items = items[options.split]
-    features, place = items.features, Path(path)
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    image = _column(options.image_column, (*images, *_IMAGE_COLUMNS), list(features), "image", place)
-    label = _column(options.label_column, _LABEL_COLUMNS, list(features), None, place)
-    pictures, names = _Pictures(_Column(items, image)), [f"row {index}" for index in range(len(items))]
-    if label is not None:
-        values = items[label]
-        feature = features[label]
-        classes = tuple(getattr(feature, "names", None) or map(str, sorted(set(values))))
-        numbers = list(values) if hasattr(feature, "names") else [classes.index(str(value)) for value in values]
-        return Source("datasets", names, pictures, numbers, classes)
-    caption = _column(options.caption_column, _CAPTION_COLUMNS, list(features), "caption", place)
-    return Source("datasets", names, _Captioned(pictures, items, caption))
-
-
-@dataclass(frozen=True)
-class _Captioned:
-    pictures: _Pictures
-    items: Any
-    column: str
-
-    def __call__(self, index: int) -> dict[str, bytes]:
-        return {**self.pictures(index), "txt": str(self.items[index][self.column]).encode()}
+    return Source("llava", names, Files(paths, texts), licences=all_licences(map(licence_of, records)))
 
 
 SOURCES: dict[str, Callable[[str, SourceOptions], Source]] = {
     "folder": _folder,
     "table": _table,
     "shards": _shards,
-    "torchvision": _torchvision,
-    "datasets": _datasets,
+    "torchvision": open_torchvision,
+    "datasets": open_datasets,
     "llava": _llava,
 }

@@ -1,8 +1,10 @@
 """Writes a source as WebDataset shards: the same bytes for the same input, whatever the number of workers.
 
     OUTPUT/classnames.txt, zeroshot_classification_templates.txt, stream.yaml      classification only
-    OUTPUT/SPLIT/000000.tar …   samples in order of their keys; 0.tar … and nshards.txt are clip_benchmark's names
-    OUTPUT/SPLIT/index.json     per shard: samples, bytes, sha256, and where each sample begins
+    OUTPUT/SPLIT/000000.tar …   samples in order of their keys
+    OUTPUT/SPLIT/0.tar …, nshards.txt, OUTPUT/dataset_type.txt      clip_benchmark's names
+    OUTPUT/SPLIT/sizes.json     open_clip's number of samples per shard
+    OUTPUT/SPLIT/index.json     per shard: samples, bytes, sha256, and each sample's key, offset, crc32 and label
 
 Which records go into which shard depends on the source and the options alone, so workers write whole shards in any
 order. A shard gets its name when it is complete, then a record beside it; a conversion that was killed goes on with the
@@ -14,6 +16,8 @@ import io
 import json
 import multiprocessing
 import shutil
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +29,14 @@ import yaml
 from PIL import Image
 
 from r1p_dist.data.convert.sources import TEMPLATES, Source
-from r1p_dist.data.shards import IMAGE_SUFFIXES, BadSampleError, decode_picture, index_shard
+from r1p_dist.data.index import INDEX, ShardRecord, index_shard
+from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
 from r1p_dist.data.stream import Stream
 from r1p_dist.errors import InputError
 from r1p_dist.files import atomic_file, write_atomically
 
-INDEX = "index.json"
 _PARTS = ".parts"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def convert(
         "plan": plan,
         "samples": sum(record["samples"] for record in records),
         "classes": len(source.class_names) if source.class_names else None,
-        "shards": [{key: value for key, value in record.items() if key != "skipped"} for record in records],
+        "licences": sum((Counter(record["licences"]) for record in records), Counter()),
+        "shards": [{key: record[key] for key in ShardRecord.model_fields} for record in records],
         "skipped": [fault for record in records for fault in record["skipped"]],
     }
     if not index["samples"]:
@@ -98,7 +103,9 @@ def convert(
         if not alias.is_symlink():
             alias.symlink_to(f"{number:06d}.tar")
     write_atomically(folder / "nshards.txt", str(len(jobs)))
-    write_atomically(finished, json.dumps(index, indent=1) + "\n")
+    sizes = {record["name"]: record["samples"] for record in records}
+    write_atomically(folder / "sizes.json", json.dumps(sizes) + "\n")
+    write_atomically(finished, json.dumps(index, separators=(",", ":")) + "\n")
     shutil.rmtree(parts)
     if source.class_names is not None:
         write_stream(output, name)
@@ -146,6 +153,8 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
 def _write_texts(source: Source, output: Path) -> None:
     """Writes the class names and prompt templates; all splits of a data set must have the same classes."""
     if source.class_names is None:
+        if source.kind != "llava":
+            write_atomically(output / "dataset_type.txt", "retrieval\n")  # clip_benchmark's word for captions
         return
     if wrong := [name for name in source.class_names if not name.strip() or "\n" in name]:
         raise InputError(f"class name {wrong[0]!r}: must be one line that is not empty")
@@ -193,28 +202,51 @@ def write_shard_of(
     source: Source, folder: Path, options: ConvertOptions, number: int, records: Sequence[int], first: int
 ) -> None:
     """Writes shard `number` and its record. first: the place of its first record, which becomes part of the keys."""
+    written: list[int] = []
     skipped: list[str] = []
     path = folder / f"{number:06d}.tar"
     with atomic_file(path) as file:
-        count = write_tar(file, _samples(source, options, records, first, skipped))
+        write_tar(file, _samples(source, options, records, first, written, skipped))
         file.seek(0)
         digest = hashlib.sha256()
         while content := file.read(1 << 20):
             digest.update(content)
+    samples = index_shard(path) if written else []
+    starts = [sample.start for sample in samples]
     record = {
         "name": path.name,
-        "samples": count,
+        "samples": len(written),
         "bytes": path.stat().st_size,
         "sha256": digest.hexdigest(),
-        "offsets": _offsets(path) if count else {},
+        "keys": [sample.key for sample in samples],
+        "offsets": starts,
+        "crc32": _checksums(path, starts),
+        "labels": None if source.labels is None else [source.labels[index] for index in written],
+        "licences": Counter(source.licences[index] or "unknown" for index in written) if source.licences else {},
         "skipped": skipped,
     }
     write_atomically(folder / _PARTS / f"{number:06d}.json", json.dumps(record))
 
 
+def _checksums(path: Path, starts: Sequence[int]) -> list[int]:
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        checksums = []
+        for start, stop in zip(starts, [*starts[1:], size], strict=False):
+            file.seek(start)
+            checksums.append(zlib.crc32(file.read(stop - start)))
+    return checksums
+
+
 def _samples(
-    source: Source, options: ConvertOptions, records: Sequence[int], first: int, skipped: list[str]
+    source: Source,
+    options: ConvertOptions,
+    records: Sequence[int],
+    first: int,
+    written: list[int],
+    skipped: list[str],
 ) -> Iterator[dict[str, Any]]:
+    """Yields the samples to write and fills the lists of records that were written and of faults."""
     for place, index in enumerate(records, first):
         try:
             files = _prepare(source.read(index), options.resize, source.names[index])
@@ -223,22 +255,15 @@ def _samples(
             continue
         if source.labels is not None:
             files["cls"] = str(source.labels[index]).encode()
+        written.append(index)
         yield {"__key__": f"s{place:09d}", **files}
 
 
-def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> int:
-    """Writes a tar file whose bytes depend on the samples alone; returns how many there were."""
-    count = 0
+def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
+    """Writes a tar file whose bytes depend on the samples alone."""
     with webdataset.TarWriter(file, encoder=False, mtime=0, user="root", group="root") as tar:
         for sample in samples:
             tar.write(sample)
-            count += 1
-    return count
-
-
-def _offsets(path: Path) -> dict[str, int]:
-    """Returns where the tar header of each sample's first file begins."""
-    return {sample.key: min(offset for offset, _ in sample.files.values()) - 512 for sample in index_shard(path)}
 
 
 def _prepare(files: dict[str, bytes], resize: int | None, where: str) -> dict[str, bytes]:
