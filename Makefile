@@ -33,10 +33,13 @@ train: $(VENV)/.installed
 	@command -v numactl >/dev/null || echo 'note: numactl is not installed; nothing here needs it'
 	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py $(ARGS)
 
-test: $(VENV)/.installed-test
+# Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
+test test-all: export R1P_PEERS := 1
+
+test: $(VENV)/.installed-test $(VENV)/.installed-peers
 	$(BIN)/python -m pytest -m 'not campaign' $(TESTS)
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.installed-test
@@ -67,4 +70,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+# Programs that read our shards and write shards that we read. They want other versions than we do, so they get a
+# folder of their own; --no-deps keeps torch out of it.
+$(VENV)/.installed-peers: tests/data/peers.txt | $(VENV)/.installed-test
+	rm -rf $(VENV)/peers
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers --requirement $<
 	@touch $@

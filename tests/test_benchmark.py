@@ -120,6 +120,17 @@ def test_scaling_counts_collectives(tool: ModuleType, capsys) -> None:
     assert all(value > 0 for ranks in result["samples_per_second"].values() for value in ranks.values())
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_data_compares_loaders_of_the_same_pictures(tool: ModuleType, capsys) -> None:
+    assert tool.main("data --samples 64 --size 60 40 --input 32 --pairs 1 --steps 0".split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["loader/webdataset"] > 0 and result["data_wait"] == {}
+    equal = {name: values["equal pixels"] for name, values in result["pil/decoder"].items()}
+    assert equal == {"pil": True, "torchvision": True, "pil, draft mode": False}
+
+
 def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:
     assert tool.main(["step", "--against", "limits"]) == 2
     assert "error: --against limits: no variant 'limits'; there are limit and peft" in capsys.readouterr().err

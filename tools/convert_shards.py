@@ -11,22 +11,33 @@ INPUT is recognised, or named with --from: an image folder with a directory per 
 file (table), clip_benchmark's layout or img2dataset's output (shards), torchvision:CLASS:ROOT (torchvision), a Hugging
 Face data set saved to disk (datasets), LLaVA's conversation JSON (llava). With train and test split there, OUTPUT is a
 stream of one task: stream=OUTPUT trains on it. A conversion that was stopped goes on when the same command runs again.
+
+`verify` reads every shard again and compares it with what was written; `stats` prints what OUTPUT has. Parquet files
+need pyarrow and saved data sets need datasets: both come with this package's extra [convert].
 Exit code 0; 1 when `verify` finds a fault; 2 for wrong input.
 """
 
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from r1p_dist.data.convert.check import read_indexes, verify_shards
 from r1p_dist.data.convert.sources import SOURCES, SourceOptions, open_source
 from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.stream import read_class_names
 from r1p_dist.errors import InputError
+
+_COMMANDS = {
+    "verify": "Read every shard again: is it as it was written, and does every picture decode.",
+    "stats": "Print the samples, classes and licences of each split.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,31 +55,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _output_of(command: str, argv: Sequence[str]) -> Path:
-    parser = argparse.ArgumentParser(prog=f"convert_shards.py {command}")
+    parser = argparse.ArgumentParser(prog=f"convert_shards.py {command}", description=_COMMANDS[command])
     parser.add_argument("output", type=Path, help="folder of converted shards")
     return parser.parse_args(argv).output
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     head, _, rest = (__doc__ or "").partition("\n\n")
+    name = "convert_shards.py"
     parser = argparse.ArgumentParser(
-        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=name,
+        usage=f"{name} INPUT OUTPUT [options]\n       {name} verify OUTPUT\n       {name} stats OUTPUT",
+        description=head,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("input", help="data set to convert")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("input", metavar="INPUT", help="data set to convert")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write")
     parser.add_argument("--from", dest="kind", choices=SOURCES, help="kind of INPUT, where it is not recognised")
-    parser.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    parser.add_argument("--name", help="of the task (default: name of OUTPUT)")
-    parser.add_argument("--shard-samples", type=_count, default=1000, metavar="N", help="samples per shard (1000)")
-    parser.add_argument("--resize", type=_count, metavar="PIXELS", help="shorter side of pictures that are larger")
-    parser.add_argument("--max-samples", type=_count, metavar="N", help="keep so many")
-    parser.add_argument("--shots", type=_count, metavar="N", help="keep so many per class")
-    parser.add_argument("--seed", type=int, default=0, help="which are kept, and their order (0)")
+    parser.add_argument("--split", default="train", choices=("train", "validation", "test"), help="(train)")
+    parser.add_argument("--name", help="of the task (name of OUTPUT)")
     parser.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="processes (all cores)")
-    parser.add_argument("--image-column", metavar="NAME")
-    parser.add_argument("--label-column", metavar="NAME")
-    parser.add_argument("--caption-column", metavar="NAME")
-    parser.add_argument("--image-folder", type=Path, metavar="DIR", help="what picture paths are relative to")
+    which = parser.add_argument_group("what is written")
+    which.add_argument("--shard-samples", type=_count, default=1000, metavar="N", help="samples per shard (1000)")
+    which.add_argument("--resize", type=_count, metavar="PIXELS", help="shorter side of pictures that are larger")
+    which.add_argument("--max-samples", type=_count, metavar="N", help="keep so many")
+    which.add_argument("--shots", type=_count, metavar="N", help="keep so many per class")
+    which.add_argument("--seed", type=int, default=0, help="which are kept, and their order (0)")
+    where = parser.add_argument_group("tables, saved data sets and conversations")
+    where.add_argument("--image-column", metavar="NAME", help="pictures or their paths (one with a usual name)")
+    where.add_argument("--label-column", metavar="NAME", help="class names or numbers (one with a usual name)")
+    where.add_argument("--caption-column", metavar="NAME", help="texts instead of classes (one with a usual name)")
+    where.add_argument("--image-folder", type=Path, metavar="DIR", help="what picture paths are relative to")
     return parser.parse_args(argv)
 
 
@@ -81,9 +99,11 @@ def _count(text: str) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     columns = (arguments.image_column, arguments.label_column, arguments.caption_column)
-    source = open_source(
-        arguments.input, arguments.kind, SourceOptions(*columns, arguments.image_folder, arguments.split)
-    )
+    console = Console(stderr=True)
+    with console.status(f"reading {arguments.input}"):
+        source = open_source(
+            arguments.input, arguments.kind, SourceOptions(*columns, arguments.image_folder, arguments.split)
+        )
     options = ConvertOptions(
         arguments.split,
         arguments.shard_samples,
@@ -92,10 +112,17 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.shots,
         arguments.seed,
     )
-    console = Console(stderr=True)
-    columns = (TextColumn("shards"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(f"{arguments.split} shards"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("")
+        bar = progress.add_task("", total=None)
         index = convert(
             source,
             arguments.output,
@@ -128,7 +155,18 @@ def _stats(output: Path) -> int:
             f"{split}: {index['samples']} samples, {classes} classes, {len(index['shards'])} shards, "
             f"{size / 1e6:.1f} MB, {len(index['skipped'])} left out, from {index['plan']['kind']}"
         )
+        if index["classes"]:
+            print(f"  classes: {_class_sizes(index, read_class_names(output / 'classnames.txt'))}")
+        if index.get("licences"):
+            counts = Counter(index["licences"]).most_common()
+            print(f"  licences: {', '.join(f'{licence} {count}' for licence, count in counts)}")
     return 0
+
+
+def _class_sizes(index: dict[str, Any], names: Sequence[str]) -> str:
+    counts = Counter(label for shard in index["shards"] for label in shard["labels"])
+    sizes = sorted((counts[label], name) for label, name in enumerate(names))
+    return "from {} samples ({}) to {} ({})".format(*sizes[0], *sizes[-1])
 
 
 if __name__ == "__main__":

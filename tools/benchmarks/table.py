@@ -66,14 +66,26 @@ def _scaling(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["vote", "ranks", "samples/s", "collectives per step", "MB per step"], rows)
 
 
+def _data(results: Sequence[dict[str, Any]]) -> str:
+    (result,) = results
+    rows = [["loader / plain webdataset, samples per second", _number(result["loader/webdataset"])]]
+    for name, values in result["pil/decoder"].items():
+        if name != "pil":
+            rows += [[f"speed of {name} / PIL, {what}", _number(values[what])] for what in DATA_COLUMNS]
+    rows += [[f"data_wait of tiny, {n} workers", _number(share)] for n, share in result["data_wait"].items()]
+    return _markdown(["pictures of 500 by 375, input 224", ""], rows)
+
+
 RATIOS = ("step/limit", "peft/step", "flops step/limit", "memory step/limit")
 TASK_COLUMNS = ("step", "switch_s", "stored_mb", "tensors_mb", "resident_mb")
+DATA_COLUMNS = ("decode", "decode and transform")
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "step": _step,
     "precision": _precision,
     "inference": _inference,
     "tasks": _tasks,
     "scaling": _scaling,
+    "data": _data,
 }
 
 
