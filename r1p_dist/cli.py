@@ -1,19 +1,21 @@
-"""The command line `r1p`: `r1p train`, `r1p methods`, `r1p doctor`.
+"""The command line `r1p`: `r1p train`, `r1p extend`, `r1p forget`, `r1p methods`, `r1p doctor`.
 
 Nothing heavy is imported before it is needed, so that --help and --print-config answer at once.
 """
 
 import argparse
 import inspect
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from r1p_dist.config import RunConfig
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES, examine
-from r1p_dist.errors import InputError
+from r1p_dist.errors import EXIT_INTERRUPTED, InputError, Interrupted
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
@@ -37,17 +39,28 @@ def launcher_main(argv: Sequence[str] | None = None) -> int:
 
 def _r1p(argv: Sequence[str]) -> int:
     parser = _Parser(prog="r1p", description="Distributed continual trainer for vision-language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,methods,doctor}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,extend,forget,methods,doctor}")
     _add_train_arguments(
         commands.add_parser("train", help="train a recipe on one rank; several: deepspeed launchers/train.py")
     )
+    extend = commands.add_parser("extend", help="train more tasks on a finished run, on one rank")
+    extend.usage = f"{extend.prog} RUN --task STREAM:TASK [--task ...] [key.sub=value ...]"
+    extend.add_argument("run", type=Path, help="folder of the run")
+    extend.add_argument("--task", action="append", required=True, help="STREAM:TASK, or STREAM for all its tasks")
+    forget = commands.add_parser("forget", help="take one task out of a finished run and evaluate it again")
+    forget.add_argument("run", type=Path, help="folder of the run")
+    forget.add_argument("task", help="name of the task")
     commands.add_parser("methods", help="list the methods")
     commands.add_parser("doctor", help="say what this machine has and what it lacks")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(parser, arguments, rest)
+    if arguments.command == "extend":
+        return _extend(arguments, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command == "forget":
+        return _forget(arguments)
     if arguments.command == "methods":
         return _list_methods()
     return examine()
@@ -84,6 +97,34 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest:
     return 0
 
 
+def _extend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    recipe = _config_of(arguments.run)
+    tasks = [*RunConfig.load(recipe).extend, *arguments.task]
+    config = RunConfig.load(recipe, [f"run_dir={arguments.run}", f"extend={json.dumps(tasks)}", *rest])
+    from r1p_dist.train import run
+
+    run(config)
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    _config_of(arguments.run)
+    from r1p_dist.forget import forget
+
+    found = forget(arguments.run, arguments.task)
+    width = max(map(len, found["tasks"]))
+    for task, before, after in zip(found["tasks"], found["with"], found["without"], strict=True):
+        print(f"{task:<{width}}  {before:5.1f} -> {after:5.1f}")
+    print(f"without {arguments.task}: {arguments.run / f'without-{arguments.task}'}")
+    return 0
+
+
+def _config_of(run_dir: Path) -> Path:
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir}: no config.yaml in it, so this is no run folder")
+    return run_dir / "config.yaml"
+
+
 def _hint_at_allocator() -> None:
     import torch
 
@@ -105,6 +146,10 @@ def _list_methods() -> int:
 def _report_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         return command(argv)
+    except Interrupted as error:
+        if _rank() == 0:
+            print(f"interrupted: {error}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
     except RuntimeError as error:
         # gloo's and NCCL's words; the rank that ended has said why.
         if not any(words in str(error) for words in _LOST_RANK):

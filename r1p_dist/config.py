@@ -219,15 +219,40 @@ class LogConfig(_Section):
     tensorboard: bool = False
 
 
+class CheckpointConfig(_Section):
+    """How often a run is saved, in optimizer steps (null: only after each task), and how many of a task are kept."""
+
+    every_steps: Count | None = 100
+    keep: Count = 2
+
+
+class FaultsConfig(_Section):
+    """What is done when something goes wrong.
+
+    `not_finite`: a loss that is NaN or infinite stops the run, or its step is skipped. `hang_minutes`: the run ends
+    with the stacks of all ranks when nothing has moved for so long (null: never).
+    """
+
+    not_finite: Literal["stop", "skip"] = "stop"
+    hang_minutes: Positive | None = 30
+
+
 class RunConfig(_Section):
-    """Everything that decides a run."""
+    """Everything that decides a run.
+
+    `resume`: `auto` goes on from the newest whole checkpoint in `run_dir`, `never` begins anew, a path names a
+    checkpoint. `extend`: tasks behind those of the stream, each `STREAM:TASK`, or `STREAM` for all of its tasks; a run
+    that is finished goes on with them.
+    """
 
     run_dir: Path | None = None
+    resume: str = "auto"
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     method: str = "dac"
     stream: str = "mini_mtil"
     order: str | None = None
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    extend: list[str] = []
     backbone: BackboneConfig = BackboneConfig()
     targets: TargetsConfig = TargetsConfig()
     pool: PoolConfig = PoolConfig()
@@ -238,6 +263,17 @@ class RunConfig(_Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
+
+    @model_validator(mode="after")
+    def _check_skipping(self) -> RunConfig:
+        if self.faults.not_finite == "skip" and self.train.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "faults.not_finite=skip leaves out whole steps, so it needs train.gradient_accumulation_steps=1, got "
+                f"{self.train.gradient_accumulation_steps}"
+            )
+        return self
 
     @classmethod
     def load(cls, recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

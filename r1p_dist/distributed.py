@@ -1,13 +1,17 @@
 """The process group: rank and size, sums over ranks, a gather with gradient, and access to ZeRO-3's parameters."""
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from r1p_dist.errors import InputError
 
 
 def is_distributed() -> bool:
@@ -138,3 +142,27 @@ def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
     """
     if hasattr(parameter, "ds_id") and parameter.ds_status.name == "AVAILABLE":
         parameter.partition()
+
+
+def agree(action: Callable[[], Any]) -> Any:
+    """Runs the action on rank 0 and returns its result, something that JSON can hold, on every rank.
+
+    An InputError of the action is raised on every rank, so that all end together.
+    """
+    answer: dict[str, Any] = {}
+    if rank() == 0:
+        try:
+            answer = {"result": action()}
+        except InputError as error:
+            answer = {"error": str(error)}
+    if world_size() > 1:
+        content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8)
+        device = torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+        size = torch.tensor([len(content)], device=device)
+        dist.broadcast(size, 0)
+        content = content.to(device) if rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
+        dist.broadcast(content, 0)
+        answer = json.loads(bytes(content.tolist()))
+    if "error" in answer:
+        raise InputError(answer["error"])
+    return answer["result"]

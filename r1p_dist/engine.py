@@ -1,20 +1,28 @@
 """DeepSpeed: the process group, the engine of one task, and what must be undone between tasks."""
 
+import fcntl
+import logging
 import math
 import os
+import time
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import torch
+import torch.utils.cpp_extension
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
 from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
+from r1p_dist.optimizer_state import set_adam_steps
 
 _START_TIMEOUT = timedelta(minutes=30)
+_FOREIGN_BUILD_S = 20
 
 
 def start_process_group() -> torch.device:
@@ -24,12 +32,36 @@ def start_process_group() -> torch.device:
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
+    _load_cpu_operation()
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ["LOCAL_RANK"]))
     torch.accelerator.set_device_index(device.index)
     return device
+
+
+def _load_cpu_operation() -> None:
+    """Loads the operation that DeepSpeed has for ranks on one machine without an accelerator; builds it the first time.
+
+    torch marks a build by a plain file, which a killed process leaves behind: every later start would wait for it for
+    ever. Here starts wait for one another by a lock that the kernel takes back, so a mark that is there is a dead one,
+    unless another program is building; that one gets some time.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(torch.utils.cpp_extension._get_build_directory(builder.NAME, verbose=False))
+    with open(folder / "r1p.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        mark, waited_s = folder / "lock", 0
+        while mark.exists() and waited_s < _FOREIGN_BUILD_S:
+            time.sleep(1)
+            waited_s += 1
+        if mark.exists():
+            logging.getLogger(__name__).warning("%s was left by a process that is gone; it is removed", mark)
+            mark.unlink(missing_ok=True)
+        builder.load()  # DeepSpeed keeps it, and does not come here again
 
 
 def choose_precision(config: RunConfig) -> tuple[str, str]:
@@ -39,6 +71,11 @@ def choose_precision(config: RunConfig) -> tuple[str, str]:
     if torch.accelerator.is_available():
         return "bf16", "an accelerator is there"
     return "fp32", "no accelerator; exact, and small models gain nothing from bf16 on CPU"
+
+
+def precision_type(config: RunConfig) -> torch.dtype:
+    """Returns the type that DeepSpeed casts the model to."""
+    return torch.bfloat16 if choose_precision(config)[0] == "bf16" else torch.float32
 
 
 def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
@@ -114,6 +151,24 @@ class TaskEngine:
         self.engine.backward(loss)
         self.engine.step()
         return boundary
+
+    def skip_step(self) -> None:
+        """Lets the schedule go on without an update."""
+        self.engine.lr_scheduler.step()
+        self.engine.global_steps += 1
+        self.engine.micro_steps += 1
+
+    def go_on_at(self, step: int, adam_steps: int) -> None:
+        """Sets the counters and the learning rate to those after `step` optimizer steps."""
+        engine, schedule = self.engine, self.engine.lr_scheduler
+        engine.global_steps, engine.micro_steps = step, step * engine.gradient_accumulation_steps()
+        engine.global_samples = step * engine.train_batch_size()
+        set_adam_steps(engine, adam_steps)
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        factors = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        for group, base, factor in factors:
+            group["lr"] = base * factor(step)
+        schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
     def close(self) -> None:
         self.engine.destroy()

@@ -1,5 +1,13 @@
-"""The one exception that means: what the user gave is wrong."""
+"""The errors that users of the package meet, and the exit codes beside 0 and 1."""
+
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again
+EXIT_HANGS = 76
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names file, key, value and remedy."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; it saved, and the same command goes on from there. The message says where."""

@@ -1,27 +1,32 @@
 """What a run shows and writes while it goes: progress bar, log.jsonl, metrics.json and more; rank 0 only."""
 
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r1p_dist.distributed import rank
-from r1p_dist.files import write_atomically
+from r1p_dist.files import replace_file, write_atomically
 
 
 class RunLog:
     """The run folder's log files and the terminal; on ranks other than 0 every call does nothing."""
 
-    def __init__(self, run_dir: Path, config_text: str, tensorboard: bool):
+    FILES = ("log.jsonl", "correct.jsonl")
+
+    def __init__(self, run_dir: Path, config_text: str, tensorboard: bool, sizes: dict[str, int] | None = None):
+        """sizes: how many bytes of each of FILES to keep, of a run that goes on; None begins new ones."""
         self.run_dir = run_dir
         self.is_silent = rank() != 0
         self._tensorboard = None
         if self.is_silent:
             return
         write_atomically(run_dir / "config.yaml", config_text)
-        for name in ("log.jsonl", "correct.jsonl"):
-            (run_dir / name).write_text("")
+        for name in self.FILES:
+            with (run_dir / name).open("ab") as file:
+                file.truncate((sizes or {}).get(name, 0))
         self._console = Console()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -29,11 +34,21 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
         self._progress: Progress | None = None
 
+    def status(self, state: str, task: str | None = None, step: int | None = None) -> None:
+        """Says in status.json what the run is doing: starting, training, merging, evaluating, finished or stopped."""
+        if not self.is_silent:
+            content = {"state": state, "task": task, "step": step, "process": os.getpid(), "host": os.uname().nodename}
+            replace_file(self.run_dir / "status.json", json.dumps(content) + "\n")
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the bytes of each of FILES by now; on rank 0."""
+        return {} if self.is_silent else {name: (self.run_dir / name).stat().st_size for name in self.FILES}
+
     def say(self, message: str) -> None:
         if not self.is_silent:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def begin_stage(self, name: str, iterations: int) -> None:
+    def begin_stage(self, name: str, iterations: int, step: int) -> None:
         if self.is_silent:
             return
         columns = (
@@ -45,7 +60,7 @@ class RunLog:
         )
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._progress.start()
-        self._bar = self._progress.add_task(name, total=iterations, facts="")
+        self._bar = self._progress.add_task(name, total=iterations, completed=step, facts="")
 
     def step(self, task: str, step: int, values: dict[str, float]) -> None:
         """Writes one line for `step` (counted from 1 within the task)."""

@@ -1,41 +1,48 @@
 """The story of a run: for each task fit, merge, evaluate on all tasks, save."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import deepspeed
 import open_clip
 import torch
 
-from r1p_dist.backbones import load_backbone
-from r1p_dist.checkpoint import save_adapter
+from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_loader
-from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
-from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group
-from r1p_dist.errors import InputError
+from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
+from r1p_dist.engine import TaskEngine, choose_precision, precision_type, resolve_deepspeed, start_process_group
+from r1p_dist.errors import InputError, Interrupted
 from r1p_dist.evaluation.classify import Classifier
 from r1p_dist.evaluation.metrics import continual_metrics
-from r1p_dist.methods import Method, Stage, make_method
+from r1p_dist.interrupts import StepAgreement, Watchdog, is_finite_on_all_ranks
+from r1p_dist.methods import Stage, make_method
 from r1p_dist.report import write_report
 from r1p_dist.runlog import RunLog
+from r1p_dist.session import Running, Session
 
 
 def run(config: RunConfig) -> dict:
-    """Trains the stream of a configuration and returns its metrics, as in metrics.json. Raises InputError before any
-    training."""
-    started = time.perf_counter()
+    """Trains the stream of a configuration and returns its metrics, as in metrics.json.
+
+    A run that was interrupted goes on from its newest checkpoint. Raises InputError before any training, or where
+    training cannot go on; Interrupted when a signal ended it.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = start_process_group()
     torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
-    stream = Stream.load(config.stream, config.order, config.tasks)
+    stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")
     backbone = load_backbone(config.backbone).to(device)
+    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)}
+    facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}
     method = make_method(config, backbone)
     stages = method.stages(stream)
-    zero_stage = resolve_deepspeed(config, world_size())["zero_optimization"]["stage"]
+    resolve_deepspeed(config, world_size())
     reference = Stream.load(config.data.reference).tasks if config.data.reference else ()
     loaders = [
         train_loader(
@@ -44,106 +51,173 @@ def run(config: RunConfig) -> dict:
         for index, stage in enumerate(stages)
     ]
     test_loaders = evaluation_loaders(config, stream.tasks, backbone.preprocess)
-    classifier = Classifier(backbone, test_loaders, config.evaluation.batch_size)
-    log = RunLog(config.run_dir, config.dump(), config.log.tensorboard)
-    precision, reason = choose_precision(config)
-    log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks, ZeRO {zero_stage}")
-    log.say(f"precision {precision}: {reason}")
+    limit = config.faults.hang_minutes
+    watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
+    classifier = Classifier(backbone, test_loaders, config.evaluation.batch_size, watchdog.moved)
+    session = Session(config, method, stages, facts)
+    try:
+        return train_stream(stream, loaders, classifier, session, StepAgreement(device), watchdog)
+    finally:
+        watchdog.stop()
+        session.close()
 
-    rows: list[list[float]] = []
-    left_out: list[int] = []
-    before_merge: list[float | None] = [None] * len(stream.tasks)
-    collectives: dict[str, dict[str, int]] = {}
-    for index, (stage, loader) in enumerate(zip(stages, loaders, strict=True)):
-        method.begin_task(index)
+
+def train_stream(
+    stream: Stream,
+    loaders: Sequence[TrainLoader],
+    classifier: Classifier,
+    session: Session,
+    agreement: StepAgreement,
+    watchdog: Watchdog,
+) -> dict:
+    """Trains the stages that the session has yet to do and returns the metrics of all."""
+    config, method, stages, log, progress = (
+        session.config,
+        session.method,
+        session.stages,
+        session.log,
+        session.progress,
+    )
+    backbone = method.backbone
+    log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks")
+    log.say("precision {}: {}".format(*choose_precision(config)))
+    log.status("starting")
+    progress.before_merge += [None] * (len(stream.tasks) - len(progress.before_merge))
+    if session.point:
+        log.say(f"goes on from {session.point.folder}")
+        backbone.to(precision_type(config))
+    for index in range(session.first_stage, len(stages)):
+        stage, loader = stages[index], loaders[index]
         train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
-        model = TaskEngine(backbone, config, train, world_size()) if method.adapters else backbone
-        if index == 0:
-            row, left_out = evaluate(classifier, model, stream, 0, log)
-            rows.append(row)
         if method.adapters:
-            collectives = fit(model, method, stage, loader, config, log)
+            make_engine = partial(TaskEngine, backbone, config, train, world_size())
+            running = session.open_stage(index, loader, make_engine)
+        model = running.model if method.adapters else backbone
+        if progress.rows and len(progress.rows[0]) < len(stream.tasks):
+            log.status("evaluating")
+            evaluate_added(classifier, model, stream, index, session)
+        if not progress.rows:
+            log.status("evaluating")
+            row, progress.left_out = evaluate(classifier, model, stream, 0, log)
+            progress.rows.append(row)
+        if method.adapters:
+            fit(running, session, agreement, watchdog)
+            log.status("merging", stage.name)
             for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
                 adapter.set_weight(updates)
+            log.status("evaluating", stage.name)
             for result in classifier.evaluate(model, stage.tasks):
-                before_merge[[task.name for task in stream.tasks].index(result.task)] = result.accuracy
+                progress.before_merge[[task.name for task in stream.tasks].index(result.task)] = result.accuracy
+            log.status("merging", stage.name)
             method.end_task()
-            rows.append(evaluate(classifier, model, stream, index + 1, log)[0])
+            log.status("evaluating", stage.name)
+            progress.rows.append(evaluate(classifier, model, stream, index + 1, log)[0])
+            progress.replaced.append(loader.bad_samples)
             model.close()
-            if rank() == 0:
-                facts = {
-                    "task": stage.name,
-                    "method": config.method,
-                    "backbone": config.backbone.name,
-                    "seed": config.seed,
-                }
-                save_adapter(config.run_dir / "adapters" / f"{index:02d}-{stage.name}", method.adapters, facts)
+            session.save_task(index)
         else:
-            rows.append(rows[0])
-        metrics = {
-            "tasks": [task.name for task in stream.tasks],
-            "metric": ["accuracy"] * len(stream.tasks),
-            "domains": [task.domain for task in stream.tasks],
-            "accuracy": rows,
-            "before_merge": before_merge,
-            **continual_metrics(rows + [None] * (len(stages) + 1 - len(rows))),
-            "trainable_parameters": method.count_parameters(),
-            "world_size": world_size(),
-            "zero_stage": zero_stage,
-            "collectives_per_step": collectives,
-            "bad_samples": {"train": [loader.bad_samples for loader in loaders[: index + 1]], "evaluation": left_out},
-            "method": config.method,
-            "seed": config.seed,
-            "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)},
-            "wall_seconds": round(time.perf_counter() - started, 1),
-        }
+            progress.rows.append(progress.rows[0])
+        metrics = make_metrics(stream, session)
         log.metrics(metrics)
         log.say(summary(index, stage, stages, metrics))
+    session.checkpoints.wait()
+    metrics = make_metrics(stream, session)
+    log.metrics(metrics)
+    log.status("finished")
     if rank() == 0:
         write_report(config.run_dir)
     return metrics
 
 
-def fit(model: TaskEngine, method: Method, stage: Stage, loader: TrainLoader, config: RunConfig, log: RunLog) -> dict:
-    """Trains one stage, the loop over micro batches, for every method and backbone; returns a step's collectives."""
+def make_metrics(stream: Stream, session: Session) -> dict:
+    """Returns the content of metrics.json for what the run has found by now."""
+    config, method, progress = session.config, session.method, session.progress
+    return {
+        "tasks": [task.name for task in stream.tasks],
+        "metric": ["accuracy"] * len(stream.tasks),
+        "domains": [task.domain for task in stream.tasks],
+        "accuracy": progress.rows,
+        "before_merge": progress.before_merge,
+        **continual_metrics(progress.rows + [None] * (len(session.stages) + 1 - len(progress.rows))),
+        "trainable_parameters": method.count_parameters(),
+        "world_size": world_size(),
+        "zero_stage": resolve_deepspeed(config, world_size())["zero_optimization"]["stage"],
+        "collectives_per_step": progress.collectives,
+        "bad_samples": {"train": progress.replaced, "evaluation": progress.left_out},
+        "method": config.method,
+        "seed": config.seed,
+        "versions": session.facts["versions"],
+        "wall_seconds": round(session.seconds, 1),
+    }
+
+
+def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: Watchdog) -> None:
+    """Trains one stage from where it stands: the loop over micro batches, for every method and backbone."""
+    stage, loader, model = running.stage, running.loader, running.model
+    config, method, log = session.config, session.method, session.log
     method.backbone.set_prompts(loader.prompts)
     method.backbone.train()
-    log.begin_stage(stage.name, stage.iterations)
-    step, sums, waited, since = 0, torch.zeros(3), 0.0, time.perf_counter()
-    batches, micro_batches, collectives = iter(loader), 0, CollectiveCounter()
-    while step < stage.iterations:
+    log.begin_stage(stage.name, stage.iterations, running.step)
+    log.status("training", stage.name, running.step)
+    sums, waited, since, seen = running.sums, 0.0, time.perf_counter(), 0
+    batches, collectives = iter(loader), CollectiveCounter()
+    while running.step < stage.iterations:
         asked = time.perf_counter()
         batch = {name: tensor.to(method.backbone.device) for name, tensor in next(batches).items()}
         waited += time.perf_counter() - asked
         lr = model.lr
-        with collectives if step == 1 else nullcontext():  # the second step stands for all: lagged votes run by then
+        # the second step stands for all: lagged votes run by then
+        with collectives if running.step == 1 else nullcontext():
             loss, parts = method.loss(model, batch)
-            is_boundary = model.step(loss)
+            agreement.begin(loss)
+            if config.faults.not_finite == "skip" and not is_finite_on_all_ranks(loss):
+                log.say(f"{stage.name} step {running.step + 1}: the loss is not finite, the step is skipped")
+                model.skip_step()
+                loss, parts, is_boundary = torch.zeros_like(loss), {}, True
+            else:
+                is_boundary = model.step(loss)
             if is_boundary:
                 method.end_step()
+            stop, not_finite = agreement.end()
+        watchdog.moved()
+        if not_finite and config.faults.not_finite == "stop":
+            raise InputError(
+                f"task {stage.name} step {running.step + 1}: the loss is not finite; the last good checkpoint: "
+                f"{session.last_saved}; try a smaller train.lr than {lr}, or faults.not_finite=skip"
+            )
         sums[0] += loss.detach().cpu()
         sums[1] += parts["ago"].detach().cpu() if "ago" in parts else 0
-        micro_batches += 1
+        sums[3] += 1
+        seen += 1
         if not is_boundary:
             continue
-        step += 1
-        if step % config.log.every_steps == 0 or step == stage.iterations:
-            seconds = time.perf_counter() - since
+        running.step += 1
+        if running.step == 2:
+            session.progress.collectives = collectives.summary()
+        if running.step % config.log.every_steps == 0 or running.step == stage.iterations:
             sums[2] = loader.count_new_faults()
-            loss_mean, ago_mean, faults = (sum_over_ranks(sums) / (micro_batches * world_size())).tolist()
-            if faults:
-                loader.check_faults()
-            samples = micro_batches * config.train.global_batch_size / config.train.gradient_accumulation_steps
+            loss_mean, ago_mean, faults = (sum_over_ranks(sums)[:3] / sums[3]).tolist()
+            seconds = time.perf_counter() - since
+            samples = seen * config.train.global_batch_size / config.train.gradient_accumulation_steps
             values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
             values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
-            log.step(stage.name, step, values)
-            if loss_mean != loss_mean or abs(loss_mean) == float("inf"):
-                raise InputError(
-                    f"task {stage.name} step {step}: the loss is {loss_mean}; try a smaller train.lr than {lr}"
-                )
-            sums, micro_batches, waited, since = torch.zeros(3), 0, 0.0, time.perf_counter()
+            log.step(stage.name, running.step, values)
+            log.status("training", stage.name, running.step)
+            if faults:
+                loader.check_faults()
+            sums.zero_()
+            waited, since, seen = 0.0, time.perf_counter(), 0
+        every = config.checkpoint.every_steps
+        if stop or (every and running.step % every == 0 and running.step < stage.iterations):
+            session.save_step(running)
+        if stop:
+            session.checkpoints.wait()
+            log.status("stopped", stage.name, running.step)
+            raise Interrupted(
+                f"{stop.name} at task {stage.name} step {running.step}: saved in {session.last_saved}; the same "
+                "command goes on from there"
+            )
     log.end_stage()
-    return collectives.summary()
 
 
 def evaluate(
@@ -154,6 +228,21 @@ def evaluate(
     for result in results:
         log.correct(row, result.task, result.correct.tolist())
     return [result.accuracy for result in results], [result.left_out for result in results]
+
+
+def evaluate_added(classifier: Classifier, model: Callable, stream: Stream, index: int, session: Session) -> None:
+    """Fills the columns of tasks that were added to a finished run: each past model is made again and evaluated."""
+    rows, method = session.progress.rows, session.method
+    added = stream.tasks[len(rows[0]) :]
+    for count, row in enumerate(rows):
+        session.restore_merged(method.deployed_tasks(count))
+        results = classifier.evaluate(model, added)
+        for result in results:
+            session.log.correct(count, result.task, result.correct.tolist())
+        row += [result.accuracy for result in results]
+        if count == 0:
+            session.progress.left_out += [result.left_out for result in results]
+    session.restore_merged(method.merged_tasks(index))
 
 
 def _tasks(stages: Sequence[Stage]) -> list[Task]:

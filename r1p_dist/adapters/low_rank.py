@@ -98,6 +98,17 @@ class LowRankLinear(nn.Module):
         """Returns the parameters that forward and backward read from modules that they do not call."""
         return [*self.linear.parameters(), *_parameters(self.recompute)]
 
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns the parameters that a task trains, by their names in this module."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what a task in progress has beside its parameters; equal on every rank."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` returned."""
+
     @torch.no_grad()
     def set_weight(self, updates: Sequence[Factors]) -> None:
         """Writes W = round(W_0 + sum of the updates), in fp32 from the pristine weight, so no error accumulates.
@@ -118,17 +129,20 @@ class LowRankLinear(nn.Module):
 
     def merge_update(self, update: Factors) -> None:
         """Merges one task's update into the frozen weight, after those merged before."""
-        self._set_merged([*self.merged, update])
+        self.set_merged([*self.merged, update])
 
     def unmerge(self, task: int) -> None:
         """Takes the update of one merged task (its index, from 0) out of the weight; the others stay as they are."""
-        self._set_merged([update for index, update in enumerate(self.merged) if index != task])
+        self.set_merged([update for index, update in enumerate(self.merged) if index != task])
 
     def unmerge_all(self) -> None:
         """Gives back the pristine weight and forgets what was merged."""
-        self._set_merged([])
+        self.set_merged([])
 
-    def _set_merged(self, updates: Sequence[Factors]) -> None:
+    def set_merged(self, updates: Sequence[Factors]) -> None:
+        """Makes these updates, one per task, all that is merged into the weight."""
+        if not updates and not self._pristine:
+            return  # nothing ever was
         self.past_B = torch.cat([self.past_B[:, :0], *(update.B for update in updates)], dim=1)
         columns = self.past_B.split([update.B.shape[1] for update in updates], dim=1)
         self.merged = [update._replace(B=B) for update, B in zip(updates, columns, strict=True)]

@@ -98,6 +98,22 @@ class AdaptedLinear(LowRankLinear):
             state.zero_()
         self.steps, self._active, self._shared = 0, None, False
 
+    def state(self) -> dict[str, torch.Tensor]:
+        active = self._active if self._active is not None else self.activation_counts[:0]
+        return {
+            "activation_counts": self.activation_counts,
+            "gate_sum": self.gate_sum,
+            "gate_steps": torch.tensor(self.steps),
+            "active": active,  # lagged votes: chosen by the last step, for the next one
+            "is_shared": torch.tensor(self._shared),
+        }
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.activation_counts.copy_(state["activation_counts"])
+        self.gate_sum = state["gate_sum"].to(self.gate_sum.device)
+        self.steps, self._shared = int(state["gate_steps"]), bool(state["is_shared"])
+        self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
+
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the router's input (batch, in) from the layer's input (batch, tokens, in)."""
         if self.guide == "first":
@@ -159,7 +175,8 @@ class AdaptedLinear(LowRankLinear):
             return chosen + (mean - mean.detach())
         gate = chosen * self.active * mean / (chosen * mean).sum()
         if not _is_recomputing():
-            self.gate_sum += gate.detach()
+            # DeepSpeed casts floating-point buffers to the model's precision; a sum of a task's gates needs its own
+            self.gate_sum = self.gate_sum.double() + gate.detach()
             self.steps += 1
         return gate
 

@@ -1,5 +1,6 @@
 """Backbones: frozen vision-language models, and where adapters go in them."""
 
+from r1p_dist.backbones.identity import weights_identity as weights_identity
 from r1p_dist.backbones.open_clip import ClipBackbone as ClipBackbone
 from r1p_dist.backbones.open_clip import Slot as Slot
 from r1p_dist.backbones.open_clip import attach as attach

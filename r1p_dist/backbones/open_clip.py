@@ -142,7 +142,8 @@ class ClipBackbone(nn.Module):
         self.model = model.requires_grad_(False)
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.routing = {tower: Routing() for tower in TOWERS}
-        self.register_buffer("logit_scale", model.logit_scale.detach().float().exp().reshape(()), persistent=False)
+        # A number, because DeepSpeed casts buffers to the model's precision.
+        self.logit_scale = model.logit_scale.detach().float().exp().item()
         self._prompts: torch.Tensor | None = None
 
     def checkpoint_blocks(self) -> None:
@@ -156,7 +157,7 @@ class ClipBackbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.logit_scale.device
+        return self.model.logit_scale.device
 
     def forward(
         self,
@@ -166,6 +167,7 @@ class ClipBackbone(nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         image_features = text_features = None
         if image is not None:
+            image = image.to(next(self.model.visual.parameters()).dtype)
             image_features = F.normalize(self.model.visual(image).float(), dim=-1)
         if tokens is not None:
             text = self.model.text

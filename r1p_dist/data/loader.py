@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -106,13 +107,24 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self._micro_batches)
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return self.dataset.fingerprint()
+
     def cursor(self, step: int) -> dict[str, Any]:
-        """Return where the data stands after `step` optimizer steps; it says nothing of ranks and workers."""
-        return {"next_sample": step * self._global_batch_size, "dataset": self.dataset.fingerprint()}
+        """Return where the data stands after `step` optimizer steps; it says nothing of ranks and workers.
+
+        The bad samples are those of all ranks at the last `check_faults`, and this rank's.
+        """
+        return {
+            "next_sample": step * self._global_batch_size,
+            "dataset": self._fingerprint,
+            "bad": sorted(self._bad),
+        }
 
     def resume(self, cursor: dict[str, Any]) -> None:
         """Go on at a cursor, of any number of ranks. InputError: of other data, or not between two steps."""
-        if cursor["dataset"] != self.dataset.fingerprint():
+        if cursor["dataset"] != self._fingerprint:
             raise InputError(f"task {self.name}: its training samples are not those that the run began with")
         step, rest = divmod(cursor["next_sample"], self._global_batch_size)
         if rest:
@@ -121,6 +133,8 @@ class TrainLoader:
                 f"train.global_batch_size={self._global_batch_size}; keep the one that the run began with"
             )
         self._micro_batches = range(step * self._accumulation, self._micro_batches.stop)
+        self._bad = set(cursor["bad"])
+        self.bad_samples = self._known_bad = len(self._bad)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, faults in _iterate(self._batches, self._micro_batches, self._workers):
@@ -134,13 +148,14 @@ class TrainLoader:
     def count_new_faults(self) -> int:
         """Return how many samples turned out to be bad on this rank since the last call."""
         known, self._known_bad = self._known_bad, len(self._bad)
-        return len(self._bad) - known
+        return self._known_bad - known
 
     def check_faults(self) -> None:
         """Compare the bad samples of all ranks, together, with what is allowed; collective. InputError: too many."""
         bad = torch.zeros(len(self.dataset), dtype=torch.int32)
         bad[sorted(self._bad)] = 1
-        self.bad_samples = int((sum_over_ranks(bad) > 0).sum())  # ranks meet the same one in different epochs
+        self._bad = set(sum_over_ranks(bad).nonzero().flatten().tolist())
+        self.bad_samples = self._known_bad = len(self._bad)  # ranks meet the same one in different epochs
         if self.bad_samples > self._most_bad:
             example = f"; one of them: {next(iter(self.replaced))}" if self.replaced else ""
             raise InputError(

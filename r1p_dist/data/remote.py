@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from r1p_dist.errors import InputError
+from r1p_dist.files import sha256_of
 
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "hf")
 _TRIES = 6
@@ -82,7 +83,7 @@ class ShardCache:
 
         def fetch() -> None:
             _file_system(url).get_file(url, str(partial))
-            if sha256 is not None and (found := _sha256(partial)) != sha256:
+            if sha256 is not None and (found := sha256_of(partial)) != sha256:
                 raise ValueError(f"its sha256 is {found}, index.json says {sha256}")
 
         try:
@@ -151,11 +152,3 @@ def _file_system(url: str) -> Any:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
         options["client_kwargs"] = {"timeout": timeout}
     return fsspec.filesystem(protocol, **options)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while content := file.read(1 << 20):
-            digest.update(content)
-    return digest.hexdigest()

@@ -19,7 +19,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,20 @@ class Stream:
             if not chosen or len(set(chosen)) != len(chosen):
                 raise InputError(f"{path}: tasks must name each wanted task once, got {chosen}")
         return cls(name, tuple(_load_task(entries[task], path) for task in chosen), path, tuple(entries))
+
+    def extended(self, more: Sequence[str]) -> Stream:
+        """Return this stream with tasks of others behind its own: `STREAM:TASK` for one, `STREAM` for all of them.
+
+        InputError: no such stream or task, or a task's name that the stream has already.
+        """
+        tasks = list(self.tasks)
+        for entry in more:
+            other, _, task = entry.rpartition(":") if ":" in entry else (entry, "", "")
+            for added in Stream.load(other, tasks=[task] if task else None).tasks:
+                if added.name in [known.name for known in tasks]:
+                    raise InputError(f"extend: {entry}: the stream has a task {added.name!r} already")
+                tasks.append(added)
+        return replace(self, tasks=tuple(tasks), known=(*self.known, *(t.name for t in tasks[len(self.tasks) :])))
 
     def check_names(self, names: Iterable[str], key: str) -> None:
         """Raises InputError, with the configuration's key, for a name that is no task of the stream file."""

@@ -36,8 +36,15 @@ class Classifier:
     each forward.
     """
 
-    def __init__(self, backbone: ClipBackbone, loaders: Mapping[str, EvaluationLoader], text_batch_size: int):
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        loaders: Mapping[str, EvaluationLoader],
+        text_batch_size: int,
+        on_batch: Callable[[], None] = lambda: None,
+    ):
         self.backbone, self.loaders, self.text_batch_size = backbone, loaders, text_batch_size
+        self.on_batch = on_batch
 
     @torch.no_grad()
     def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
@@ -57,6 +64,7 @@ class Classifier:
             features, _ = model(image=batch["image"])
             right = (features @ weights.T).argmax(1) == batch["label"]
             found[batch["position"]] = 1 + right.int()
+            self.on_batch()
         found = sum_over_ranks(found).cpu()
         seen = found[found > 0]
         if not len(seen):

@@ -68,9 +68,33 @@ class Dac(Method):
                 B = adapter.update(adapter.rank)[0].B
                 past = adapter.orthogonal_to
                 adapter.orthogonal_to = B if past is None else torch.cat([past, B], dim=1)
-                adapter.merge()
-            else:
-                adapter.merge()
-                adapter.orthogonal_to = adapter.past_B
+            adapter.merge()
+        self._set_past()
+
+    def restore_merged(self, updates: list[list[Factors]]) -> None:
+        super().restore_merged(updates)
+        if updates:
+            self._set_past()
+
+    def _set_past(self) -> None:
+        """Sets the columns that the AGO loss of the next task is orthogonal to; `code_all` has its own."""
+        for adapter in self.adapters:
             if self.config.ago.weight == 0:
                 adapter.orthogonal_to = None
+            elif self.config.ago.reduction != "code_all":
+                adapter.orthogonal_to = adapter.past_B
+
+    def state(self) -> dict[str, torch.Tensor]:
+        state = super().state()
+        if self.config.ago.reduction == "code_all":
+            for adapter in self.adapters:
+                past = adapter.orthogonal_to
+                state[f"{adapter.name}.orthogonal_to"] = adapter.past_B[:, :0] if past is None else past
+        return state
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        super().load_state(state)
+        if self.config.ago.reduction == "code_all":
+            for adapter in self.adapters:
+                past = state[f"{adapter.name}.orthogonal_to"].to(adapter.past_B.device)
+                adapter.orthogonal_to = past if past.shape[1] else None

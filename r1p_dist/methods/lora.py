@@ -26,6 +26,12 @@ class Lora(Method):
             else:
                 adapter.unmerge_all()  # the adapter itself still holds what was learnt
 
+    def merged_tasks(self, index: int) -> list[int]:
+        return super().merged_tasks(index) if self.config.lora.restart else []
+
+    def deployed_tasks(self, count: int) -> list[int]:
+        return super().deployed_tasks(count) if self.config.lora.restart else list(range(count))[-1:]
+
     def unmerged_updates(self) -> list[list[Factors]]:
         return [[*adapter.merged, adapter.update()] for adapter in self.adapters]
 

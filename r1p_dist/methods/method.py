@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from r1p_dist.adapters import LowRankLinear
+from r1p_dist.adapters import Factors, LowRankLinear
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, Task
@@ -53,6 +54,36 @@ class Method:
 
     def end_task(self) -> None:
         """Merges what the stage learnt into the frozen weights."""
+
+    def merged_tasks(self, index: int) -> list[int]:
+        """Returns the stages whose updates are in the weights while stage `index` trains."""
+        return list(range(index))
+
+    def deployed_tasks(self, count: int) -> list[int]:
+        """Returns the stages whose updates make up the model after `count` stages."""
+        return list(range(count))
+
+    def restore_merged(self, updates: list[list[Factors]]) -> None:
+        """Puts back what finished tasks merged: per task, the update of each adapter."""
+        for i, adapter in enumerate(self.adapters):
+            adapter.set_merged([task[i] for task in updates])
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Returns what a stage trains, by layer and name."""
+        return {
+            f"{adapter.name}.{name}": parameter
+            for adapter in self.adapters
+            for name, parameter in adapter.trainable_parameters().items()
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what a stage in progress has beside its parameters; equal on every rank."""
+        return {f"{adapter.name}.{key}": value for adapter in self.adapters for key, value in adapter.state().items()}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes back what `state` returned."""
+        for adapter in self.adapters:
+            adapter.load_state({key: state[f"{adapter.name}.{key}"] for key in adapter.state()})
 
     def count_parameters(self) -> int:
         """Returns how many numbers one task trains, also where ZeRO-3 shards them."""

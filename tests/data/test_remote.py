@@ -199,7 +199,7 @@ def test_a_missing_library_and_a_full_cache_are_named(server: Server, tmp_path: 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("r1p_dist.data.remote._sha256", full)
+    monkeypatch.setattr("r1p_dist.data.remote.sha256_of", full)
     with pytest.raises(InputError, match="No space left on device.*data.cache_dir"):
         ShardCache(tmp_path).open(f"{server.url}/train/000000.tar", "0" * 64)
     assert server.requests["/train/000000.tar"] == 1, "a full disk is not tried again"

@@ -127,7 +127,7 @@ class Variant:
         self.backbone.routing["text"].weights = None
         image = F.normalize(clip.visual(self.image).float(), dim=-1)
         text = F.normalize(clip.text(tokens).float(), dim=-1)
-        return contrastive_loss(image, text, self.label, self.backbone.logit_scale.float())
+        return contrastive_loss(image, text, self.label, self.backbone.logit_scale)
 
     def clip(self) -> nn.Module:
         return self.backbone.model

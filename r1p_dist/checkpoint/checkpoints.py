@@ -1,0 +1,200 @@
+"""The checkpoints of a run: saved in the background, found again, and put back.
+
+    RUN/checkpoints/<task index>-<task>/step-<n>/
+        training.safetensors   value, exp_avg and exp_avg_sq of every trainable parameter, fp32, full tensors
+        method.safetensors     what the method counts: votes, active experts and so on
+        ranks.safetensors      each rank's random states and running sums
+        merged-<i>.safetensors the merged experts of task i, linked from RUN/adapters
+        state.json             where the run stands: task, step, data cursor, accuracy matrix, backbone, versions
+        config.yaml            the resolved configuration
+        manifest.json          size and SHA-256 of each file; written last
+
+Nothing depends on the number of ranks or the ZeRO stage. The last step of a task is saved after its evaluation.
+"""
+
+import json
+import logging
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from r1p_dist.checkpoint.folders import fault_of, read_json, tensor_file, write_folder
+from r1p_dist.checkpoint.training_state import Capture
+from r1p_dist.config import RunConfig
+from r1p_dist.distributed import agree, rank
+from r1p_dist.errors import InputError
+
+FORMAT = 1
+# What may change between two starts of a run: where and how fast it runs, not what it computes.
+FREE_KEYS = (
+    "run_dir resume checkpoint faults log deepspeed data.workers data.cache_dir data.cache_gb evaluation.batch_size "
+    "backbone.gradient_checkpointing"
+).split()
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint; `state` is its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in task `stage`; 0 between two tasks."""
+        return self.state["step"]
+
+    @property
+    def stage(self) -> int:
+        """Index of the task that comes next or goes on."""
+        return self.state["stage"]
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Returns the content of NAME.safetensors. InputError: it is no such file."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+
+class Checkpoints:
+    """Writes and finds the checkpoints of one run; every method but `wait` is to be called by all ranks.
+
+    On rank 0 a thread writes while the training goes on. Where a save fails, as on a full disk, the one before stays
+    and `trouble` says why; the training goes on.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.root = config.run_dir / "checkpoints"
+        self.trouble: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def find(self) -> Checkpoint | None:
+        """Returns the checkpoint to go on from, or None to begin.
+
+        InputError: `resume` names a folder that is no whole checkpoint, or the run had another configuration.
+        """
+        found = agree(self._find)
+        if found is None:
+            return None
+        return Checkpoint(Path(found), read_json(Path(found) / "state.json"))
+
+    def _find(self) -> str | None:
+        resume = self.config.resume
+        if resume == "never":
+            shutil.rmtree(self.root, ignore_errors=True)
+            return None
+        if resume != "auto":
+            if fault := fault_of(Path(resume)):
+                raise InputError(f"resume={resume}: not a whole checkpoint: {fault}")
+            candidates = [Path(resume)]
+        else:
+            candidates = checkpoint_folders(self.root)
+        for folder in candidates:
+            if fault := fault_of(folder):
+                _logger.warning("checkpoint %s is skipped: %s", folder, fault)
+                continue
+            self._check(folder)
+            return str(folder)
+        return None
+
+    def _check(self, folder: Path) -> None:
+        state = read_json(folder / "state.json")
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"{folder}: written by another release, in another format than {FORMAT}; resume=never")
+        before = RunConfig.load(folder / "config.yaml")
+        if differences := config_differences(before, self.config):
+            raise InputError(
+                f"run_dir={self.config.run_dir}: its run has another configuration: {'; '.join(differences)}; give "
+                "another run_dir, or begin anew with resume=never"
+            )
+
+    def save(self, name: str, state: dict[str, Any], method: dict[str, torch.Tensor], capture: Capture) -> None:
+        """Starts to save as NAME (task/step-n) what is handed over; waits for the save before, if it still goes on."""
+        self.wait()
+        if rank() == 0:
+            method = {key: tensor.detach().cpu().clone() for key, tensor in method.items()}
+            self._thread = threading.Thread(target=self._write, args=(self.root / name, state, method, capture))
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until what was handed over is on the disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, folder: Path, state: dict[str, Any], method: dict[str, torch.Tensor], capture: Capture) -> None:
+        try:
+            merged = sorted((self.config.run_dir / "adapters").glob("[0-9]*"))[: state["stage"]]
+            files = {
+                "training.safetensors": tensor_file(capture.tensors()),
+                "method.safetensors": tensor_file(method),
+                "ranks.safetensors": tensor_file({"ranks": capture.locals()}),
+                "state.json": json.dumps({"format": FORMAT, **state}).encode(),
+                "config.yaml": self.config.dump().encode(),
+            }
+            links = {f"merged-{i:02d}.safetensors": task / "adapter.safetensors" for i, task in enumerate(merged)}
+            write_folder(folder, files, links)
+            self._prune()
+            self.trouble = None
+        except OSError as error:
+            self.trouble = f"checkpoint {folder} could not be written: {error}"
+            _logger.error("%s; the training goes on, and the checkpoint before it stays", self.trouble)
+
+    def _prune(self) -> None:
+        # one per finished task stays, and the newest few of the task that is being trained
+        running: list[Path] = []
+        for folder in checkpoint_folders(self.root):
+            with suppress(InputError, KeyError):  # a broken one is not counted
+                if read_json(folder / "state.json")["step"]:
+                    running.append(folder)
+        for folder in running[self.config.checkpoint.keep :]:
+            shutil.rmtree(folder)
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Returns the checkpoints of a run, whole or not, newest first."""
+    return sorted(root.glob("[0-9]*/step-*"), key=lambda path: (path.parent.name, _number(path)), reverse=True)
+
+
+def _number(path: Path) -> int:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """Returns what differs between two configurations, one readable item per key.
+
+    `FREE_KEYS` are left out, and `extend` where it only got longer.
+    """
+    if now.extend[: len(before.extend)] == before.extend:
+        before = before.model_copy(update={"extend": now.extend})
+    old, new = (dict(_flat(config.model_dump(mode="json"), "")) for config in (before, now))
+    return [
+        f"{key}: {_show(old.get(key))} there, {_show(new.get(key))} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str):
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _show(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()

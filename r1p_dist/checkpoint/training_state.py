@@ -1,0 +1,99 @@
+"""The numbers of a training in progress: full tensors, whatever the world size and the ZeRO stage were.
+
+Legend: a column is one of value, exp_avg and exp_avg_sq; every trainable parameter has all three, flattened, fp32.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from r1p_dist.adapters.low_rank import full_values
+from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, world_size
+from r1p_dist.errors import InputError
+from r1p_dist.optimizer_state import COLUMNS, part_of
+
+
+class Capture:
+    """What one save takes from the running training: one reduction to rank 0, then copies that nobody changes.
+
+    parameters: name -> trainable parameter. engine: DeepSpeed's, or None between two tasks, where there are no moments.
+    local: uint8, equally long on every rank, kept rank by rank.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, local: torch.Tensor) -> None:
+        self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+        self._columns = COLUMNS if engine is not None else COLUMNS[:1]
+        self._local = -(-len(local) // 4)  # int32 words per rank
+        self._local_bytes = len(local)
+        device = next(iter(parameters.values())).device
+        # As bits, so that the sum of one rank's numbers and the others' zeros is exact in every case.
+        buffer = torch.zeros(self._offsets()[-1] + world_size() * self._local, dtype=torch.int32, device=device)
+        for (name, parameter), start in zip(parameters.items(), self._offsets(), strict=False):
+            size = self.shapes[name].numel()
+            if engine is None:
+                values = full_values(parameter)[0].view(-1)
+                parts = [(0, values)] if rank() == 0 else []
+            else:
+                part = part_of(engine, parameter)
+                is_mine = part is not None and (rank() == 0 or engine.zero_optimization_stage() > 0)
+                parts = [(column * size + part.start, part[1 + column]) for column in range(3)] if is_mine else []
+            for offset, values in parts:
+                buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
+        mine = buffer[self._offsets()[-1] + rank() * self._local :][: self._local]
+        mine.view(torch.uint8)[: len(local)] = local.to(device)
+        if world_size() > 1:
+            dist.reduce(buffer, 0)
+        self._buffer = buffer.cpu() if rank() == 0 else None
+
+    def _offsets(self) -> list[int]:
+        offsets = [0]
+        for shape in self.shapes.values():
+            offsets.append(offsets[-1] + len(self._columns) * shape.numel())
+        return offsets
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns NAME.COLUMN -> full tensor; on rank 0."""
+        found = {}
+        for (name, shape), start in zip(self.shapes.items(), self._offsets(), strict=False):
+            size = shape.numel()
+            for number, column in enumerate(self._columns):
+                words = self._buffer[start + number * size :][:size]
+                found[f"{name}.{column}"] = words.view(torch.float32).view(shape)
+        return found
+
+    def locals(self) -> torch.Tensor:
+        """Returns what each rank gave as `local`, (ranks, bytes) uint8; on rank 0."""
+        words = self._buffer[self._offsets()[-1] :].view(-1, self._local)
+        return words.contiguous().view(torch.uint8)[:, : self._local_bytes]
+
+
+@torch.no_grad()
+def restore_values(
+    parameters: Mapping[str, nn.Parameter], engine: Any | None, tensors: Mapping[str, torch.Tensor], where: str
+) -> None:
+    """Writes full tensors, as `Capture.tensors` named them, into this rank's parts of the parameters.
+
+    InputError: a tensor is missing, left over, or of another shape; nothing is written then.
+    """
+    columns = COLUMNS if engine is not None else COLUMNS[:1]
+    expected = {f"{name}.{column}": parameters[name] for name in parameters for column in columns}
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())
+        raise InputError(f"{where}: holds other tensors than this model trains, for example {odd[0]}")
+    for name, parameter in expected.items():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
+            raise InputError(f"{where}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, not {shape}")
+    for name, parameter in parameters.items():
+        part = None if engine is None else part_of(engine, parameter)
+        if part is not None:
+            for column, target in zip(COLUMNS, part[1:], strict=True):
+                target.copy_(tensors[f"{name}.{column}"].view(-1)[part.start : part.start + len(target)])
+        value = tensors[f"{name}.value"].view(-1)
+        for stored, offset in stored_copies(parameter):
+            piece = value[offset : offset + stored.numel()]
+            stored.view(-1)[: len(piece)].copy_(piece)
+        drop_whole_copy(parameter)

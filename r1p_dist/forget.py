@@ -1,0 +1,57 @@
+"""Take one task out of a finished run: the pristine weights plus the other tasks' merged experts, nothing retrained."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from r1p_dist.backbones import load_backbone
+from r1p_dist.checkpoint import load_adapter
+from r1p_dist.config import RunConfig
+from r1p_dist.data import Stream, evaluation_loaders
+from r1p_dist.engine import precision_type, start_process_group
+from r1p_dist.errors import InputError
+from r1p_dist.evaluation.classify import Classifier
+from r1p_dist.files import write_atomically
+from r1p_dist.methods import make_method
+
+
+def forget(run_dir: Path, task: str) -> dict:
+    """Evaluates the run's model without a task and writes RUN/without-TASK: metrics.json and the other adapters.
+
+    Returns {"forgotten", "tasks", "with": accuracies of the run, "without": those now}. InputError: no finished task of
+    that name, or a method whose tasks cannot be told apart in the weights.
+    """
+    config = RunConfig.load(run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
+    folders = sorted((run_dir / "adapters").glob("[0-9]*-*"))
+    names = [folder.name.partition("-")[2] for folder in folders]
+    if task not in names:
+        raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(names) or 'none'}")
+    device = start_process_group()
+    backbone = load_backbone(config.backbone).to(device, precision_type(config))
+    method = make_method(config, backbone)
+    if method.deployed_tasks(2) != [0, 1]:
+        raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")
+    kept = [folder for folder, name in zip(folders, names, strict=True) if name != task]
+    method.restore_merged([load_adapter(folder / "adapter.safetensors", method.adapters) for folder in kept])
+    classifier = Classifier(
+        backbone, evaluation_loaders(config, stream.tasks, backbone.preprocess), config.evaluation.batch_size
+    )
+    results = classifier.evaluate(backbone, stream.tasks)
+    before = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["accuracy"][-1]
+    found = {
+        "forgotten": task,
+        "tasks": [result.task for result in results],
+        "with": before,
+        "without": [result.accuracy for result in results],
+    }
+    output = run_dir / f"without-{task}"
+    shutil.rmtree(output, ignore_errors=True)
+    for folder in kept:
+        target = output / "adapters" / folder.name
+        target.mkdir(parents=True)
+        for file in folder.iterdir():
+            os.link(file, target / file.name)
+    write_atomically(output / "metrics.json", json.dumps(found, indent=2) + "\n")
+    return found
