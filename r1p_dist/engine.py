@@ -1,18 +1,12 @@
 """DeepSpeed: the process group, the engine of one task, and what must be undone between tasks."""
 
-import fcntl
-import logging
 import math
 import os
-import time
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import deepspeed
 import torch
-import torch.utils.cpp_extension
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
@@ -22,7 +16,6 @@ from r1p_dist.errors import InputError
 from r1p_dist.optimizer_state import set_adam_steps
 
 _START_TIMEOUT = timedelta(minutes=30)
-_FOREIGN_BUILD_S = 20
 
 
 def start_process_group() -> torch.device:
@@ -32,36 +25,12 @@ def start_process_group() -> torch.device:
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
-    _load_cpu_operation()
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ["LOCAL_RANK"]))
     torch.accelerator.set_device_index(device.index)
     return device
-
-
-def _load_cpu_operation() -> None:
-    """Loads the operation that DeepSpeed has for ranks on one machine without an accelerator; builds it the first time.
-
-    torch marks a build by a plain file, which a killed process leaves behind: every later start would wait for it for
-    ever. Here starts wait for one another by a lock that the kernel takes back, so a mark that is there is a dead one,
-    unless another program is building; that one gets some time.
-    """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        return
-    folder = Path(torch.utils.cpp_extension._get_build_directory(builder.NAME, verbose=False))
-    with open(folder / "r1p.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        mark, waited_s = folder / "lock", 0
-        while mark.exists() and waited_s < _FOREIGN_BUILD_S:
-            time.sleep(1)
-            waited_s += 1
-        if mark.exists():
-            logging.getLogger(__name__).warning("%s was left by a process that is gone; it is removed", mark)
-            mark.unlink(missing_ok=True)
-        builder.load()  # DeepSpeed keeps it, and does not come here again
 
 
 def choose_precision(config: RunConfig) -> tuple[str, str]:

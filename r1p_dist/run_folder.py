@@ -25,6 +25,7 @@ class RunFolder:
         except BlockingIOError as error:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "an unknown process"
+            self._lock.close()
             raise InputError(f"run_dir={path}: {owner} is running in this folder; name another run_dir") from error
         except OSError as error:
             raise InputError(f"run_dir={path}: cannot write in this folder: {error.strerror}") from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from r1p_dist.adapters.low_rank import Factors, LowRankLinear, full_values
+from r1p_dist.adapters.low_rank import Factors, LowRankLinear, fill_uniform, full_values
 from r1p_dist.distributed import gathered
 from r1p_dist.errors import InputError
 
@@ -29,7 +29,7 @@ class LoRALinear(LowRankLinear):
         """Begins anew: A random, B zero. A collective under ZeRO-3."""
         bound = 1 / math.sqrt(self.in_features)
         with gathered(self.parameters(recurse=False), modify=True):
-            nn.init.uniform_(self.A, -bound, bound, generator=generator)
+            fill_uniform(self.A, bound, generator)
             nn.init.zeros_(self.B)
 
     @staticmethod

@@ -177,6 +177,11 @@ def _flat_delta(updates: Sequence[Factors], start: int, length: int) -> torch.Te
     return (B @ A).view(-1)[start - first * in_features :][:length]
 
 
+def fill_uniform(parameter: nn.Parameter, bound: float, generator: torch.Generator | None) -> None:
+    """Fills a parameter from U(-bound, bound): the same numbers, rounded, on every device and in every precision."""
+    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
 def full_values(*parameters: nn.Parameter) -> list[torch.Tensor]:
     """Returns fp32 copies of the parameters' full values; a collective under ZeRO-3."""
     with gathered(parameters):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from r1p_dist.adapters.low_rank import Factors, LowRankLinear, full_values
+from r1p_dist.adapters.low_rank import Factors, LowRankLinear, fill_uniform, full_values
 from r1p_dist.distributed import gathered, sum_over_ranks, sum_over_ranks_with_gradient, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.losses import ago_term
@@ -90,10 +90,10 @@ class AdaptedLinear(LowRankLinear):
         """Begins a task with fresh experts (B zero), router and counts; a collective under ZeRO-3."""
         bound = 1 / math.sqrt(self.in_features)
         with gathered(self.parameters(recurse=False), modify=True), gathered(self.router.parameters(), modify=True):
-            nn.init.uniform_(self.A, -bound, bound, generator=generator)  # Kaiming-uniform with a = sqrt(5)
+            fill_uniform(self.A, bound, generator)  # Kaiming-uniform with a = sqrt(5)
             nn.init.zeros_(self.B)
-            nn.init.uniform_(self.router.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(self.router.bias, -bound, bound, generator=generator)
+            fill_uniform(self.router.weight, bound, generator)
+            fill_uniform(self.router.bias, bound, generator)
         for state in (self.activation_counts, self.gate_sum, self.pending_votes):
             state.zero_()
         self.steps, self._active, self._shared = 0, None, False

@@ -1,0 +1,205 @@
+"""Checkpoint folders: whole or not there, every damage found, nothing in them trusted."""
+
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from r1p_dist.checkpoint.checkpoints import Checkpoint, Checkpoints, checkpoint_folders, config_differences
+from r1p_dist.checkpoint.folders import fault_of, read_json, tensor_file, write_folder
+from r1p_dist.config import RunConfig
+from r1p_dist.errors import InputError
+
+CONTENT = {
+    "training.safetensors": save({"image.0.q.A.value": torch.arange(3000.0)}),
+    "state.json": b'{"format": 1, "stage": 0, "step": 4}',
+}
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(os.urandom(9000))
+    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"]).dump().encode()
+    folder = tmp_path / "checkpoints/00-fashion/step-4"
+    write_folder(folder, CONTENT | {"config.yaml": config}, {"merged-00.safetensors": adapter})
+    return folder
+
+
+def test_a_written_folder_is_whole_and_has_what_was_given(whole: Path) -> None:
+    assert fault_of(whole) is None
+    assert (whole / "state.json").read_bytes() == CONTENT["state.json"]
+    assert (whole / "merged-00.safetensors").stat().st_nlink == 2, "no second copy of the experts"
+    entries = json.loads((whole / "manifest.json").read_text())["files"]
+    assert sorted(entries) == ["config.yaml", "merged-00.safetensors", "state.json", "training.safetensors"]
+    assert [path.name for path in whole.parent.iterdir()] == ["step-4"]
+
+
+def test_every_cut_at_a_block_and_many_flipped_bits_are_found(whole: Path) -> None:
+    generator = random.Random(0)
+    shutil.copy(whole / "merged-00.safetensors", whole / "copy")
+    (whole / "copy").replace(whole / "merged-00.safetensors")
+    for path in sorted(whole.iterdir()):
+        content = path.read_bytes()
+        for size in range(0, len(content), 4096):
+            path.write_bytes(content[:size])
+            assert fault_of(whole) is not None, f"{path.name} cut to {size} bytes"
+        places = range(len(content)) if len(content) < 1500 else generator.sample(range(len(content)), 300)
+        for place in places:
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << generator.randrange(8)
+            path.write_bytes(damaged)
+            assert fault_of(whole) is not None, f"{path.name} byte {place}"
+        path.unlink()
+        assert fault_of(whole) is not None, f"{path.name} missing"
+        path.write_bytes(content)
+    assert fault_of(whole) is None
+
+
+def test_a_failed_write_leaves_nothing_and_the_one_before(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for failing in ("r1p_dist.checkpoint.folders._sync", "r1p_dist.checkpoint.folders._link"):
+        with monkeypatch.context() as patch:
+
+            def fail(*_):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(failing, fail)
+            with pytest.raises(OSError, match="No space left"):
+                write_folder(whole.with_name("step-8"), CONTENT, {"a": whole / "state.json"})
+        assert [path.name for path in whole.parent.iterdir()] == ["step-4"] and fault_of(whole) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        with pytest.raises(OSError, match="needs .* MB, .* MB are free"):
+            write_folder(disk / "step-2", CONTENT, {})
+        assert list(disk.iterdir()) == [], "the free space was looked at first"
+        monkeypatch.setattr("r1p_dist.checkpoint.folders._SPARE_BYTES", -(4 << 20))
+        with pytest.raises(OSError, match="No space left on device"):
+            write_folder(disk / "step-2", {"large": bytes(2 << 20)}, {})
+        assert list(disk.iterdir()) == [], "nothing half-written stays"
+        write_folder(disk / "step-2", CONTENT, {})
+        assert fault_of(disk / "step-2") is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_files_follow_the_users_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_folder(tmp_path / "step-1", CONTENT, {})
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "step-1").iterdir()}
+    assert set(modes.values()) == {0o640} and stat.S_IMODE((tmp_path / "step-1").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"files": {"../../secret": {"bytes": 1, "sha256": "0"}}},
+        {"files": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}},
+        {"files": {}},
+        {"files": []},
+        {"files": {"state.json": 3}},
+        {"files": {"state.json": {"bytes": "x"}}},
+        [],
+        3,
+    ],
+)
+def test_a_hostile_manifest_is_a_fault_and_no_more(whole: Path, manifest: object) -> None:
+    (whole / "manifest.json").write_text(json.dumps(manifest))
+    assert fault_of(whole)
+
+
+def test_hostile_tensor_files_and_json_are_clean_errors(tmp_path: Path) -> None:
+    good = save({"a": torch.zeros(4)})
+    hostile = [
+        b"",
+        b"\xff" * 8,
+        (2**60).to_bytes(8, "little") + good[8:],
+        good[:-1],
+        good.replace(b'"F32"', b'"XYZ"'),
+        good.replace(b"[0,16]", b"[0,99]"),
+        b"\x80\x04\x95" + bytes(40),  # the beginning of a pickle
+    ]
+    for number, content in enumerate(hostile):
+        (tmp_path / "training.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="training.safetensors: cannot be read as safetensors") as caught:
+            Checkpoint(tmp_path, {}).tensors("training")
+        assert "\n" not in str(caught.value), number
+    for content in (b"", b"{", b"\xff", b"[" * 100_000):
+        (tmp_path / "state.json").write_bytes(content)
+        with pytest.raises(InputError, match="state.json: cannot be read as JSON"):
+            read_json(tmp_path / "state.json")
+
+
+def test_a_tensor_file_has_the_tensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.tensor(3)}
+    assert all(torch.equal(load(tensor_file(tensors))[name], tensor) for name, tensor in tensors.items())
+
+
+def write_steps(root: Path, config: RunConfig, steps: dict[str, int]) -> None:
+    for name, step in steps.items():
+        state = json.dumps({"format": 1, "stage": 0, "step": step}).encode()
+        write_folder(root / name, {"state.json": state, "config.yaml": config.dump().encode()}, {})
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Path, caplog) -> None:
+    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    root = tmp_path / "checkpoints"
+    write_steps(root, config, {"00-a/step-9": 9, "00-a/step-10": 10, "01-b/step-2": 2, "01-b/step-100": 100})
+    names = [str(folder.relative_to(root)) for folder in checkpoint_folders(root)]
+    assert names == ["01-b/step-100", "01-b/step-2", "00-a/step-10", "00-a/step-9"]
+    (root / "01-b/step-100/state.json").write_text("{}")
+    (root / "01-b/step-2/manifest.json").unlink()
+    (root / "01-b/.step-200.partial").mkdir()
+    found = Checkpoints(config).find()
+    assert found.folder == root / "00-a/step-10" and found.step == 10
+    assert "step-100 is skipped: state.json has 2 bytes" in caplog.text
+    assert "step-2 is skipped: manifest.json is missing" in caplog.text
+
+    path = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
+    assert Checkpoints(path).find().step == 9
+    broken = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
+    with pytest.raises(InputError, match="resume=.*step-2: not a whole checkpoint: manifest.json is missing"):
+        Checkpoints(broken).find()
+    assert Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", "resume=never"])).find() is None
+    assert not root.exists()
+
+
+def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: Path) -> None:
+    before = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    write_steps(tmp_path / "checkpoints", before, {"00-a/step-2": 2})
+    free = [
+        "deepspeed.config=zero3",
+        "data.workers=3",
+        "log.every_steps=7",
+        "checkpoint.keep=5",
+        "faults.hang_minutes=1",
+    ]
+    assert Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", *free])).find().step == 2
+    now = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", "train.lr=0.5", "pool.guide.text=eot"])
+    with pytest.raises(InputError) as caught:
+        Checkpoints(now).find()
+    message = str(caught.value)
+    assert "pool.guide.text: first there, eot here; train.lr: 0.01 there, 0.5 here" in message
+    assert "resume=never" in message and "\n" not in message
+
+
+def test_more_tasks_are_no_other_configuration_but_fewer_are() -> None:
+    one, two = (RunConfig.load("mini_mtil", [f"extend={tasks}"]) for tasks in ("[a:x]", "[a:x, a:y]"))
+    assert config_differences(one, two) == []
+    assert config_differences(two, one) == ["extend: ['a:x', 'a:y'] there, ['a:x'] here"]

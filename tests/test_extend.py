@@ -1,0 +1,79 @@
+"""A finished run takes one more task, or loses one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from r1p_dist import cli
+from r1p_dist.data.stream import ASSETS, Stream
+from r1p_dist.errors import InputError
+from tests.test_resume import TASKS, assert_equal, run_once
+from tests.test_train import accuracy, add_adapters, plain_clip, read_metrics
+
+MORE = "country_flags"
+
+
+def command_line(rank: int, world_size: int, argv: list[str]) -> int:
+    return cli.main(argv)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[], ["method=lora"]], ids=["dac", "lora"])
+def test_an_extended_run_equals_one_that_had_all_tasks(run_distributed, run_dir: Path, settings: list[str]) -> None:
+    folder = run_dir / (settings or ["dac"])[0]
+    all_tasks = TASKS.replace("]", f", {MORE}]")
+    whole = [all_tasks, f"run_dir={folder}/calm", *settings]
+    assert run_distributed(run_once, 1, whole, timeout_s=300) == ["finished"]
+    assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings], timeout_s=300) == ["finished"]
+    argv = ["extend", f"{folder}/stopped", "--task", f"mini_mtil:{MORE}"]
+    assert run_distributed(command_line, 1, argv, timeout_s=300) == [0]
+    assert len(read_metrics(folder / "stopped")["accuracy"]) == 4
+    # the added columns are evaluated later, so only the order of the lines differs
+    for name in ("correct.jsonl",):
+        both = [sorted((folder / part / name).read_text().splitlines()) for part in ("calm", "stopped")]
+        assert both[0] == both[1]
+        (folder / "stopped" / name).write_bytes((folder / "calm" / name).read_bytes())
+    assert_equal(folder / "calm", folder / "stopped")
+
+
+@pytest.mark.slow
+def test_a_forgotten_task_leaves_the_pristine_weights_and_the_others(run_distributed, run_dir: Path) -> None:
+    run = run_dir / "dac/stopped"
+    assert run_distributed(command_line, 1, ["forget", str(run), "animal_silhouettes"], timeout_s=200) == [0]
+    found = json.loads((run / "without-animal_silhouettes/metrics.json").read_text())
+    kept = [path.name for path in sorted((run / "without-animal_silhouettes/adapters").iterdir())]
+    assert kept == ["00-playing_cards", "02-country_flags"] and found["with"] == read_metrics(run)["accuracy"][-1]
+    model, preprocess, tokenizer = plain_clip()
+    add_adapters(model, run / "without-animal_silhouettes/adapters")
+    expected = [accuracy(model, preprocess, tokenizer, task) for task in found["tasks"]]
+    assert found["without"] == pytest.approx(expected, abs=0.7)  # a tie may turn, see test_train
+    assert run_distributed(command_line, 1, ["forget", str(run), "fashion"], timeout_s=200) == [2]
+    lora = run_dir / "method=lora/stopped"
+    assert run_distributed(command_line, 1, ["forget", str(lora), "playing_cards"], timeout_s=200) == [2]
+
+
+def test_added_tasks_stand_behind_the_others_under_their_own_names() -> None:
+    stream = Stream.load("mini_mtil", tasks=["fashion", "playing_cards"])
+    longer = stream.extended(["mini_mtil:country_flags", f"{ASSETS / 'mini_mtil'}:furniture_3d"])
+    names = ["fashion", "playing_cards", "country_flags", "furniture_3d"]
+    assert [task.name for task in longer.tasks] == names and set(names) <= set(longer.known)
+    assert stream.extended([]) == stream
+    for entry, words in (
+        ("mini_mtil:fashion", "already"),
+        ("mini_mtil:fashoin", "nearest: fashion"),
+        ("mini", "no such"),
+    ):
+        with pytest.raises(InputError, match=words):
+            stream.extended([entry])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
+    for argv in (["extend", str(tmp_path), "--task", "mini_mtil:fashion"], ["forget", str(tmp_path), "fashion"]):
+        assert cli.main(argv) == 2
+        assert "no config.yaml in it, so this is no run folder" in capsys.readouterr().err
