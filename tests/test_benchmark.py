@@ -97,6 +97,10 @@ def test_tasks_grow_by_their_factors(run_distributed) -> None:
 
 
 def run_tasks(rank: int, world_size: int) -> str:
+    return run_benchmark("tasks --batch 2 --pairs 1 --tasks 1 3")
+
+
+def run_benchmark(arguments: str) -> str:
     sys.path.insert(0, str(TOOLS))
     import contextlib
     import io
@@ -104,7 +108,7 @@ def run_tasks(rank: int, world_size: int) -> str:
     import benchmark
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert benchmark.main("tasks --batch 2 --pairs 1 --tasks 1 3".split()) == 0
+        assert benchmark.main(arguments.split()) == 0
     return out.getvalue()[out.getvalue().index("{") :]
 
 
@@ -129,6 +133,17 @@ def test_data_compares_loaders_of_the_same_pictures(tool: ModuleType, capsys) ->
     assert result["loader/webdataset"] > 0 and result["data_wait"] == {}
     equal = {name: values["equal pixels"] for name, values in result["pil/decoder"].items()}
     assert equal == {"pil": True, "torchvision": True, "pil, draft mode": False}
+
+
+@pytest.mark.slow
+def test_checkpoint_times_steps_with_and_without_a_save(run_distributed) -> None:
+    result = json.loads(run_distributed(run_checkpoint, 1, timeout_s=200)[0])
+    assert result["step with a save / step"] > 0 and 0 < result["take / step"] < 1
+    assert 12 < result["bytes_per_number"] < 12.2
+
+
+def run_checkpoint(rank: int, world_size: int) -> str:
+    return run_benchmark("checkpoint --batch 2 --pairs 2")
 
 
 def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:

@@ -76,8 +76,14 @@ def _data(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["pictures of 500 by 375, input 224", ""], rows)
 
 
+def _checkpoint(results: Sequence[dict[str, Any]]) -> str:
+    rows = [[result["model"], *(_number(result[key]) for key in CHECKPOINT_COLUMNS)] for result in results]
+    return _markdown(["model", *CHECKPOINT_COLUMNS], rows)
+
+
 RATIOS = ("step/limit", "peft/step", "flops step/limit", "memory step/limit")
 TASK_COLUMNS = ("step", "switch_s", "stored_mb", "tensors_mb", "resident_mb")
+CHECKPOINT_COLUMNS = ("step with a save / step", "take / step", "bytes_per_number")
 DATA_COLUMNS = ("decode", "decode and transform")
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "step": _step,
@@ -86,6 +92,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "tasks": _tasks,
     "scaling": _scaling,
     "data": _data,
+    "checkpoint": _checkpoint,
 }
 
 
