@@ -4,6 +4,7 @@ Nothing heavy is imported before it is needed, so that --help and --print-config
 """
 
 import argparse
+import errno
 import inspect
 import json
 import os
@@ -150,6 +151,11 @@ def _report_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str])
         if _rank() == 0:
             print(f"interrupted: {error}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        print(f"error: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 1
     except RuntimeError as error:
         # gloo's and NCCL's words; the rank that ended has said why.
         if not any(words in str(error) for words in _LOST_RANK):

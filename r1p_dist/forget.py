@@ -24,16 +24,19 @@ def forget(run_dir: Path, task: str) -> dict:
     """
     config = RunConfig.load(run_dir / "config.yaml", [f"run_dir={run_dir}"])
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
-    folders = sorted((run_dir / "adapters").glob("[0-9]*-*"))
-    names = [folder.name.partition("-")[2] for folder in folders]
-    if task not in names:
-        raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(names) or 'none'}")
+    finished = {
+        name: folder
+        for index, name in enumerate(stream_task.name for stream_task in stream.tasks)
+        if (folder := run_dir / "adapters" / f"{index:02d}-{name}").is_dir()
+    }
+    if task not in finished:
+        raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(finished) or 'none'}")
     device = start_process_group()
     backbone = load_backbone(config.backbone).to(device, precision_type(config))
     method = make_method(config, backbone)
     if method.deployed_tasks(2) != [0, 1]:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")
-    kept = [folder for folder, name in zip(folders, names, strict=True) if name != task]
+    kept = [folder for name, folder in finished.items() if name != task]
     method.restore_merged([load_adapter(folder / "adapter.safetensors", method.adapters) for folder in kept])
     classifier = Classifier(
         backbone, evaluation_loaders(config, stream.tasks, backbone.preprocess), config.evaluation.batch_size

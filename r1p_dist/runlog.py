@@ -26,7 +26,7 @@ class RunLog:
         write_atomically(run_dir / "config.yaml", config_text)
         for name in self.FILES:
             with (run_dir / name).open("ab") as file:
-                file.truncate((sizes or {}).get(name, 0))
+                file.truncate(min((sizes or {}).get(name, 0), file.tell()))
         self._console = Console()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,10 +103,13 @@ class Session:
         if point is None or point.stage != index:
             method.begin_task(index)
             return Running(index, stage, loader, make_engine())
-        tensors, ranks = point.tensors("training"), point.tensors("ranks")["ranks"]
+        tensors, ranks = point.tensors("training"), point.tensors("ranks").get("ranks", torch.zeros(0, 0))
+        bytes_per_rank = 32 + sum(map(len, _random_states()))
+        if ranks.dtype != torch.uint8 or ranks.shape != (point.state["world_size"], bytes_per_rank):
+            raise InputError(f"{point.folder}/ranks.safetensors: has other random states than this machine's")
         if not point.step:
             restore_values(method.trainable_parameters(), None, tensors, str(point.folder))
-            method.load_state(point.tensors("method"))
+            self._restore_method()
             self._restore_random_states(ranks)
         method.begin_task(index)
         # The engine casts and shards the weights; what was merged is computed on its result, as it was then.
@@ -114,11 +118,18 @@ class Session:
         if point.step:
             engine = running.model.engine
             restore_values(method.trainable_parameters(), engine, tensors, str(point.folder))
-            method.load_state(point.tensors("method"))
+            self._restore_method()
             running.model.go_on_at(point.step, point.state["adam_steps"])
             loader.resume(point.state["cursor"])
             running.sums = self._restore_random_states(ranks)
         return running
+
+    def _restore_method(self) -> None:
+        state = self.point.tensors("method")
+        try:
+            self.method.load_state(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.point.folder}/method.safetensors: does not fit this run: {error}") from error
 
     def restore_merged(self, tasks: Sequence[int]) -> None:
         """Makes the weights those of the pristine model with what these finished tasks merged."""
@@ -138,13 +149,20 @@ class Session:
 
     def save_task(self, index: int) -> None:
         """Saves the end of a stage, after its merge and evaluation: its merged experts, and a checkpoint."""
-        name = self.stages[index].name
-        if rank() == 0:
-            names = {"method": self.config.method, "backbone": self.config.backbone.name, "seed": self.config.seed}
-            folder = self.config.run_dir / "adapters" / f"{index:02d}-{name}"
-            save_adapter(folder, self.method.adapters, {"task": name, **names})
+        agree(lambda: self._save_adapter(index))
         state = {"stage": index + 1, "step": 0}
         self._save(index, self.stages[index].iterations, state, None, torch.zeros(4, dtype=torch.float64))
+
+    def _save_adapter(self, index: int) -> None:
+        name = self.stages[index].name
+        facts = {"method": self.config.method, "backbone": self.config.backbone.name, "seed": self.config.seed}
+        folder = self.config.run_dir / "adapters" / f"{index:02d}-{name}"
+        try:
+            save_adapter(folder, self.method.adapters, {"task": name, **facts})
+        except OSError as error:
+            raise InputError(
+                f"{folder}: cannot be written: {error}; make room, the same command then goes on from {self.last_saved}"
+            ) from error
 
     def _save(self, index: int, step: int, state: dict[str, Any], engine: Any | None, sums: torch.Tensor) -> None:
         random_states = _random_states()
@@ -159,8 +177,18 @@ class Session:
         }
         name = f"{index:02d}-{self.stages[index].name}/step-{step}"
         capture = Capture(self.method.trainable_parameters(), engine, local)
-        self.checkpoints.save(name, state, self.method.state(), capture)
+        self.checkpoints.save(name, state, self.method.state(), capture, self._merged_files(state["stage"]))
         self.last_saved = str(self.checkpoints.root / name)
+
+    def _merged_files(self, count: int) -> list[Path]:
+        """Returns the file of merged experts of each of the first `count` stages."""
+        files = []
+        for index, stage in enumerate(self.stages[:count]):
+            own = self.config.run_dir / "adapters" / f"{index:02d}-{stage.name}" / "adapter.safetensors"
+            # `resume` may have named a checkpoint of another run
+            is_own = own.is_file() or self.point is None
+            files.append(own if is_own else self.point.folder / f"merged-{index:02d}.safetensors")
+        return files
 
     def _restore_random_states(self, ranks: torch.Tensor) -> torch.Tensor:
         """Sets this rank's random states; returns its sums. On another number of ranks both begin anew."""

@@ -163,3 +163,13 @@ def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(run_dis
     assert {path: path.read_bytes() for path in before} == before
     refused = run_distributed(run_once, 1, [*settings, "train.lr=5e-3"], timeout_s=200)[0]
     assert "train.lr: 0.01 there, 0.005 here" in refused and "resume=never" in refused
+
+    begun = tmp_path / "checkpoints/00-playing_cards/step-4"
+    other = [f"run_dir={tmp_path}/other", f"resume={begun}"]
+    assert run_distributed(run_once, 1, other, timeout_s=200) == ["finished"]
+    ours, theirs = experts(tmp_path), experts(tmp_path / "other")
+    assert theirs and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert read_metrics(tmp_path / "other")["accuracy"] == metrics["accuracy"]
+    merged = [path.name for path in sorted((tmp_path / "other").glob("checkpoints/*/*/merged-*"))]
+    assert merged == ["merged-00.safetensors", "merged-01.safetensors"]
+    assert [line["task"] for line in log_lines(tmp_path / "other")] == ["animal_silhouettes"] * 2

@@ -5,9 +5,10 @@
 
 Two runs of `deepspeed launchers/train.py` with the same configuration: one is left alone, the other one is started,
 killed with SIGKILL and started again until it was killed often enough, then left to finish. Moments and victims (one
-rank, all ranks, the launcher) are drawn from the seed; the kills are spread over the tasks and over four phases:
-step, save, merge and evaluation. What counts is the phase that the run's files show after the kill. Merged experts,
-accuracy matrix and logs must be equal bit for bit. Exit code 0; 1 where they differ or a phase was met too seldom.
+rank, all ranks, the launcher) are drawn from the seed; the kills are spread over the tasks and, within each, over four
+phases: step, save, merge and evaluation. What counts is the phase that the run's files show after the kill. Merged
+experts, accuracy matrix and logs must be equal bit for bit. Exit code 0; 1 where they differ or a phase was met too
+seldom.
 """
 
 import argparse
@@ -34,12 +35,14 @@ from r1p_dist.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("step", "save", "merge", "evaluation")
-VICTIMS = ("rank 0", "rank 1", "all ranks", "launcher")
+# Ranks notice that their launcher is gone at the next step, so without it they would end a merge or an evaluation.
+VICTIMS = {phase: ("rank 0", "rank 1", "all ranks") for phase in PHASES}
+VICTIMS["step"] = VICTIMS["save"] = ("rank 0", "rank 1", "all ranks", "launcher")
 STATES = {"training": "step", "merging": "merge", "evaluating": "evaluation"}
-LONGEST_DELAY_S = {"step": 1.5, "save": 0.02, "merge": 0.1, "evaluation": 1.5}
+LONGEST_DELAY_S = {"step": 0.5, "save": 0.02, "merge": 0.1, "evaluation": 1.5}
 TASKS = ("playing_cards", "animal_silhouettes", "country_flags", "fashion")
 SETTINGS = (
-    "train.iterations=8 train.global_batch_size=8 train.lr=1e-2 checkpoint.every_steps=2 log.every_steps=3 "
+    "train.iterations=24 train.global_batch_size=8 train.lr=1e-2 checkpoint.every_steps=4 log.every_steps=3 "
     "pool.dropout=0.1"
 ).split()
 PATIENCE_S = 300
@@ -76,13 +79,12 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.folder.mkdir(parents=True)
     calm, hunted = arguments.folder / "calm", arguments.folder / "hunted"
     _finish(calm, tasks, arguments)
-    least = arguments.per_phase or arguments.kills // 6
-    wanted = [PHASES[number % len(PHASES)] for number in range(arguments.kills)]
+    least = arguments.kills // 6 if arguments.per_phase is None else arguments.per_phase
     kills: list[dict[str, Any]] = []
-    for number, phase in enumerate(wanted):
+    for number, (task, phase) in enumerate(_aims(arguments.kills, len(tasks))):
         delay = generator.uniform(0, LONGEST_DELAY_S[phase])
-        victim = generator.choice(VICTIMS[: 2 if arguments.ranks > 1 else 1] + VICTIMS[2:])
-        kill = _kill_once(hunted, tasks, number * len(tasks) // arguments.kills, phase, victim, delay, arguments)
+        victim = generator.choice([name for name in VICTIMS[phase] if arguments.ranks > 1 or name != "rank 1"])
+        kill = _kill_once(hunted, tasks, task, phase, victim, delay, arguments)
         kills.append({"number": number + 1, "aimed_at": phase, "victim": victim, "delay_s": round(delay, 4), **kill})
         print(json.dumps(kills[-1]), flush=True)
         if kill["phase"] is None:
@@ -102,6 +104,12 @@ def campaign(arguments: argparse.Namespace) -> dict[str, Any]:
         "differences": differences,
         "kills": kills,
     }
+
+
+def _aims(kills: int, tasks: int) -> list[tuple[int, str]]:
+    """Returns (task, phase) of each kill: task by task, and in each task phase by phase, as the run passes them."""
+    aims = [(number * tasks // kills, PHASES[number % len(PHASES)]) for number in range(kills)]
+    return sorted(aims, key=lambda aim: (aim[0], PHASES.index(aim[1])))
 
 
 def _command(run_dir: Path, tasks: Sequence[str], arguments: argparse.Namespace) -> list[str]:

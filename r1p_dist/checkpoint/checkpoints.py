@@ -16,13 +16,15 @@ import json
 import logging
 import shutil
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -33,12 +35,36 @@ from r1p_dist.distributed import agree, rank
 from r1p_dist.errors import InputError
 
 FORMAT = 1
+_Whole = Annotated[int, Field(ge=0)]
 # What may change between two starts of a run: where and how fast it runs, not what it computes.
 FREE_KEYS = (
     "run_dir resume checkpoint faults log deepspeed data.workers data.cache_dir data.cache_gb evaluation.batch_size "
     "backbone.gradient_checkpointing"
 ).split()
 _logger = logging.getLogger(__name__)
+
+
+class State(BaseModel):
+    """What state.json must have; the rest is checked by those who read it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1]
+    task: str
+    stage: _Whole
+    step: _Whole
+    world_size: _Whole
+    log_bytes: dict[str, _Whole]
+    progress: dict[str, Any]
+    facts: dict[str, Any]
+    cursor: dict[str, Any] | None = None
+    adam_steps: _Whole | None = None
+
+    @model_validator(mode="after")
+    def _check_step(self) -> "State":
+        if self.step and (self.cursor is None or self.adam_steps is None):
+            raise ValueError("a task in progress needs cursor and adam_steps")
+        return self
 
 
 @dataclass(frozen=True)
@@ -107,12 +133,19 @@ class Checkpoints:
                 continue
             self._check(folder)
             return str(folder)
+        if candidates:
+            raise InputError(f"{self.root}: none of {len(candidates)} checkpoints is whole; resume=never begins anew")
         return None
 
     def _check(self, folder: Path) -> None:
         state = read_json(folder / "state.json")
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"{folder}: written by another release, in another format than {FORMAT}; resume=never")
+        try:
+            State.model_validate(state)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise InputError(f"{folder}/state.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
         before = RunConfig.load(folder / "config.yaml")
         if differences := config_differences(before, self.config):
             raise InputError(
@@ -120,12 +153,23 @@ class Checkpoints:
                 "another run_dir, or begin anew with resume=never"
             )
 
-    def save(self, name: str, state: dict[str, Any], method: dict[str, torch.Tensor], capture: Capture) -> None:
-        """Starts to save as NAME (task/step-n) what is handed over; waits for the save before, if it still goes on."""
+    def save(
+        self,
+        name: str,
+        state: dict[str, Any],
+        method: dict[str, torch.Tensor],
+        capture: Capture,
+        merged: Sequence[Path] = (),
+    ) -> None:
+        """Starts to save as NAME (task/step-n) what is handed over; waits for the save before, if it still goes on.
+
+        merged: the file of merged experts of each finished task.
+        """
         self.wait()
         if rank() == 0:
             method = {key: tensor.detach().cpu().clone() for key, tensor in method.items()}
-            self._thread = threading.Thread(target=self._write, args=(self.root / name, state, method, capture))
+            arguments = (self.root / name, state, method, capture, list(merged))
+            self._thread = threading.Thread(target=self._write, args=arguments)
             self._thread.start()
 
     def wait(self) -> None:
@@ -134,9 +178,15 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _write(self, folder: Path, state: dict[str, Any], method: dict[str, torch.Tensor], capture: Capture) -> None:
+    def _write(
+        self,
+        folder: Path,
+        state: dict[str, Any],
+        method: dict[str, torch.Tensor],
+        capture: Capture,
+        merged: list[Path],
+    ) -> None:
         try:
-            merged = sorted((self.config.run_dir / "adapters").glob("[0-9]*"))[: state["stage"]]
             files = {
                 "training.safetensors": tensor_file(capture.tensors()),
                 "method.safetensors": tensor_file(method),
@@ -144,7 +194,7 @@ class Checkpoints:
                 "state.json": json.dumps({"format": FORMAT, **state}).encode(),
                 "config.yaml": self.config.dump().encode(),
             }
-            links = {f"merged-{i:02d}.safetensors": task / "adapter.safetensors" for i, task in enumerate(merged)}
+            links = {f"merged-{task:02d}.safetensors": file for task, file in enumerate(merged)}
             write_folder(folder, files, links)
             self._prune()
             self.trouble = None

@@ -153,8 +153,33 @@ def test_a_tensor_file_has_the_tensors(tmp_path: Path) -> None:
 
 def write_steps(root: Path, config: RunConfig, steps: dict[str, int]) -> None:
     for name, step in steps.items():
-        state = json.dumps({"format": 1, "stage": 0, "step": step}).encode()
-        write_folder(root / name, {"state.json": state, "config.yaml": config.dump().encode()}, {})
+        state = {"format": 1, "task": "a", "stage": 0, "step": step, "world_size": 1, "log_bytes": {}, "progress": {}}
+        state |= {"facts": {}, "cursor": {}, "adam_steps": step}
+        content = {"state.json": json.dumps(state).encode(), "config.yaml": config.dump().encode()}
+        write_folder(root / name, content, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", -1),
+        ("stage", "0"),
+        ("step", 1.5),
+        ("log_bytes", {"log.jsonl": -5}),
+        ("cursor", None),
+        ("progress", []),
+    ],
+)
+def test_a_hostile_state_is_one_clean_line(tmp_path: Path, key: str, value: object) -> None:
+    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    write_steps(tmp_path / "first", config, {"00-a/step-2": 2})
+    state = json.loads((tmp_path / "first/00-a/step-2/state.json").read_text())
+    state[key] = value
+    content = {"state.json": json.dumps(state).encode(), "config.yaml": config.dump().encode()}
+    write_folder(tmp_path / "checkpoints/00-a/step-2", content, {})
+    with pytest.raises(InputError, match="step-2/state.json: ") as caught:
+        Checkpoints(config).find()
+    assert "\n" not in str(caught.value)
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Path, caplog) -> None:
@@ -173,6 +198,11 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Pat
 
     path = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
     assert Checkpoints(path).find().step == 9
+    for folder in checkpoint_folders(root):
+        shutil.copytree(folder, tmp_path / "other/checkpoints" / folder.relative_to(root))
+        (tmp_path / "other/checkpoints" / folder.relative_to(root) / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="none of 4 checkpoints is whole; resume=never begins anew"):
+        Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path / 'other'}"])).find()
     broken = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
     with pytest.raises(InputError, match="resume=.*step-2: not a whole checkpoint: manifest.json is missing"):
         Checkpoints(broken).find()
