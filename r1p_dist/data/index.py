@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -49,7 +50,12 @@ class ShardRecord(BaseModel):
 
     def stops(self) -> list[int]:
         """Return where each sample ends."""
-        return [*self.offsets[1:], self.bytes]
+        return sample_stops(self.offsets, self.bytes)
+
+
+def sample_stops(offsets: Sequence[int], size: int) -> list[int]:
+    """Return where each sample of a shard of `size` bytes ends: at the next one's beginning, or the shard's end."""
+    return [*offsets[1:], size] if offsets else []
 
 
 def parse_index(content: bytes, where: str) -> dict[str, ShardRecord]:

@@ -167,6 +167,15 @@ def test_a_picture_that_cannot_be_decoded_is_left_out_and_named(folder: Path, tm
         run(open_source(str(folder), None, SourceOptions()), tmp_path / "none")
 
 
+def test_a_shard_whose_pictures_were_all_left_out_harms_no_other(folder: Path, tmp_path: Path) -> None:
+    (folder / "bee/a.00.jpg").write_bytes(b"not a picture")
+    index = run(open_source(str(folder), None, SourceOptions()), tmp_path / "out", shard_samples=1)
+    assert sorted(shard["samples"] for shard in index["shards"]) == [0] + [1] * 17
+    shards = [tmp_path / "out/train" / shard["name"] for shard in index["shards"] if shard["samples"]]
+    dataset = ShardDataset(shards, CLASSES)
+    assert len(dataset) == 17 and all(dataset.read(i)[0].size == (24, 16) for i in range(17))
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_a_table_of_classes_and_one_of_captions(folder: Path, tmp_path: Path, suffix: str) -> None:
     rows = [

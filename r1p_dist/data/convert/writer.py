@@ -29,7 +29,7 @@ import yaml
 from PIL import Image
 
 from r1p_dist.data.convert.sources import TEMPLATES, Source
-from r1p_dist.data.index import INDEX, ShardRecord, index_shard
+from r1p_dist.data.index import INDEX, ShardRecord, index_shard, sample_stops
 from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
 from r1p_dist.data.stream import Stream
 from r1p_dist.errors import InputError
@@ -230,9 +230,8 @@ def write_shard_of(
 
 def _checksums(path: Path, starts: Sequence[int]) -> list[int]:
     with open(path, "rb") as file:
-        size = path.stat().st_size
         checksums = []
-        for start, stop in zip(starts, [*starts[1:], size], strict=False):
+        for start, stop in zip(starts, sample_stops(starts, path.stat().st_size), strict=True):
             file.seek(start)
             checksums.append(zlib.crc32(file.read(stop - start)))
     return checksums
