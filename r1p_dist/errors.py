@@ -1,6 +1,5 @@
-"""The errors that users of the package meet, and the exit codes beside 0 and 1."""
+"""The errors that users of the package meet, and the exit codes beside 0, 1 and 2."""
 
-EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_HANGS = 76
 
@@ -11,3 +10,8 @@ class InputError(ValueError):
 
 class Interrupted(Exception):
     """A signal asked the run to end; it saved, and the same command goes on from there. The message says where."""
+
+
+def one_line(error: object) -> str:
+    """Returns what an error of another library says, on one line."""
+    return " ".join(str(error).split())

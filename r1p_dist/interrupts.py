@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from r1p_dist.distributed import rank, start_sum_over_ranks, world_size
+from r1p_dist.distributed import rank, start_sum_over_ranks, sum_over_ranks, world_size
 from r1p_dist.errors import EXIT_HANGS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -90,6 +89,4 @@ class Watchdog:
 def is_finite_on_all_ranks(loss: torch.Tensor) -> bool:
     """Whether every rank's loss is finite; a collective."""
     bad = torch.tensor([not math.isfinite(loss.item())], dtype=torch.int32, device=loss.device)
-    if world_size() > 1:
-        dist.all_reduce(bad)
-    return not bad.item()
+    return not sum_over_ranks(bad).item()

@@ -1,14 +1,12 @@
 """What a task leaves on disk: its merged experts as safetensors with a JSON beside them."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from r1p_dist.adapters import Factors, LowRankLinear
+from r1p_dist.checkpoint.folders import read_tensors, tensor_file
 from r1p_dist.errors import InputError
 from r1p_dist.files import write_atomically
 
@@ -19,27 +17,19 @@ def save_adapter(folder: Path, adapters: list[LowRankLinear], facts: dict) -> No
 
     The tensor file comes first and the JSON last, both by rename: a folder with adapter.json is complete.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         update = adapter.merged[-1]
-        tensors[f"{adapter.name}.A"] = update.A.cpu().contiguous()
-        tensors[f"{adapter.name}.B"] = update.B.cpu().contiguous()
-    temporary = folder / f".adapter.safetensors.{os.getpid()}"
-    save_file(tensors, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(folder / "adapter.safetensors")
+        tensors[f"{adapter.name}.A"] = update.A
+        tensors[f"{adapter.name}.B"] = update.B
+    write_atomically(folder / "adapter.safetensors", tensor_file(tensors))
     facts = {**facts, "scaling": adapters[0].scaling, "layers": [adapter.name for adapter in adapters]}
     write_atomically(folder / "adapter.json", json.dumps(facts, indent=2) + "\n")
 
 
 def load_adapter(path: Path, adapters: list[LowRankLinear]) -> list[Factors]:
     """Returns the update of each adapter from an adapter.safetensors. InputError: no such file, or of other layers."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+    tensors = read_tensors(path)
     expected = {f"{adapter.name}.{factor}" for adapter in adapters for factor in "AB"}
     if odd := sorted(expected ^ tensors.keys()):
         raise InputError(f"{path}: holds other layers than this model adapts, for example {odd[0]}")

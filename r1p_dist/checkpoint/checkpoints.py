@@ -25,10 +25,8 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from r1p_dist.checkpoint.folders import fault_of, read_json, tensor_file, write_folder
+from r1p_dist.checkpoint.folders import fault_of, read_json, read_tensors, tensor_file, write_folder
 from r1p_dist.checkpoint.training_state import Capture
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import agree, rank
@@ -86,24 +84,19 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Returns the content of NAME.safetensors. InputError: it is no such file."""
-        path = self.folder / f"{name}.safetensors"
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+        return read_tensors(self.folder / f"{name}.safetensors")
 
 
 class Checkpoints:
     """Writes and finds the checkpoints of one run; every method but `wait` is to be called by all ranks.
 
-    On rank 0 a thread writes while the training goes on. Where a save fails, as on a full disk, the one before stays
-    and `trouble` says why; the training goes on.
+    On rank 0 a thread writes while the training goes on. Where a save fails, as on a full disk, the log says why and
+    the one before stays; the training goes on.
     """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.root = config.run_dir / "checkpoints"
-        self.trouble: str | None = None
         self._thread: threading.Thread | None = None
 
     def find(self) -> Checkpoint | None:
@@ -197,10 +190,12 @@ class Checkpoints:
             links = {f"merged-{task:02d}.safetensors": file for task, file in enumerate(merged)}
             write_folder(folder, files, links)
             self._prune()
-            self.trouble = None
         except OSError as error:
-            self.trouble = f"checkpoint {folder} could not be written: {error}"
-            _logger.error("%s; the training goes on, and the checkpoint before it stays", self.trouble)
+            _logger.error(
+                "checkpoint %s could not be written: %s; the training goes on, and the checkpoint before it stays",
+                folder,
+                error,
+            )
 
     def _prune(self) -> None:
         # one per finished task stays, and the newest few of the task that is being trained

@@ -3,6 +3,7 @@
 Legend: a column is one of value, exp_avg and exp_avg_sq; every trainable parameter has all three, flattened, fp32.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,12 +27,14 @@ class Capture:
     def __init__(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, local: torch.Tensor) -> None:
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         self._columns = COLUMNS if engine is not None else COLUMNS[:1]
+        sizes = [len(self._columns) * shape.numel() for shape in self.shapes.values()]
+        *self._starts, self._end = itertools.accumulate(sizes, initial=0)
         self._local = -(-len(local) // 4)  # int32 words per rank
         self._local_bytes = len(local)
         device = next(iter(parameters.values())).device
         # As bits, so that the sum of one rank's numbers and the others' zeros is exact in every case.
-        buffer = torch.zeros(self._offsets()[-1] + world_size() * self._local, dtype=torch.int32, device=device)
-        for (name, parameter), start in zip(parameters.items(), self._offsets(), strict=False):
+        buffer = torch.zeros(self._end + world_size() * self._local, dtype=torch.int32, device=device)
+        for (name, parameter), start in zip(parameters.items(), self._starts, strict=True):
             size = self.shapes[name].numel()
             if engine is None:
                 values = full_values(parameter)[0].view(-1)
@@ -42,22 +45,16 @@ class Capture:
                 parts = [(column * size + part.start, part[1 + column]) for column in range(3)] if is_mine else []
             for offset, values in parts:
                 buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
-        mine = buffer[self._offsets()[-1] + rank() * self._local :][: self._local]
+        mine = buffer[self._end + rank() * self._local :][: self._local]
         mine.view(torch.uint8)[: len(local)] = local.to(device)
         if world_size() > 1:
             dist.reduce(buffer, 0)
         self._buffer = buffer.cpu() if rank() == 0 else None
 
-    def _offsets(self) -> list[int]:
-        offsets = [0]
-        for shape in self.shapes.values():
-            offsets.append(offsets[-1] + len(self._columns) * shape.numel())
-        return offsets
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns NAME.COLUMN -> full tensor; on rank 0."""
         found = {}
-        for (name, shape), start in zip(self.shapes.items(), self._offsets(), strict=False):
+        for (name, shape), start in zip(self.shapes.items(), self._starts, strict=True):
             size = shape.numel()
             for number, column in enumerate(self._columns):
                 words = self._buffer[start + number * size :][:size]
@@ -66,7 +63,7 @@ class Capture:
 
     def locals(self) -> torch.Tensor:
         """Returns what each rank gave as `local`, (ranks, bytes) uint8; on rank 0."""
-        words = self._buffer[self._offsets()[-1] :].view(-1, self._local)
+        words = self._buffer[self._end :].view(-1, self._local)
         return words.contiguous().view(torch.uint8)[:, : self._local_bytes]
 
 

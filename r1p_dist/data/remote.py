@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 from r1p_dist.files import sha256_of
 
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "hf")
@@ -123,7 +123,7 @@ def _try_often(url: str, action: Callable[[], _Result]) -> _Result:
                 raise
             if isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403):
                 raise NotThereError(f"{url}: no right to read it: {error}") from error
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             if attempt == _TRIES:
                 raise InputError(f"{url}: failed {_TRIES} times, the last time: {reason}") from error
             wait = _FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(1, 1.5)  # many ranks fail at one moment

@@ -14,7 +14,7 @@ import warnings
 from PIL import Image, UnidentifiedImageError
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("cls", "txt", "json")
@@ -43,7 +43,7 @@ def split_sample(content: bytes, key: str, where: str) -> dict[str, bytes]:
     try:
         samples = list(group_by_keys(tar_file_expander([source], select_files=_is_wanted)))
     except Exception as error:  # tarfile and webdataset raise many kinds of errors on damaged headers
-        raise BadSampleError(f"{where}: damaged header: {_one_line(error.args[0] if error.args else error)}") from error
+        raise BadSampleError(f"{where}: damaged header: {one_line(error.args[0] if error.args else error)}") from error
     keys = [sample["__key__"] for sample in samples]
     if keys != [key]:
         found = ", ".join(map(ascii, keys)) or "no file of a sample"
@@ -89,8 +89,4 @@ def decode_picture(content: bytes, where: str) -> Image.Image:
         raise BadSampleError(f"{where}: picture cannot be decoded: no {', '.join(_IMAGE_FORMATS)} file") from error
     # PIL's decoders raise many kinds of errors on damaged bytes.
     except Exception as error:
-        raise BadSampleError(f"{where}: picture cannot be decoded: {_one_line(error)}") from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+        raise BadSampleError(f"{where}: picture cannot be decoded: {one_line(error)}") from error

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -249,11 +249,30 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_behind(
     assert sorted(path.name.split("-")[1] for path in tmp_path.glob("[!.]*")) == [f"{n:06d}.tar" for n in range(8)]
 
 
+def load(tasks: Sequence[Task], cache: Path, iterations: int, workers: int) -> TrainLoader:
+    """Returns a loader that mixes two shards at a time."""
+    return TrainLoader(
+        tasks,
+        iterations=iterations,
+        global_batch_size=5,
+        gradient_accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        transform=train_transform(PREPROCESS, True),
+        seed=1,
+        shots=None,
+        include_validation=False,
+        workers=workers,
+        shuffle_shards=2,
+        cache=ShardCache(cache),
+    )
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_from_remote_shards_fetches_the_next_window_ahead(
     converted: Path, server: Server, tmp_path: Path, workers: int
 ):
-    def batches(base: str | Path, **options) -> list:
+    def batches(base: str | Path) -> list:
         mapping = yaml.safe_load((converted / "stream.yaml").read_text())
         entry = mapping["tasks"][0]
         entry["train"] = [f"{base}/train/{{000000..000007}}.tar"]
@@ -263,21 +282,7 @@ def test_training_from_remote_shards_fetches_the_next_window_ahead(
             (folder / name).write_bytes((converted / name).read_bytes())
         entry["test"] = [f"{server.url}/test/000000.tar"]
         (folder / "stream.yaml").write_text(yaml.safe_dump(mapping))
-        loader = TrainLoader(
-            Stream.load(folder).tasks,
-            iterations=12,
-            global_batch_size=5,
-            gradient_accumulation_steps=1,
-            rank=0,
-            world_size=1,
-            transform=train_transform(PREPROCESS, True),
-            seed=1,
-            shots=None,
-            include_validation=False,
-            workers=workers,
-            shuffle_shards=2,
-            cache=ShardCache(tmp_path / "cache"),
-        )
+        loader = load(Stream.load(folder).tasks, tmp_path / "cache", iterations=12, workers=workers)
         return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in loader]
 
     for one, other in zip(batches(server.url), batches(converted), strict=True):
@@ -288,21 +293,7 @@ def test_training_from_remote_shards_fetches_the_next_window_ahead(
 
 def test_the_next_window_is_there_before_it_is_needed(server: Server, tmp_path: Path):
     task = Task("insects", tuple(shards(server.url)), (), (), CLASSES, ("a {c}.",), {}, None)
-    loader = TrainLoader(
-        [task],
-        iterations=1,
-        global_batch_size=5,
-        gradient_accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        transform=train_transform(PREPROCESS, True),
-        seed=1,
-        shots=None,
-        include_validation=False,
-        workers=0,
-        shuffle_shards=2,
-        cache=ShardCache(tmp_path),
-    )
+    loader = load([task], tmp_path, iterations=1, workers=0)
     list(loader)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.glob("[!.]*"))) < 4 and time.monotonic() < deadline:

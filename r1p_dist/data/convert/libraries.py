@@ -24,7 +24,7 @@ from r1p_dist.data.convert.records import (
     label_or_caption,
 )
 from r1p_dist.data.samples import BadSampleError
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 
 # What other libraries call a split.
 _SPLITS = {"train": ("train", "trainval"), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -53,7 +53,7 @@ class _Pictures:
         try:
             return _png(self.items[index][0])
         except Exception as error:  # PIL's decoders raise many kinds of errors on damaged bytes
-            raise BadSampleError(f"record {index}: picture cannot be decoded: {_one_line(error)}") from error
+            raise BadSampleError(f"record {index}: picture cannot be decoded: {one_line(error)}") from error
 
 
 def _png(picture: Image.Image) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def _torchvision_items(make: type, root: str, path: str, split: str) -> Any:
         except Exception as error:  # it is not there, damaged, has no such split, needs a package: all kinds of errors
             faults.append(error)
     fault = next((error for error in faults if not isinstance(error, ValueError)), faults[0])
-    text = _one_line(fault).replace("You can use download=True to download it", "nothing is downloaded here")
+    text = one_line(fault).replace("You can use download=True to download it", "nothing is downloaded here")
     raise InputError(f"{path}: {text or type(fault).__name__}") from fault
 
 
@@ -158,11 +158,7 @@ def _as_stored(content: bytes, where: str) -> dict[str, bytes]:
     except UnidentifiedImageError as error:  # its own message names an address in memory
         raise BadSampleError(f"{where}: picture cannot be decoded: of no known format") from error
     except Exception as error:  # PIL's decoders raise many kinds of errors on damaged bytes
-        raise BadSampleError(f"{where}: picture cannot be decoded: {_one_line(error)}") from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())
+        raise BadSampleError(f"{where}: picture cannot be decoded: {one_line(error)}") from error
 
 
 def open_datasets(path: str, options: SourceOptions) -> Source:
@@ -174,7 +170,7 @@ def open_datasets(path: str, options: SourceOptions) -> Source:
     try:
         loaded = datasets.load_from_disk(path)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not a data set that save_to_disk wrote: {_one_line(error)}") from error
+        raise InputError(f"{path}: not a data set that save_to_disk wrote: {one_line(error)}") from error
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {options.split: loaded}
     chosen = next((name for name in _SPLITS[options.split] if name in splits), None)
     if chosen is None:

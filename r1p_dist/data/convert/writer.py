@@ -33,7 +33,7 @@ from r1p_dist.data.index import INDEX, ShardRecord, index_shard, sample_stops
 from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
 from r1p_dist.data.stream import Stream
 from r1p_dist.errors import InputError
-from r1p_dist.files import atomic_file, write_atomically
+from r1p_dist.files import atomic_file, sha256_of, write_atomically
 
 _PARTS = ".parts"
 _FORMAT = 2
@@ -207,22 +207,18 @@ def write_shard_of(
     path = folder / f"{number:06d}.tar"
     with atomic_file(path) as file:
         write_tar(file, _samples(source, options, records, first, written, skipped))
-        file.seek(0)
-        digest = hashlib.sha256()
-        while content := file.read(1 << 20):
-            digest.update(content)
     samples = index_shard(path) if written else []
     starts = [sample.start for sample in samples]
     record = {
         "name": path.name,
         "samples": len(written),
         "bytes": path.stat().st_size,
-        "sha256": digest.hexdigest(),
+        "sha256": sha256_of(path),
         "keys": [sample.key for sample in samples],
         "offsets": starts,
         "crc32": _checksums(path, starts),
         "labels": None if source.labels is None else [source.labels[index] for index in written],
-        "licences": Counter(source.licences[index] or "unknown" for index in written) if source.licences else {},
+        "licences": Counter(source.licences[index] for index in written) if source.licences else {},
         "skipped": skipped,
     }
     write_atomically(folder / _PARTS / f"{number:06d}.json", json.dumps(record))
