@@ -19,10 +19,11 @@ def chaos() -> ModuleType:
 
 
 def test_kills_pass_through_tasks_and_phases_in_the_runs_order(chaos: ModuleType) -> None:
-    aims = chaos._aims(50, 4)
-    assert len(aims) == 50 and aims == sorted(aims, key=lambda aim: (aim[0], chaos.PHASES.index(aim[1])))
-    assert {task for task, _ in aims} == {0, 1, 2, 3}
-    assert all(sum(aim[1] == phase for aim in aims) >= 12 for phase in chaos.PHASES)
+    aims = chaos._aims(50, ["a", "b", "c", "d"])
+    assert [task for task, _, _ in aims] == [task for task in "abcd" for _ in chaos.PHASES]
+    assert [phase for _, phase, _ in aims] == list(chaos.PHASES) * 4
+    assert sum(count for _, _, count in aims) == 50
+    assert all(sum(count for _, phase, count in aims if phase == aim) >= 12 for aim in chaos.PHASES)
 
 
 def test_a_difference_is_found(chaos: ModuleType, tmp_path: Path) -> None:
