@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,23 +24,25 @@ _OTHER_RANKS_WAIT_S = 3.0
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} ({self.prog} --help shows how)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `r1p` and return its exit code: 0, 1 (doctor found something missing) or 2 (wrong input)."""
-    return _report_errors(_r1p, sys.argv[1:] if argv is None else argv)
+    return report_errors(partial(_r1p, sys.argv[1:] if argv is None else argv))
 
 
 def launcher_main(argv: Sequence[str] | None = None) -> int:
     """Run launchers/train.py, one rank of it, and return its exit code."""
-    return _report_errors(_launcher, sys.argv[1:] if argv is None else argv)
+    return report_errors(partial(_launcher, sys.argv[1:] if argv is None else argv))
 
 
 def _r1p(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="r1p", description="Distributed continual trainer for vision-language models.")
+    parser = Parser(prog="r1p", description="Distributed continual trainer for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,extend,forget,methods,doctor}")
     _add_train_arguments(
         commands.add_parser("train", help="train a recipe on one rank; several: deepspeed launchers/train.py")
@@ -68,7 +71,7 @@ def _r1p(argv: Sequence[str]) -> int:
 
 
 def _launcher(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="launchers/train.py", description="Train a recipe; see the head of this file.")
+    parser = Parser(prog="launchers/train.py", description="Train a recipe; see the head of this file.")
     _add_train_arguments(parser)
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # LOCAL_RANK says the same
     arguments, rest = parser.parse_known_args(argv)
@@ -144,9 +147,10 @@ def _list_methods() -> int:
     return 0
 
 
-def _report_errors(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def report_errors(command: Callable[[], int]) -> int:
+    """Returns what the command returns, or prints its error on one line and returns the exit code for it."""
     try:
-        return command(argv)
+        return command()
     except Interrupted as error:
         if _rank() == 0:
             print(f"interrupted: {error}", file=sys.stderr, flush=True)

@@ -14,14 +14,17 @@ from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
 from r1p_dist.optimizer_state import set_adam_steps
+from r1p_dist.rendezvous import export_rendezvous, is_plain_srun
 
 _START_TIMEOUT = timedelta(minutes=30)
 
 
 def start_process_group() -> torch.device:
-    """Joins the process group of the launcher, or makes one of a single rank; returns this rank's device."""
+    """Joins the process group of the launcher or of srun, or makes one of a single rank; returns this rank's device."""
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 is about to drop: thousands of warnings under ZeRO-3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if is_plain_srun():
+        export_rendezvous()
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})

@@ -1,5 +1,7 @@
 """The errors that users of the package meet, and the exit codes beside 0, 1 and 2."""
 
+import signal
+
 EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_HANGS = 76
 
@@ -10,6 +12,10 @@ class InputError(ValueError):
 
 class Interrupted(Exception):
     """A signal asked the run to end; it saved, and the same command goes on from there. The message says where."""
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def one_line(error: object) -> str:

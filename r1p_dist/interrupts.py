@@ -52,6 +52,11 @@ class StepAgreement:
         *flags, not_finite = self._flags.tolist()
         return next((number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), None), bool(not_finite)
 
+    def stop_signal(self) -> signal.Signals | None:
+        """Returns the signal that any rank got; for places outside of steps that all ranks pass."""
+        self.begin(torch.zeros((), device=self._device))
+        return self.end()[0]
+
 
 class Watchdog:
     """Ends this rank when nothing has moved for `limit_s` seconds, with the stacks of its threads.

@@ -4,14 +4,9 @@ Reads what a run folder has (metrics.json; log.jsonl and config.yaml where there
 Figures are PNGs inside the page, so it opens anywhere and can be mailed.
 """
 
-import base64
-import html
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from r1p_dist.errors import InputError
 from r1p_dist.figures import (
@@ -25,6 +20,7 @@ from r1p_dist.figures import (
     png_of,
 )
 from r1p_dist.files import write_atomically
+from r1p_dist.page import figure, number, page, table, text
 
 MEANINGS = {
     "transfer": ("Transfer", "accuracy on tasks not trained yet: how much zero-shot ability is kept"),
@@ -41,18 +37,6 @@ DOMAINS = {
     "seen": "the backbone's pretraining has pictures of this kind",
     "unseen": "new to the backbone",
 }
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 62rem; margin: 2rem auto;
-  padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-p { max-width: 46rem; } p.facts, figcaption, td.meaning { color: #555; } figure { margin: 0; }
-figcaption { font-size: .9rem; max-width: 46rem; } img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; } th, td { padding: .22rem .9rem .22rem 0; text-align: left; }
-th { border-bottom: 1px solid #999; font-weight: 600; } td { border-bottom: 1px solid #e4e4e4; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .85rem; }
-"""
 
 
 def write_report(run_dir: Path) -> None:
@@ -105,9 +89,9 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _page(metrics: dict[str, Any], log: list[dict[str, Any]], config: str | None) -> str:
     accuracy = AccuracyRows.read(metrics)
-    title = _text(f"{metrics.get('method') or 'run'} on {len(accuracy.tasks)} task{'s' * (len(accuracy.tasks) != 1)}")
+    title = f"{metrics.get('method') or 'run'} on {len(accuracy.tasks)} task{'s' * (len(accuracy.tasks) != 1)}"
     sections = [
-        f'<h1>{title}</h1>\n<p class="facts">{_text(_facts(metrics))}</p>',
+        f'<h1>{text(title)}</h1>\n<p class="facts">{text(_facts(metrics))}</p>',
         _metrics_section(metrics, accuracy),
         _matrix_section(accuracy),
         _tasks_section(metrics, accuracy),
@@ -116,14 +100,9 @@ def _page(metrics: dict[str, Any], log: list[dict[str, Any]], config: str | None
     ]
     if config is not None:
         sections.append(
-            f"<h2>Configuration</h2>\n<details><summary>config.yaml</summary><pre>{_text(config)}</pre></details>"
+            f"<h2>Configuration</h2>\n<details><summary>config.yaml</summary><pre>{text(config)}</pre></details>"
         )
-    body = "\n".join(section for section in sections if section)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return page(title, sections)
 
 
 def _facts(metrics: dict[str, Any]) -> str:
@@ -143,11 +122,11 @@ def _facts(metrics: dict[str, Any]) -> str:
 
 
 def _metrics_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
-    rows = [[name, _number(metrics.get(key)), meaning] for key, (name, meaning) in MEANINGS.items()]
-    zero_shot = _number(mean_of(accuracy.zero_shot))
+    rows = [[name, number(metrics.get(key)), meaning] for key, (name, meaning) in MEANINGS.items()]
+    zero_shot = number(mean_of(accuracy.zero_shot))
     rows.append(["Zero-shot", zero_shot, "mean over all tasks before any training, the reference for all above"])
-    table = _table(["", "percent", ""], rows, numbers={1}, meaning=2)
-    return f"<h2>Figures</h2>\n{table}{_bad_samples(metrics, accuracy)}"
+    summary = table(["", "percent", ""], rows, numbers={1}, meaning=2)
+    return f"<h2>Figures</h2>\n{summary}{_bad_samples(metrics, accuracy)}"
 
 
 def _bad_samples(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
@@ -161,7 +140,7 @@ def _bad_samples(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
     parts = [f"left out of the evaluation: {', '.join(left_out)}"] if left_out else []
     if sum(bad.get("train", [])):
         parts.append(f"replaced by their neighbours in training: {sum(bad['train'])}")
-    return f"<p>Samples that cannot be decoded; {_text('; '.join(parts))}.</p>\n" if parts else ""
+    return f"<p>Samples that cannot be decoded; {text('; '.join(parts))}.</p>\n" if parts else ""
 
 
 def _matrix_section(accuracy: AccuracyRows) -> str:
@@ -172,7 +151,7 @@ def _matrix_section(accuracy: AccuracyRows) -> str:
         "the zero-shot row: blue better, red worse. A framed cell is a task right after its own training; the tasks "
         "left of it were trained before, those right of it are still to come."
     )
-    return "<h2>Accuracy matrix</h2>\n" + _figure(matrix_figure(accuracy), "accuracy matrix", caption)
+    return "<h2>Accuracy matrix</h2>\n" + figure(matrix_figure(accuracy), "accuracy matrix", caption)
 
 
 def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
@@ -186,8 +165,8 @@ def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
             name,
             metric[i] or "accuracy",
             domains[i] or "–",
-            *(_number(values[i]) for values in (accuracy.zero_shot, before, accuracy.own, accuracy.now)),
-            _number(change_from(accuracy.zero_shot[i], accuracy.now[i]), signed=True),
+            *(number(values[i]) for values in (accuracy.zero_shot, before, accuracy.own, accuracy.now)),
+            number(change_from(accuracy.zero_shot[i], accuracy.now[i]), signed=True),
         ]
         for i, name in enumerate(accuracy.tasks)
     ]
@@ -204,8 +183,8 @@ def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
     section = "<h2>Tasks</h2>\n"
     if any(value is not None for value in before):
         caption = "Each task around its own merge: what its training reached, and what the merged weight keeps of it."
-        section += _figure(merge_figure(accuracy, before), "accuracy before and after each merge", caption) + "\n"
-    return section + _table(header, rows, numbers=set(range(3, 8)))
+        section += figure(merge_figure(accuracy, before), "accuracy before and after each merge", caption) + "\n"
+    return section + table(header, rows, numbers=set(range(3, 8)))
 
 
 def _domains_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
@@ -216,48 +195,17 @@ def _domains_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
         if members:
             before = mean_of(accuracy.zero_shot[i] for i in members)
             now = mean_of(accuracy.now[i] for i in members)
-            change = _number(change_from(before, now), signed=True)
-            rows.append([domain, str(len(members)), _number(before), _number(now), change, meaning])
+            change = number(change_from(before, now), signed=True)
+            rows.append([domain, str(len(members)), number(before), number(now), change, meaning])
     if not rows:
         return ""
     header = ["domain", "tasks", "zero-shot", "last row", "change", ""]
-    return "<h2>Seen and unseen domains</h2>\n" + _table(header, rows, numbers={1, 2, 3, 4}, meaning=5)
+    return "<h2>Seen and unseen domains</h2>\n" + table(header, rows, numbers={1, 2, 3, 4}, meaning=5)
 
 
 def _curves_section(log: list[dict[str, Any]]) -> str:
-    figure = curves_figure(log)
-    if figure is None:
+    curves = curves_figure(log)
+    if curves is None:
         return ""
     caption = "One task after another; a grey line is where a new task begins."
-    return "<h2>Training</h2>\n" + _figure(figure, "loss and learning rate per task", caption)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _number(value: float | None, signed: bool = False) -> str:
-    if value is None:
-        return "–"
-    # Adding 0.0 turns the -0.0 that rounding leaves into 0.0.
-    return f"{round(value, 1) + 0.0:{'+' if signed else ''}.1f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int], meaning: int | None = None) -> str:
-    def cell(tag: str, column: int, value: str) -> str:
-        kind = "number" if column in numbers else "meaning" if column == meaning else ""
-        attribute = f' class="{kind}"' if kind else ""
-        return f"<{tag}{attribute}>{_text(value)}</{tag}>"
-
-    lines = ["".join(cell("th", i, value) for i, value in enumerate(header))]
-    lines += ["".join(cell("td", i, value) for i, value in enumerate(row)) for row in rows]
-    return "<table>\n" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table>"
-
-
-def _figure(figure: Figure, alt: str, caption: str) -> str:
-    width = round(figure.get_figwidth() * 96)
-    data = base64.b64encode(png_of(figure)).decode("ascii")
-    return (
-        f'<figure><img width="{width}" alt="{_text(alt)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
+    return "<h2>Training</h2>\n" + figure(curves, "loss and learning rate per task", caption)

@@ -21,6 +21,7 @@ class RunLog:
         self.run_dir = run_dir
         self.is_silent = rank() != 0
         self._tensorboard = None
+        self._steps_left: int | None = None
         if self.is_silent:
             return
         write_atomically(run_dir / "config.yaml", config_text)
@@ -34,10 +35,17 @@ class RunLog:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
         self._progress: Progress | None = None
 
-    def status(self, state: str, task: str | None = None, step: int | None = None) -> None:
-        """Says in status.json what the run is doing: starting, training, merging, evaluating, finished or stopped."""
+    def status(
+        self, state: str, task: str | None = None, step: int | None = None, steps_left: int | None = None
+    ) -> None:
+        """Says in status.json what the run is doing: starting, training, merging, evaluating, finished or stopped.
+
+        steps_left: of the whole stream; where None is given, as many as before.
+        """
         if not self.is_silent:
-            content = {"state": state, "task": task, "step": step, "process": os.getpid(), "host": os.uname().nodename}
+            self._steps_left = self._steps_left if steps_left is None else steps_left
+            content = {"state": state, "task": task, "step": step, "steps_left": self._steps_left}
+            content |= {"process": os.getpid(), "host": os.uname().nodename}
             replace_file(self.run_dir / "status.json", json.dumps(content) + "\n")
 
     def sizes(self) -> dict[str, int]:

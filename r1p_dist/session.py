@@ -51,13 +51,20 @@ class Running:
 class Session:
     """Finds where a run stopped, puts that state back, and saves it as the run goes on."""
 
-    def __init__(self, config: RunConfig, method: Method, stages: Sequence[Stage], facts: dict[str, Any]) -> None:
-        """facts: backbone and versions, kept in every checkpoint.
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        stages: Sequence[Stage],
+        facts: dict[str, Any],
+        lock_patience_s: float = 0,
+    ) -> None:
+        """facts: backbone and versions, kept in every checkpoint. lock_patience_s: as RunFolder's.
 
         InputError: the folder is in use or cannot be written, or its run had another configuration or backbone.
         """
         self._folder: list[RunFolder] = []
-        agree(lambda: self._folder.append(RunFolder(config.run_dir)))
+        agree(lambda: self._folder.append(RunFolder(config.run_dir, lock_patience_s)))
         self.config, self.method, self.stages, self.facts = config, method, stages, facts
         self.checkpoints = Checkpoints(config)
         self.point = self.checkpoints.find() if method.adapters else None
@@ -96,6 +103,14 @@ class Session:
     def seconds(self) -> float:
         """Seconds of the run so far, over all its processes."""
         return self.progress.seconds + time.perf_counter() - self._started
+
+    def steps_left(self, running: Running) -> int:
+        """Returns how many optimizer steps the stream still has from here."""
+        return sum(stage.iterations for stage in self.stages[running.index :]) - running.step
+
+    def wait_on_all_ranks(self) -> None:
+        """Waits until the last save is on the disk; no rank ends before, or a launcher would end rank 0 with it."""
+        agree(self.checkpoints.wait)
 
     def open_stage(self, index: int, loader: TrainLoader, make_engine: Callable[[], TaskEngine]) -> Running:
         """Begins a stage, or takes it up where the checkpoint was taken."""

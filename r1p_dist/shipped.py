@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package but not in its folder: recipes and DeepSpeed configurations.
+"""Where the files lie that come with the package but not in its folder: recipes, DeepSpeed configurations, clusters.
 
 In a checkout they stand at the top level, where people look for them; a wheel carries them inside the package.
 """
@@ -6,11 +6,11 @@ In a checkout they stand at the top level, where people look for them; a wheel c
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-_CHECKOUT_FOLDERS = {"recipes": "launchers/recipes", "ds_configs": "ds_configs"}
+_CHECKOUT_FOLDERS = {"recipes": "launchers/recipes", "ds_configs": "ds_configs", "clusters": "launchers/clusters"}
 
 
 def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
-    """Return name without suffix -> path of every file in `recipes` or `ds_configs`, sorted by name."""
+    """Return name without suffix -> path of every file in `recipes`, `ds_configs` or `clusters`, sorted by name."""
     packaged = _PACKAGE / folder
     # Only a wheel has the folder inside the package, so its presence decides; site-packages is never searched.
     root = packaged if packaged.is_dir() else _PACKAGE.parent / _CHECKOUT_FOLDERS[folder]

@@ -26,11 +26,12 @@ from r1p_dist.runlog import RunLog
 from r1p_dist.session import Running, Session
 
 
-def run(config: RunConfig) -> dict:
+def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     """Trains the stream of a configuration and returns its metrics, as in metrics.json.
 
-    A run that was interrupted goes on from its newest checkpoint. Raises InputError before any training, or where
-    training cannot go on; Interrupted when a signal ended it.
+    A run that was interrupted goes on from its newest checkpoint. lock_patience_s: how long to wait for the processes
+    of a start before this one to leave the run folder. Raises InputError before any training, or where training cannot
+    go on; Interrupted when a signal ended it.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = start_process_group()
@@ -53,10 +54,17 @@ def run(config: RunConfig) -> dict:
     test_loaders = evaluation_loaders(config, stream.tasks, backbone.preprocess)
     limit = config.faults.hang_minutes
     watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
-    classifier = Classifier(backbone, test_loaders, config.evaluation.batch_size, watchdog.moved)
-    session = Session(config, method, stages, facts)
+    session = Session(config, method, stages, facts, lock_patience_s)
+    agreement = StepAgreement(device)
+    classifier = Classifier(
+        backbone,
+        test_loaders,
+        config.evaluation.batch_size,
+        before_task=partial(stop_if_asked, agreement, session),
+        on_batch=watchdog.moved,
+    )
     try:
-        return train_stream(stream, loaders, classifier, session, StepAgreement(device), watchdog)
+        return train_stream(stream, loaders, classifier, session, agreement, watchdog)
     finally:
         watchdog.stop()
         session.close()
@@ -123,7 +131,7 @@ def train_stream(
     session.checkpoints.wait()
     metrics = make_metrics(stream, session)
     log.metrics(metrics)
-    log.status("finished")
+    log.status("finished", steps_left=0)
     if rank() == 0:
         write_report(config.run_dir)
     return metrics
@@ -158,7 +166,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     method.backbone.set_prompts(loader.prompts)
     method.backbone.train()
     log.begin_stage(stage.name, stage.iterations, running.step)
-    log.status("training", stage.name, running.step)
+    log.status("training", stage.name, running.step, session.steps_left(running))
     sums, waited, since, seen = running.sums, 0.0, time.perf_counter(), 0
     batches, collectives = iter(loader), CollectiveCounter()
     while running.step < stage.iterations:
@@ -202,7 +210,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
             values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
             log.step(stage.name, running.step, values)
-            log.status("training", stage.name, running.step)
+            log.status("training", stage.name, running.step, session.steps_left(running))
             if faults:
                 loader.check_faults()
             sums.zero_()
@@ -211,13 +219,24 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
         if stop or (every and running.step % every == 0 and running.step < stage.iterations):
             session.save_step(running)
         if stop:
-            session.checkpoints.wait()
-            log.status("stopped", stage.name, running.step)
+            session.wait_on_all_ranks()
+            log.status("stopped", stage.name, running.step, session.steps_left(running))
             raise Interrupted(
                 f"{stop.name} at task {stage.name} step {running.step}: saved in {session.last_saved}; the same "
-                "command goes on from there"
+                "command goes on from there",
+                stop,
             )
     log.end_stage()
+
+
+def stop_if_asked(agreement: StepAgreement, session: Session) -> None:
+    """Ends the run between two evaluations when any rank got a signal; what was evaluated by then is done again."""
+    if stop := agreement.stop_signal():
+        session.wait_on_all_ranks()
+        session.log.status("stopped")
+        raise Interrupted(
+            f"{stop.name} in an evaluation: the same command goes on from {session.last_saved or 'the beginning'}", stop
+        )
 
 
 def evaluate(

@@ -33,7 +33,7 @@ class Classifier:
     """Evaluates a CLIP model; a class's weight is the mean of its templates' unit-norm features, as in DAC's code.
 
     loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
-    each forward.
+    each forward. before_task and on_batch are called before every task and after every batch: a place to look up.
     """
 
     def __init__(
@@ -41,10 +41,11 @@ class Classifier:
         backbone: ClipBackbone,
         loaders: Mapping[str, EvaluationLoader],
         text_batch_size: int,
+        before_task: Callable[[], None] = lambda: None,
         on_batch: Callable[[], None] = lambda: None,
     ):
         self.backbone, self.loaders, self.text_batch_size = backbone, loaders, text_batch_size
-        self.on_batch = on_batch
+        self.before_task, self.on_batch = before_task, on_batch
 
     @torch.no_grad()
     def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
@@ -55,6 +56,7 @@ class Classifier:
         return results
 
     def _evaluate_task(self, model: Callable, task: Task) -> TaskResult:
+        self.before_task()
         weights = self._class_weights(model, task)
         loader = self.loaders[task.name]
         # 0: not seen, 1: wrong, 2: right. Every picture is on one rank, so the sum over ranks has them all.

@@ -17,6 +17,7 @@ class Dac(Method):
     differ, the options `ago.reduction` and `pool.router_grad` name the choice.
     """
 
+    sections = ("train", "targets", "pool", "ago")
     adapters: list[AdaptedLinear]
 
     def attach(self) -> list[AdaptedLinear]:

@@ -9,6 +9,7 @@ from r1p_dist.methods.method import Method, Stage
 class Lora(Method):
     """Sequential LoRA: one adapter kept going, or with `lora.restart` merged after each task and begun anew."""
 
+    sections = ("train", "targets", "lora")
     adapters: list[LoRALinear]
 
     def attach(self) -> list[LoRALinear]:

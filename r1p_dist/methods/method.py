@@ -23,7 +23,12 @@ class Stage:
 
 
 class Method:
-    """One way to learn a stream of tasks. A method puts its adapters on the backbone when it is made."""
+    """One way to learn a stream of tasks. A method puts its adapters on the backbone when it is made.
+
+    sections: of the configuration, those that not every method reads.
+    """
+
+    sections: tuple[str, ...] = ()
 
     def __init__(self, config: RunConfig, backbone: ClipBackbone):
         self.config, self.backbone = config, backbone

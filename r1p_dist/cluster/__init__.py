@@ -1,0 +1,1 @@
+"""Clusters: jobs through submitit, sweeps, and what runs there are."""

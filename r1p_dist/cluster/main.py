@@ -1,0 +1,234 @@
+"""The command line of launchers/submit.py: submit a run or a sweep, see how runs stand, read logs, cancel."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from r1p_dist.cli import Parser, report_errors
+from r1p_dist.cluster.profile import ClusterProfile
+from r1p_dist.cluster.runs import RunState, describe_runs, find_runs, read_log, wait_for
+from r1p_dist.cluster.scheduler import JobRecord, cancel
+from r1p_dist.config import RunConfig
+from r1p_dist.errors import InputError
+
+_PROFILE_FLAGS = {
+    "cluster": dict(choices=("slurm", "local", "debug"), help="where (default: slurm)"),
+    "partition": dict(help="partition of the cluster"),
+    "account": dict(help="account that pays"),
+    "time": dict(metavar="D-H:M:S", help="time limit of a start; a run that needs more is queued again (24:00:00)"),
+    "nodes": dict(type=int, metavar="N", help="nodes (1)"),
+    "gpus_per_node": dict(type=int, metavar="N", help="accelerators per node, with one rank each"),
+    "tasks_per_node": dict(type=int, metavar="N", help="ranks per node, where they are not one per accelerator"),
+    "cpus_per_task": dict(type=int, metavar="N", help="processors per rank"),
+    "signal_delay_s": dict(type=int, metavar="S", help="how long before the time limit the run saves (300)"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run launchers/submit.py and return its exit code: 0, 1 (a run waited for did not finish) or 2 (wrong input)."""
+    return report_errors(partial(_main, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    commands = {"sweep": _sweep, "status": _status, "logs": _logs, "cancel": _cancel}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    return _submit(argv)
+
+
+def _submit(argv: list[str]) -> int:
+    parser = Parser(
+        prog="submit.py",
+        usage="submit.py --recipe RECIPE [--profile PROFILE] [flags] [key.sub=value ...]\n"
+        "       submit.py sweep | status | logs | cancel --help",
+        description="Submit a run to a cluster.",
+    )
+    parser.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
+    _add_flags(parser)
+    arguments, words = _parse(parser, argv)
+    profile = _profile(arguments)
+    config = RunConfig.load(arguments.recipe, words)
+    if arguments.dry_run:
+        from r1p_dist.cluster.submission import dry_run
+
+        print(dry_run(1, profile, config.run_dir / "jobs", _job_name(config.run_dir)))
+        return 0
+    from r1p_dist.cluster.submission import Submission, submit
+
+    _check_world_size(config, profile)
+    jobs = submit([Submission(config)], profile, config.run_dir / "jobs", _job_name(config.run_dir))
+    print(f"job {jobs[0].job_id}: {config.run_dir}", flush=True)
+    if profile.cluster == "debug":
+        jobs[0].results()
+    return _wait([config.run_dir]) if arguments.wait else 0
+
+
+def _sweep(argv: list[str]) -> int:
+    parser = Parser(
+        prog="submit.py sweep",
+        usage="submit.py sweep --recipe RECIPE [flags] key=a,b,c [key.sub=value ...]\n"
+        "       submit.py sweep --file SWEEP.yaml [flags]",
+        description="Train a recipe at many points. The same command again submits what failed, and only that.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", help="a name in launchers/recipes or the path of a YAML file")
+    source.add_argument(
+        "--file", type=Path, help="a YAML file with recipe and parameters; see r1p_dist/cluster/sweep.py"
+    )
+    parser.add_argument("--folder", type=Path, help="gets a folder per point (runs/<recipe>-sweep)")
+    parser.add_argument("--parallel", type=int, metavar="N", help="points that run at a time")
+    parser.add_argument("--samples", type=int, metavar="N", help="draw N points instead of all combinations")
+    parser.add_argument("--sweep-seed", type=int, default=0, metavar="N", help="of the drawing (0)")
+    _add_flags(parser)
+    arguments, words = _parse(parser, argv)
+    for flag, value in (("--parallel", arguments.parallel), ("--samples", arguments.samples)):
+        if value is not None and value < 1:
+            parser.error(f"{flag} {value}: must be at least 1")
+    profile = _profile(arguments)
+    from r1p_dist.cluster.submission import dry_run
+    from r1p_dist.cluster.sweep import Sweep, SweepFile, make_points
+    from r1p_dist.cluster.sweep_table import best_of, write_sweep_file, write_sweep_table
+    from r1p_dist.cluster.sweeping import submit_points
+
+    if arguments.file is None:
+        sweep = Sweep.parse(arguments.recipe, words, arguments.samples, arguments.sweep_seed)
+    elif words or arguments.samples or arguments.sweep_seed:
+        parser.error("--file holds the whole sweep; write overrides, samples and seed into it")
+    else:
+        sweep = Sweep.load(SweepFile.load(arguments.file))
+    stem = (arguments.file or Path(sweep.recipe)).stem
+    folder = arguments.folder or Path("runs") / f"{stem}-sweep"
+    points = make_points(sweep, folder)
+    good = [point for point in points if point.config is not None]
+    for point in points:
+        if point.refused is not None:
+            print(f"refused: {point.name}: {point.refused}")
+    if not good:
+        raise InputError(f"none of the {len(points)} points can be trained; see the reasons above")
+    if arguments.dry_run:
+        print(dry_run(len(good), profile, folder / "jobs", _job_name(folder), arguments.parallel))
+        return 0
+    _check_world_size(good[0].config, profile)
+    refused = {point.name: point.refused for point in points if point.refused is not None}
+    write_sweep_file(folder, {point.name: point.values for point in points}, refused)
+    submitted = submit_points(good, folder, profile, _job_name(folder), arguments.parallel)
+    print(f"{len(points)} points, {len(submitted)} submitted now: {folder}", flush=True)
+    if arguments.wait:
+        wait_for([point.config.run_dir for point in good])
+    rows = write_sweep_table(folder, ask_cluster=True)
+    print_states(describe_runs([point.config.run_dir for point in good]))
+    if (best := best_of(rows)) is not None:
+        print(f"best by Last: {best.name}: {best.best_metric:.1f}; the table: {folder / 'sweep.csv'}")
+    return 0 if not arguments.wait or all(row.state in ("finished", "refused") for row in rows) else 1
+
+
+def _status(argv: list[str]) -> int:
+    parser = Parser(prog="submit.py status", description="Say how runs stand.")
+    parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="with runs in them (runs)")
+    arguments = parser.parse_args(argv)
+    states = describe_runs(find_runs(arguments.folders))
+    if not states:
+        raise InputError(f"{', '.join(map(str, arguments.folders))}: no run and no job in there")
+    print_states(states)
+    return 0
+
+
+def _logs(argv: list[str]) -> int:
+    parser = Parser(prog="submit.py logs", description="Print what a run's job printed.")
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+    parser.add_argument("--rank", type=int, default=0, help="which rank's (0)")
+    arguments = parser.parse_args(argv)
+    for part in read_log(arguments.run, arguments.rank, arguments.follow):
+        print(part, end="", flush=True)
+    return 0
+
+
+def _cancel(argv: list[str]) -> int:
+    parser = Parser(prog="submit.py cancel", description="End the jobs of runs; a run that trains saves first.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs")
+    arguments = parser.parse_args(argv)
+    for run_dir in arguments.runs:
+        record = JobRecord.read(run_dir)
+        if record is None:
+            raise InputError(f"{run_dir}: no job was submitted for this run")
+        cancel(record)
+        print(f"job {record.job_id} is told to end: {run_dir}")
+    return 0
+
+
+def print_states(states: Sequence[RunState]) -> None:
+    """Prints one line per run, and below it the error of one that ended too early."""
+    header = ("run", "state", "method", "task", "step", "samples/s", "left", "limit in", "job")
+    rows = [
+        (
+            str(state.run_dir),
+            state.state,
+            *("" if value is None else str(value) for value in (state.method, state.task, state.step)),
+            "" if state.samples_per_second is None else f"{state.samples_per_second:.1f}",
+            "" if state.seconds_left is None else _duration(state.seconds_left),
+            state.job_time_left or "",
+            state.job.job_id if state.job else "",
+        )
+        for state in states
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row, error in zip([header, *rows], [None, *(state.error for state in states)], strict=True):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        if error:
+            print(f"    {error}")
+
+
+def _wait(run_dirs: Sequence[Path]) -> int:
+    states = wait_for(run_dirs)
+    print_states(states)
+    return 0 if all(state.is_finished for state in states) else 1
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cluster", "laid over the profile")
+    group.add_argument("--profile", help="a name in launchers/clusters or the path of a YAML file")
+    for name, options in _PROFILE_FLAGS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", **options)
+    group.add_argument(
+        "--slurm", action="append", default=[], metavar="KEY=VALUE", help="any other option of sbatch; may be repeated"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch script and stop")
+    parser.add_argument("--wait", action="store_true", help="wait for the end; exit code 1 if a run did not finish")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    # Overrides may stand before, between and after the flags, which argparse's own positionals cannot.
+    arguments, words = parser.parse_known_args(argv)
+    if flags := [word for word in words if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return arguments, words
+
+
+def _profile(arguments: argparse.Namespace) -> ClusterProfile:
+    flags: dict[str, Any] = {name: getattr(arguments, name) for name in _PROFILE_FLAGS}
+    options: dict[str, str | bool] = {}
+    for word in arguments.slurm:
+        key, separator, value = word.partition("=")
+        options[key.removeprefix("--")] = value if separator else True
+    return ClusterProfile.load(arguments.profile, flags | {"slurm": options})
+
+
+def _check_world_size(config: RunConfig, profile: ClusterProfile) -> None:
+    """Refuses before the submission what every rank would refuse after hours in the queue."""
+    from r1p_dist.engine import resolve_deepspeed
+
+    resolve_deepspeed(config, profile.world_size)
+
+
+def _job_name(run_dir: Path) -> str:
+    return f"r1p-{run_dir.name}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    days, hours = minutes // 1440, minutes // 60 % 24
+    return f"{days}-{hours:02d}:{minutes % 60:02d}" if days else f"{hours}:{minutes % 60:02d}"

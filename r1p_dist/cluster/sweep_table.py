@@ -1,0 +1,201 @@
+"""What a sweep has found so far: sweep.csv, and report.html with the best point and curves."""
+
+import csv
+import fcntl
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from r1p_dist.cluster.runs import RunState, describe_runs, describe_without_cluster
+from r1p_dist.errors import InputError
+from r1p_dist.figures import BLUE, GREY, INK, RULE, mean_of
+from r1p_dist.files import write_atomically
+from r1p_dist.page import figure, number, page, table, text
+
+SWEEP_FILE = "sweep.json"
+METRICS = ("last", "average", "transfer", "bwt", "forgetting")
+_BEST = "last"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point: what it varies, its state, and its metrics where it has some."""
+
+    name: str
+    values: dict[str, str]
+    state: str
+    job: str | None
+    error: str | None
+    metrics: dict[str, Any]
+
+    @property
+    def best_metric(self) -> float | None:
+        return self.metrics.get(_BEST) if self.state == "finished" else None
+
+    @property
+    def means(self) -> list[float]:
+        """Accuracy over all tasks, before and after each task."""
+        return [mean for row in self.metrics.get("accuracy", []) if (mean := mean_of(row)) is not None]
+
+
+def write_sweep_file(folder: Path, points: dict[str, dict[str, str]], refused: dict[str, str]) -> None:
+    """Notes the points of a sweep and those that cannot be trained, beside those noted before."""
+    with _lock(folder):
+        content = _read(folder) if (folder / SWEEP_FILE).is_file() else {"points": {}, "refused": {}}
+        content["points"] |= points
+        content["refused"] = {name: why for name, why in content["refused"].items() if name not in points} | refused
+        write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
+    """Writes FOLDER/sweep.csv and FOLDER/report.html for what there is by now, and returns its rows.
+
+    ask_cluster: whether to ask what became of the jobs; a job that writes the table itself does not.
+    """
+    with _lock(folder):
+        content = _read(folder)
+        run_dirs = [folder / name for name in content["points"]]
+        states = describe_runs(run_dirs) if ask_cluster else [describe_without_cluster(path) for path in run_dirs]
+        rows = [
+            _row(name, values, content["refused"].get(name), state)
+            for (name, values), state in zip(content["points"].items(), states, strict=True)
+        ]
+        write_atomically(folder / "sweep.csv", _csv(rows))
+        write_atomically(folder / "report.html", _page(folder, rows))
+    return rows
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """Returns the finished point with the highest Last; None where no point has one."""
+    return max((row for row in rows if row.best_metric is not None), key=lambda row: row.best_metric, default=None)
+
+
+def _row(name: str, values: dict[str, str], refused: str | None, state: RunState) -> Row:
+    if refused is not None:
+        return Row(name, values, "refused", None, refused, {})
+    try:
+        metrics = json.loads((state.run_dir / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        metrics = {}
+    return Row(name, values, state.state, state.job and state.job.job_id, state.error, metrics)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        if isinstance(content["points"], dict) and isinstance(content["refused"], dict):
+            return content
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise InputError(f"{folder / SWEEP_FILE}: not there or not the file of a sweep; run the sweep's command")
+
+
+class _lock:
+    """Points that end at the same time write the table one after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._folder / ".table", "a")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row.values))
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    buffer = io.StringIO()
+    keys, measured = _keys(rows), [*METRICS, "wall_seconds"]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["point", *keys, "state", "job", *measured, "error"])
+    for row in rows:
+        values, found = map(row.values.get, keys), map(row.metrics.get, measured)
+        writer.writerow([row.name, *values, row.state, row.job, *found, row.error])
+    return buffer.getvalue()
+
+
+def _page(folder: Path, rows: Sequence[Row]) -> str:
+    finished = [row for row in rows if row.best_metric is not None]
+    best = best_of(rows)
+    title = f"Sweep {folder.name}: {len(finished)} of {len(rows)} points finished"
+    sections = [f"<h1>{text(title)}</h1>"]
+    if best is not None:
+        setting = ", ".join(f"{key}={value}" for key, value in best.values.items())
+        sections.append(f"<p>Best by Last: <b>{text(setting)}</b>, {number(best.best_metric)} percent.</p>")
+    sections += [_points_section(rows), _parameters_section(finished, _keys(rows)), _curves_section(finished, best)]
+    return page(title, sections)
+
+
+def _points_section(rows: Sequence[Row]) -> str:
+    keys = _keys(rows)
+    ordered = sorted(rows, key=lambda row: (row.best_metric is None, -(row.best_metric or 0)))
+    lines = []
+    for row in ordered:
+        values, found = [row.values.get(key, "") for key in keys], [number(row.metrics.get(key)) for key in METRICS]
+        lines.append([*values, row.state, *found, row.error or ""])
+    columns = range(len(keys) + 1, len(keys) + 1 + len(METRICS))
+    header = [*keys, "state", *METRICS, ""]
+    return "<h2>Points</h2>\n" + table(header, lines, numbers=set(columns), meaning=len(header) - 1)
+
+
+def _parameters_section(finished: Sequence[Row], keys: Sequence[str]) -> str:
+    """One plot per parameter that has several values: every point, and the mean over the points of a value."""
+    shown = [key for key in keys if len({row.values.get(key) for row in finished}) > 1]
+    if not shown:
+        return ""
+    drawing = Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
+    for axes, key in zip(drawing.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        rows = [row for row in finished if key in row.values]
+        labels = sorted({row.values[key] for row in rows}, key=_order)
+        is_number = all(_is_number(label) for label in labels)
+        place = {label: float(label) if is_number else at for at, label in enumerate(labels)}
+        axes.plot([place[row.values[key]] for row in rows], [row.best_metric for row in rows], ".", color=GREY)
+        means = [mean_of(row.best_metric for row in rows if row.values[key] == label) for label in labels]
+        axes.plot([place[label] for label in labels], means, "-o" if is_number else "o", color=BLUE)
+        if not is_number:
+            axes.set_xticks(list(place.values()), labels, rotation=30, ha="right")
+        elif min(place.values()) > 0 and max(place.values()) >= 50 * min(place.values()):
+            axes.set_xscale("log")
+        axes.set_xlabel(key, color=INK)
+        axes.set_ylabel("Last, percent", color=INK)
+        axes.grid(color=RULE, linewidth=0.5)
+    caption = "Last by the value of each parameter. Grey: the points; blue: their mean, over all values of the others."
+    return "<h2>Parameters</h2>\n" + figure(drawing, "Last by parameter value", caption)
+
+
+def _curves_section(finished: Sequence[Row], best: Row | None) -> str:
+    rows = [row for row in finished if len(row.means) > 1]
+    if not rows:
+        return ""
+    drawing = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = drawing.subplots()
+    for row in sorted(rows, key=lambda row: row is best):  # the best one last, on top
+        look = {"color": BLUE, "linewidth": 2, "marker": "."} if row is best else {"color": RULE, "linewidth": 1}
+        axes.plot(row.means, **look)
+    axes.set_xlabel("tasks trained", color=INK)
+    axes.set_ylabel("accuracy, percent", color=INK)
+    caption = "Mean accuracy over all tasks as the stream goes on, a line per point; blue: the best one."
+    return "<h2>Curves</h2>\n" + figure(drawing, "mean accuracy after each task", caption)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _order(label: str) -> tuple[bool, float, str]:
+    return (not _is_number(label), float(label) if _is_number(label) else 0.0, label)
