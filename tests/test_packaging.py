@@ -16,7 +16,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     # Built from a copy of what the wheel is made of: setuptools would leave build/ and *.egg-info in the checkout.
     source = folder / "source"
-    for pattern in ("pyproject.toml", "README.md", "LICENSE", "r1p_dist/**/*", "launchers/recipes/*", "ds_configs/*"):
+    made_of = ("pyproject.toml", "README.md", "LICENSE", "r1p_dist/**/*", "launchers/*/*", "ds_configs/*")
+    for pattern in made_of:
         for path in ROOT.glob(pattern):
             if path.is_file() and "__pycache__" not in path.parts:
                 copy = source / path.relative_to(ROOT)
@@ -46,9 +47,10 @@ def test_wheel_carries_every_module(names: set[str]) -> None:
     assert _expected("r1p_dist", "**/*.py", "r1p_dist") <= names
 
 
-def test_wheel_carries_recipes_and_deepspeed_files(names: set[str]) -> None:
+def test_wheel_carries_recipes_profiles_and_deepspeed_files(names: set[str]) -> None:
     assert _expected("launchers/recipes", "*.yaml", "r1p_dist/recipes") <= names
     assert _expected("ds_configs", "*.json", "r1p_dist/ds_configs") <= names
+    assert _expected("launchers/clusters", "*.yaml", "r1p_dist/clusters") <= names
 
 
 @pytest.mark.parametrize("asset", ["tiny", "mini_mtil"])
@@ -78,7 +80,9 @@ def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Pa
     assert yaml.safe_load(result.stdout)["run_dir"] == "runs/mini_mtil"
 
 
-def test_wheel_declares_the_console_script(wheel: Path) -> None:
+def test_wheel_declares_the_console_scripts(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-        assert "r1p = r1p_dist.cli:main" in archive.read(entry).decode()
+        scripts = archive.read(entry).decode()
+    assert "r1p = r1p_dist.cli:main" in scripts
+    assert "r1p-submit = r1p_dist.cluster.main:main" in scripts
