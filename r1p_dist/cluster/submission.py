@@ -1,10 +1,11 @@
 """Hands runs to a cluster through submitit: one job, or one array job for many."""
 
 import fcntl
+import io
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def submit(
             write_atomically(submission.run_dir / SUBMITTED_CONFIG, submission.config.dump())
         try:
             executor = _executor(profile, jobs_folder, name, parallel)
-            with _outside_of_jobs(), executor.batch() if len(submissions) > 1 else nullcontext():
+            # submitit prints what sbatch says, and then raises it
+            with _outside_of_jobs(), redirect_stderr(io.StringIO()), _one_array_job(executor, len(submissions)):
                 jobs = [executor.submit(_job(submission)) for submission in submissions]
         except (FailedJobError, FailedSubmissionError, RuntimeError) as error:
             raise InputError(one_line(error)) from error
@@ -167,6 +169,10 @@ def _start_again_after_a_crash(retries: int, folder: Path) -> list[str]:
         "esac",
         "exit $code",
     ]
+
+
+def _one_array_job(executor: submitit.AutoExecutor, count: int) -> AbstractContextManager:
+    return executor.batch() if count > 1 else nullcontext()
 
 
 @contextmanager

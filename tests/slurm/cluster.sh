@@ -52,9 +52,11 @@ down() {
   # jobs end before the daemons that would end them
   SLURM_CONF=$folder/slurm.conf timeout 10 scancel --me --signal=KILL --full 2>/dev/null || true
   for file in "$folder"/*.pid; do
+    if [ -e "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
+  done
+  for file in "$folder"/*.pid; do
     [ -e "$file" ] || continue
     pid=$(cat "$file")
-    kill "$pid" 2>/dev/null || true
     for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     kill -9 "$pid" 2>/dev/null || true
     rm -f "$file"
@@ -87,7 +89,7 @@ add_hosts() {
 write_configuration() {
   local folder=$1 user processors memory
   user=$(id -un)
-  processors=$(nproc)
+  processors=$(getconf _NPROCESSORS_ONLN) # nproc listens to OMP_NUM_THREADS
   memory=$(($(sed -n 's/^MemTotal: *\([0-9]*\) kB/\1/p' /proc/meminfo) / 1024))
   mkdir -p "$folder"/{state,spool-n1,spool-n2}
   head -c 1024 /dev/urandom >"$folder/munge.key"

@@ -1,0 +1,90 @@
+"""A run whose nodes and time are taken away, again and again, ends with the bits of one that nobody disturbed."""
+
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.conftest import SCRIPT
+from tests.slurm.runs import RECIPE, SETTINGS, Run, ask, submit, wait_until
+from tests.test_resume import assert_equal
+
+pytestmark = pytest.mark.slow
+TWO_NODES = ["--profile", "loopback"]
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run on two nodes that nothing happens to."""
+    run = Run(tmp_path_factory.mktemp("calm") / "run")
+    submit(*RECIPE, *SETTINGS, *TWO_NODES, "--wait", f"run_dir={run.folder}")
+    return run
+
+
+def preempted(run: Run, cluster: Path) -> None:
+    """A job of a higher partition wants the nodes, and gets them as soon as the run has saved."""
+    job = ask("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=:")
+    wait_until("the job of the higher partition has run", lambda: not ask("squeue", "--noheader", "--jobs", job))
+
+
+def queued_again_from_outside(run: Run, cluster: Path) -> None:
+    ask("scontrol", "requeue", run.job)
+
+
+def told_many_times(run: Run, cluster: Path) -> None:
+    """Signals go on through the agreement, the save and the requeue."""
+    ranks = [run.rank(0), run.rank(1)]
+    while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        for rank in ranks:
+            try:
+                rank.send_signal(signal.SIGUSR2)
+            except psutil.NoSuchProcess:
+                continue
+        time.sleep(0.01)
+
+
+def rank_killed(run: Run, cluster: Path) -> None:
+    run.rank(0).kill()
+
+
+def node_lost(run: Run, cluster: Path) -> None:
+    """Nothing of the node answers until SLURM has given it up; then it comes back."""
+    rank = run.rank(1)
+    daemon = psutil.Process(int((cluster / "slurmd-n2.pid").read_text()))
+    for process in (daemon, rank.parent(), rank):
+        process.kill()
+    wait_until("the node is given up", lambda: "down" in ask("sinfo", "--noheader", "--nodes=n2", "--Format=statelong"))
+    subprocess.run([SCRIPT, "node", cluster, "n2"], check=True)
+
+
+def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(calm: Run, cluster: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    submit(*RECIPE, *SETTINGS, *TWO_NODES, "--partition", "low", f"run_dir={run.folder}")
+    for number, event in enumerate((preempted, queued_again_from_outside, told_many_times, rank_killed, node_lost)):
+        run.wait_for_steps(3)
+        event(run, cluster)
+        run.wait_for_restart(number + 1)
+    run.wait_for_steps(3)
+    submit("cancel", str(run.folder))
+    run.wait_for_end()
+    assert run.status["state"] == "stopped"
+    # All but the killed rank and the lost node left a checkpoint of the very step.
+    log = (run.folder / "jobs" / f"{run.job}_0_log.out").read_text()
+    assert re.findall(r"(SIG\w+) at task \w+ step \d+: saved in", log) == ["SIGUSR2", "SIGTERM", "SIGUSR2", "SIGTERM"]
+    one_node = ["--nodes", "1", "--tasks-per-node", "2", "--partition", "main"]
+    submit(*RECIPE, *SETTINGS, *one_node, "--wait", f"run_dir={run.folder}")
+    assert run.restarts == 0
+    assert_equal(calm.folder, run.folder)
+
+
+def test_a_time_limit_is_passed_by_queueing_again(calm: Run, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    # A minute is SLURM's shortest limit.
+    limit = ["--time", "1", "--signal-delay-s", "20"]
+    submit(*RECIPE, *SETTINGS, *TWO_NODES, *limit, "--wait", f"run_dir={run.folder}")
+    assert run.restarts > 0
+    assert_equal(calm.folder, run.folder)
