@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
+from r1p_dist.backbones import Placement
 from r1p_dist.config import RunConfig, TrainConfig
+from r1p_dist.distributed import world_size
 from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
+from r1p_dist.methods import method_class
 from r1p_dist.optimizer_state import set_adam_steps
 from r1p_dist.rendezvous import export_rendezvous, is_plain_srun
 
@@ -69,6 +72,13 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
     resolved["gradient_clipping"] = train.gradient_clipping or 0.0
     resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(config)[0] == "bf16"}
     return resolved
+
+
+def weights_placement(config: RunConfig, device: torch.device) -> Placement:
+    """Returns where a run's frozen weights go: sharded under ZeRO-3, whole for a method that trains nothing."""
+    resolved = resolve_deepspeed(config, world_size())
+    is_sharded = resolved["zero_optimization"]["stage"] == 3 and method_class(config.method).sections
+    return Placement(device, precision_type(config), resolved if is_sharded else None)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from r1p_dist.backbones import load_backbone
+from r1p_dist.backbones import Placement, load_backbone
 from r1p_dist.checkpoint import load_adapter
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
@@ -32,7 +32,7 @@ def forget(run_dir: Path, task: str) -> dict:
     if task not in finished:
         raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(finished) or 'none'}")
     device = start_process_group()
-    backbone = load_backbone(config.backbone).to(device, precision_type(config))
+    backbone = load_backbone(config.backbone, Placement(device, precision_type(config)))
     method = make_method(config, backbone)
     if method.deployed_tasks(2) != [0, 1]:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")

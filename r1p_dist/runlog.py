@@ -38,7 +38,8 @@ class RunLog:
     def status(
         self, state: str, task: str | None = None, step: int | None = None, steps_left: int | None = None
     ) -> None:
-        """Says in status.json what the run is doing: starting, training, merging, evaluating, finished or stopped.
+        """Says in status.json what the run is doing: starting, training, merging, evaluating, saving, finished
+        or stopped.
 
         steps_left: of the whole stream; where None is given, as many as before.
         """

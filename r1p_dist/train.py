@@ -15,7 +15,7 @@ from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
-from r1p_dist.engine import TaskEngine, choose_precision, precision_type, resolve_deepspeed, start_process_group
+from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError, Interrupted
 from r1p_dist.evaluation.classify import Classifier
 from r1p_dist.evaluation.metrics import continual_metrics
@@ -38,12 +38,11 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")
-    backbone = load_backbone(config.backbone).to(device)
+    backbone = load_backbone(config.backbone, weights_placement(config, device))
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)}
     facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}
     method = make_method(config, backbone)
     stages = method.stages(stream)
-    resolve_deepspeed(config, world_size())
     reference = Stream.load(config.data.reference).tasks if config.data.reference else ()
     loaders = [
         train_loader(
@@ -93,7 +92,6 @@ def train_stream(
     progress.before_merge += [None] * (len(stream.tasks) - len(progress.before_merge))
     if session.point:
         log.say(f"goes on from {session.point.folder}")
-        backbone.to(precision_type(config))
     for index in range(session.first_stage, len(stages)):
         stage, loader = stages[index], loaders[index]
         train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
@@ -122,6 +120,7 @@ def train_stream(
             progress.rows.append(evaluate(classifier, model, stream, index + 1, log)[0])
             progress.replaced.append(loader.bad_samples)
             model.close()
+            log.status("saving", stage.name)
             session.save_task(index)
         else:
             progress.rows.append(progress.rows[0])

@@ -223,7 +223,7 @@ def test_every_deepspeed_file_is_valid_for_the_installed_deepspeed(name: str) ->
     assert config["zero_allow_untested_optimizer"] is True
     batch_sizes = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     parsed = DeepSpeedConfig(config | batch_sizes)
-    assert f"zero{parsed.zero_optimization_stage}" == name
+    assert name.startswith(f"zero{parsed.zero_optimization_stage}")
 
 
 def test_our_deepspeed_key_lists_are_those_of_the_installed_deepspeed() -> None:

@@ -9,6 +9,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.blocks import Block, set_recompute
-from r1p_dist.errors import InputError
+from r1p_dist.backbones.weights import Placement, draw, map_weights, place, weights_file
+from r1p_dist.errors import InputError, one_line
 from r1p_dist.losses import contrastive_loss
 
 TOWERS = ("image", "text")
@@ -143,7 +145,9 @@ class ClipBackbone(nn.Module):
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.routing = {tower: Routing() for tower in TOWERS}
         # A number, because DeepSpeed casts buffers to the model's precision.
-        self.logit_scale = model.logit_scale.detach().float().exp().item()
+        scale = model.logit_scale
+        scale = draw(model, "logit_scale", scale.shape) if scale.is_meta else scale.detach().float()
+        self.logit_scale = scale.exp().item()
         self._prompts: torch.Tensor | None = None
 
     def checkpoint_blocks(self) -> None:
@@ -202,14 +206,19 @@ class ClipBackbone(nn.Module):
 
 
 def load_clip(
-    name: str, pretrained: str | None = None, *, force_quick_gelu: bool = False, gradient_checkpointing: bool = False
+    name: str,
+    pretrained: str | None = None,
+    *,
+    force_quick_gelu: bool = False,
+    gradient_checkpointing: bool = False,
+    placement: Placement | None = None,
 ) -> ClipBackbone:
     """Loads a CLIP model: `tiny`, any open_clip name with a `pretrained` tag or a local weights file, `local-dir:…`,
     `hf-hub:…`.
 
-    Without `pretrained` a named model has random weights, with a warning. Raises InputError for an unknown model or
-    tag, a missing file, weights of another shape, and weights trained with another activation (QuickGELU) than the
-    model's.
+    Without `pretrained` a named model has random weights, with a warning. placement: where the weights go; on the CPU
+    in fp32 by default. Raises InputError for an unknown model or tag, a missing file, weights of another shape, and
+    weights trained with another activation (QuickGELU) than the model's.
     """
     source = name
     if name == "tiny":
@@ -218,30 +227,62 @@ def load_clip(
             raise InputError(f"backbone.pretrained={pretrained}: the model tiny brings its own weights; leave it out")
     elif ":" not in name:
         _check_name_and_weights(name, pretrained, force_quick_gelu)
-        if pretrained is None:
+    with explain_faults(name, pretrained):
+        model = build_on_meta(source, pretrained, force_quick_gelu)
+        file = weights_file(name, pretrained)
+        if file is not None:
+            model.load_state_dict(map_weights(file, model), assign=True)
+        else:
             logging.getLogger(__name__).warning("backbone %s has random weights: backbone.pretrained is not set", name)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="These pretrained weights were trained with QuickGELU")
-        model = _create(source, pretrained, force_quick_gelu, name)
-    tokenizer = open_clip.get_tokenizer(source)
-    backbone = ClipBackbone(model, tokenizer, open_clip.get_model_preprocess_cfg(model))
+    backbone = ClipBackbone(model, open_clip.get_tokenizer(source), open_clip.get_model_preprocess_cfg(model))
+    place(backbone, placement or Placement())
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone
 
 
-def _create(source: str, pretrained: str | None, force_quick_gelu: bool, name: str) -> nn.Module:
-    try:
+def build_on_meta(source: str, pretrained: str | None, force_quick_gelu: bool) -> nn.Module:
+    """Returns an open_clip model without weights: its parameters are on the meta device, its buffers are not."""
+    with warnings.catch_warnings(), torch.device("meta"), _without_words_about_missing_weights():
+        warnings.filterwarnings("ignore", message="These pretrained weights were trained with QuickGELU")
         # text tower as a module, logit_scale with a dimension: DeepSpeed's hooks and broadcasts need them
-        return open_clip.create_model(
+        model = open_clip.create_model(
             source,
             pretrained,
+            device="meta",
+            load_weights=False,
+            pretrained_text=False,
             force_quick_gelu=force_quick_gelu,
             force_custom_text=True,
             nonscalar_logit_scale=True,
         )
+    if getattr(model.text, "attn_mask", None) is not None:
+        model.text.attn_mask = model.text.build_causal_mask()
+    return model
+
+
+@contextmanager
+def _without_words_about_missing_weights() -> Iterator[None]:
+    """open_clip warns that there are none; they come later."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()
+
+    root = logging.getLogger()
+    root.addFilter(is_other)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_other)
+
+
+@contextmanager
+def explain_faults(name: str, pretrained: str | None) -> Iterator[None]:
+    """Turns what open_clip and torch raise into one line."""
+    try:
+        yield
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise InputError(f"backbone.name={name} backbone.pretrained={pretrained}: cannot load: {reason}") from error
 
 

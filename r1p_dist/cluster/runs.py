@@ -18,7 +18,7 @@ _TAIL = 65536  # bytes of a log to look for an error in
 _FOLLOW_S = 1.0
 _LOOK_S = 2.0
 # A run's own words for what it is doing; any other state is one that it is not doing anything in.
-_AT_WORK = ("starting", "training", "merging", "evaluating")
+_AT_WORK = ("starting", "training", "merging", "evaluating", "saving")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,15 @@ from r1p_dist.methods.zero_shot import ZeroShot
 METHODS: dict[str, type[Method]] = {"dac": Dac, "lora": Lora, "joint": Joint, "zero_shot": ZeroShot}
 
 
-def make_method(config: RunConfig, backbone: ClipBackbone) -> Method:
-    """Puts the method that a run's configuration names on the backbone. Raises InputError for an unknown one."""
-    if config.method not in METHODS:
-        nearest = difflib.get_close_matches(config.method, METHODS, n=1)
+def method_class(name: str) -> type[Method]:
+    """Returns the method of that name; InputError where there is none."""
+    if name not in METHODS:
+        nearest = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise InputError(f"method={config.method}: no such method{hint}; there are {', '.join(METHODS)}")
-    return METHODS[config.method](config, backbone)
+        raise InputError(f"method={name}: no such method{hint}; there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def make_method(config: RunConfig, backbone: ClipBackbone) -> Method:
+    """Puts the method that a run's configuration names on the backbone. InputError: an unknown one."""
+    return method_class(config.method)(config, backbone)
