@@ -1,0 +1,199 @@
+"""Train a big model of random weights on this machine and print what each phase takes in time and memory.
+
+    python tools/big_model_check.py --model ViT-L-14 --tasks 2 --steps 3
+    python tools/big_model_check.py --model ViT-bigG-14 --limit-gb 18 --json big.json
+
+A real run of `deepspeed launchers/train.py` under ZeRO-3 in bf16, on a stream of few pictures: zero-shot evaluation,
+steps, merge, evaluation, save. Memory is what all ranks hold together, from /proc (Linux): anonymous and shared memory,
+and apart from it pages of files, which the system can drop at any time (weights that are mapped, the pristine copy).
+--depth N cuts both towers to N blocks. Exit code 0; 1 where the run fails or needs more than --limit-gb.
+"""
+
+import argparse
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from open_clip import get_model_config
+
+from r1p_dist.data import Stream
+from r1p_dist.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES, PICTURES = 2, {"train": 8, "test": 2}
+SOURCE_TASKS = ("fashion", "country_flags", "playing_cards", "planet_surface")
+SETTINGS = (
+    "deepspeed.config=zero3_low_memory train.precision=bf16 backbone.gradient_checkpointing=true "
+    "train.global_batch_size=4 log.every_steps=1"
+).split()
+LOOK_S = 0.25
+GB = 1e9
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check; return 0 when the run finished within the limit."""
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-bigG-14", help="an open_clip name (ViT-bigG-14)")
+    parser.add_argument("--depth", type=int, metavar="N", help="blocks per tower (as many as the model has)")
+    parser.add_argument("--tasks", type=int, default=1, choices=range(1, len(SOURCE_TASKS) + 1))
+    parser.add_argument("--steps", type=int, default=2, help="of each task (2)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument(
+        "--limit-gb", type=float, metavar="GB", help="of anonymous and shared memory, all ranks together"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/big_model_check"), help="emptied first")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="laid over the run's configuration")
+    arguments = parser.parse_args(argv)
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    result = check(arguments)
+    print_table(result)
+    if arguments.json is not None:
+        write_atomically(arguments.json, json.dumps(result, indent=1) + "\n")
+    if result["exit_code"]:
+        print(f"error: the run ended with exit code {result['exit_code']}; see {arguments.folder}/output.txt")
+    return int(bool(result["exit_code"]) or result["peak_gb"] > (arguments.limit_gb or result["peak_gb"]))
+
+
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains, and returns the phases in their order with their seconds and peaks of memory in GB (1e9 bytes)."""
+    run_dir = arguments.folder / "run"
+    stream = write_stream(arguments.folder / "stream", SOURCE_TASKS[: arguments.tasks])
+    model = write_model(arguments.folder / "model", arguments.model, arguments.depth)
+    settings = [*SETTINGS, f"train.iterations={arguments.steps}", f"backbone.name=local-dir:{model}"]
+    command = ["deepspeed", "--num_accelerators", str(arguments.ranks), str(ROOT / "launchers/train.py")]
+    command += ["--recipe", "mini_mtil", f"stream={stream}", f"run_dir={run_dir}", *settings, *arguments.settings]
+    started = time.monotonic()
+    with (arguments.folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        phases = watch(process, run_dir)
+    metrics = json.loads((run_dir / "metrics.json").read_text()) if (run_dir / "metrics.json").exists() else {}
+    return {
+        "model": arguments.model,
+        "depth": arguments.depth,
+        "ranks": arguments.ranks,
+        "command": [word.replace(str(ROOT), ".") for word in command[:5]],
+        "settings": settings[:-1] + arguments.settings,
+        "trainable_parameters": metrics.get("trainable_parameters"),
+        "accuracy": metrics.get("accuracy"),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_gb": max(phase["peak_gb"] for phase in phases),
+        "phases": phases,
+        "exit_code": process.returncode,
+    }
+
+
+def write_model(folder: Path, name: str, depth: int | None) -> Path:
+    """Writes the configuration of a model without weights; such a folder is a model whose weights are drawn."""
+    config = get_model_config(name)
+    if config is None:
+        sys.exit(f"error: --model {name}: open_clip has no such model")
+    for tower in ("vision_cfg", "text_cfg"):
+        config[tower]["layers"] = min(depth or config[tower]["layers"], config[tower]["layers"])
+    folder.mkdir(parents=True)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return folder
+
+
+def write_stream(folder: Path, tasks: Sequence[str]) -> Path:
+    """Writes a stream with a few pictures of a few classes of shipped tasks, and one template each."""
+    folder.mkdir(parents=True)
+    entries = []
+    for task in Stream.load("mini_mtil", tasks=tasks).tasks:
+        entry: dict[str, Any] = {"name": task.name}
+        for split, count in PICTURES.items():
+            entry[split] = [f"{task.name}-{split}.tar"]
+            copy_samples(getattr(task, split), folder / entry[split][0], count)
+        (folder / f"{task.name}.txt").write_text("\n".join(task.class_names[:CLASSES]) + "\n")
+        (folder / f"{task.name}-templates.txt").write_text(task.templates[0] + "\n")
+        entries.append(entry | {"class_names": f"{task.name}.txt", "templates": f"{task.name}-templates.txt"})
+    path = folder / "stream.yaml"
+    path.write_text(yaml.safe_dump({"name": "few_pictures", "tasks": entries}))
+    return path
+
+
+def copy_samples(sources: Sequence[Path], target: Path, count: int) -> None:
+    """Copies the first `count` samples whose label is one of the first classes."""
+    samples: dict[str, dict[str, tuple[tarfile.TarInfo, bytes]]] = defaultdict(dict)
+    for source in sources:
+        with tarfile.open(source) as shard:
+            for member in shard:
+                key, _, suffix = member.name.partition(".")
+                samples[key][suffix] = (member, shard.extractfile(member).read())
+    chosen = [sample for sample in samples.values() if int(sample["cls"][1]) < CLASSES][:count]
+    with tarfile.open(target, "w") as shard:
+        for sample in chosen:
+            for member, content in sample.values():
+                shard.addfile(member, io.BytesIO(content))
+
+
+def watch(process: subprocess.Popen, run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the phases that the run went through until it ended."""
+    phases: list[dict[str, Any]] = []
+    since = time.monotonic()
+    while process.poll() is None:
+        name, now = phase_of(run_dir), time.monotonic()
+        own, files = memory_of(process)
+        if not phases or phases[-1]["phase"] != name:
+            phases.append({"phase": name, "seconds": 0.0, "peak_gb": 0.0, "files_gb": 0.0})
+        phases[-1]["seconds"] = round(phases[-1]["seconds"] + now - since, 1)
+        phases[-1]["peak_gb"] = max(phases[-1]["peak_gb"], round(own / GB, 2))
+        phases[-1]["files_gb"] = max(phases[-1]["files_gb"], round(files / GB, 2))
+        since = now
+        time.sleep(LOOK_S)
+    return phases
+
+
+def phase_of(run_dir: Path) -> str:
+    try:
+        status = json.loads((run_dir / "status.json").read_text())
+    except FileNotFoundError:
+        return "loading"
+    if status["state"] == "training":
+        return f"{status['task']}: step {(status['step'] or 0) + 1}"
+    return f"{status['task']}: {status['state']}" if status["task"] else status["state"]
+
+
+def memory_of(process: subprocess.Popen) -> tuple[int, int]:
+    """Returns the bytes of anonymous and shared memory of all ranks together, and those of pages of files."""
+    own = files = 0
+    try:
+        ranks = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0, 0
+    for rank in ranks:
+        try:
+            content = Path(f"/proc/{rank.pid}/smaps_rollup").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended a moment ago
+        sizes = {name: int(size) * 1024 for name, size in re.findall(r"^(\w+): +(\d+) kB$", content, re.MULTILINE)}
+        own += sizes.get("Pss_Anon", 0) + sizes.get("Pss_Shmem", 0)
+        files += sizes.get("Pss_File", 0)
+    return own, files
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Prints a line per phase."""
+    print(f"{result['model']} on {result['ranks']} ranks")
+    print(f"{'phase':<32} {'seconds':>8} {'peak GB':>8} {'files GB':>9}")
+    for phase in result["phases"]:
+        print(f"{phase['phase']:<32} {phase['seconds']:>8.1f} {phase['peak_gb']:>8.2f} {phase['files_gb']:>9.2f}")
+    print(f"{'all':<32} {result['seconds']:>8.1f} {result['peak_gb']:>8.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
