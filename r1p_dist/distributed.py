@@ -79,26 +79,42 @@ def sum_over_ranks_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     return _SumOverRanks.apply(tensor) if world_size() > 1 else tensor
 
 
+class StartedGather:
+    """The values of all ranks' (n, …) tensors, on their way while something else is computed."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        self._work = dist.all_gather(self._parts, tensor.detach().contiguous(), async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """Returns them in rank order, concatenated."""
+        self._work.wait()
+        return torch.cat(self._parts)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
-        gathered = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(gathered, tensor.contiguous())
-        return torch.cat(gathered)
+    def forward(ctx, tensor: torch.Tensor, started: StartedGather | None) -> torch.Tensor:
+        return (started or StartedGather(tensor)).wait()
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         # gloo has no reduce-scatter: sum all, keep this rank's block
-        return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()]
+        return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()], None
 
 
-def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+def start_gather(tensor: torch.Tensor) -> StartedGather | None:
+    """Starts what `gather_with_gradient` does with the same tensor later; None on one rank."""
+    return StartedGather(tensor) if world_size() > 1 else None
+
+
+def gather_with_gradient(tensor: torch.Tensor, started: StartedGather | None = None) -> torch.Tensor:
     """Concatenates the (n, …) tensors of all ranks, in rank order; n must be equal on every rank.
 
-    The backward sums every rank's gradient for this rank's block, so with a loss that is averaged over ranks (as ZeRO
+    started: what `start_gather` returned for this tensor, if it was called. The backward sums every rank's gradient for this rank's block, so with a loss that is averaged over ranks (as ZeRO
     does with gradients) the result is the gradient of the mean of all ranks' losses.
     """
-    return _Gather.apply(tensor) if world_size() > 1 else tensor
+    return _Gather.apply(tensor, started) if world_size() > 1 else tensor
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,20 +5,29 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from r1p_dist.distributed import gather, gather_with_gradient
+from r1p_dist.distributed import StartedGather, gather, gather_with_gradient
 
 
 def contrastive_loss(
-    image: torch.Tensor, text: torch.Tensor, labels: torch.Tensor, logit_scale: torch.Tensor | float
+    image: torch.Tensor,
+    text: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    image_gather: StartedGather | None = None,
 ) -> torch.Tensor:
     """Returns this rank's part of CLIP's symmetric loss over the global batch; samples of equal label are positives.
 
-    image, text: unit-norm features (n, d) of this rank's samples; labels (n,); logit_scale: the multiplier itself.
+    image, text: unit-norm features (n, d) of this rank's samples; labels (n,); logit_scale: the multiplier itself;
+    image_gather: the gather of `image`, if it was started already.
     Each rank forms its n rows against all N columns, so memory grows with n * N, and the mean over ranks is the loss
     of the global batch.
     Source: DAC's released code (lrbmutil.py): target_ij = 1[y_i = y_j] / row sum.
     """
-    all_image, all_text, all_labels = gather_with_gradient(image), gather_with_gradient(text), gather(labels)
+    all_image, all_text, all_labels = (
+        gather_with_gradient(image, image_gather),
+        gather_with_gradient(text),
+        gather(labels),
+    )
     targets = (labels[:, None] == all_labels[None]).to(image.dtype)  # (n, N)
     targets = targets / targets.sum(1, keepdim=True)
     image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, targets)

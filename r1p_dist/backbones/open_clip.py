@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.blocks import Block, set_recompute
 from r1p_dist.backbones.weights import Placement, draw, map_weights, place, weights_file
+from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.losses import contrastive_loss
 
@@ -149,6 +150,7 @@ class ClipBackbone(nn.Module):
         scale = draw(model, "logit_scale", scale.shape) if scale.is_meta else scale.detach().float()
         self.logit_scale = scale.exp().item()
         self._prompts: torch.Tensor | None = None
+        self._image_gather: StartedGather | None = None
 
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
@@ -173,6 +175,8 @@ class ClipBackbone(nn.Module):
         if image is not None:
             image = image.to(next(self.model.visual.parameters()).dtype)
             image_features = F.normalize(self.model.visual(image).float(), dim=-1)
+            if torch.is_grad_enabled() and tokens is not None:
+                self._image_gather = start_gather(image_features)  # travels while the text tower runs
         if tokens is not None:
             text = self.model.text
             end = (tokens == text.eos_id).int().argmax(1) if text.pool_type == "eos" else tokens.argmax(1)
@@ -202,7 +206,7 @@ class ClipBackbone(nn.Module):
         labels = self._label_of[batch["label"]]
         distinct, place, counts = labels.unique(return_inverse=True, return_counts=True)
         image, text = model(image=batch["image"], tokens=self._prompts[distinct], counts=counts)
-        return contrastive_loss(image, text[place], labels, self.logit_scale)
+        return contrastive_loss(image, text[place], labels, self.logit_scale, self._image_gather)
 
 
 def load_clip(
