@@ -47,3 +47,12 @@ def sha256_of(path: Path) -> str:
         while content := file.read(1 << 20):
             digest.update(content)
     return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

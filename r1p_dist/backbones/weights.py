@@ -87,7 +87,8 @@ def place(model: nn.Module, placement: Placement) -> None:
     partition = None if placement.zero3 is None else _partitioner(placement)
     for module, prefix, name, parameter in list(_parameters(model)):
         with torch.no_grad():
-            value = draw(module, f"{prefix}{name}", parameter.shape) if parameter.is_meta else parameter
+            is_drawn = parameter.is_meta and placement.device.type != "meta"
+            value = draw(module, f"{prefix}{name}", parameter.shape) if is_drawn else parameter
             value = value.to(placement.device, placement.dtype, copy=partition is None)
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         if partition is not None:

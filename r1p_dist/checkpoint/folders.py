@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from r1p_dist.errors import InputError
-from r1p_dist.files import sha256_of
+from r1p_dist.files import sha256_of, sync
 
 MANIFEST = "manifest.json"
 _SPARE_BYTES = 16 << 20  # for everything else that a run writes
@@ -41,10 +41,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes], links: Mapping[str, P
             _link(source, partial / name)
             entries[name] = {"bytes": source.stat().st_size, "sha256": sha256_of(source)}
         _write(partial / MANIFEST, json.dumps({"files": entries}, indent=1).encode())
-        _sync(partial)
+        sync(partial)
         shutil.rmtree(folder, ignore_errors=True)  # a broken one of the same step
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -106,12 +106,4 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # other file system, or one without links
         shutil.copyfile(source, target)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(target)

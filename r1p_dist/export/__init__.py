@@ -1,0 +1,50 @@
+"""Export of a run: its model as a folder for open_clip or transformers, its tasks' updates as adapters for PEFT.
+
+The story is in `export_run`. One tensor at a time is read from the base model's file, merged, rounded and written, so a
+model of any size needs the memory of a few of its tensors.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1p_dist.errors import InputError
+from r1p_dist.export.finished_run import load_run
+from r1p_dist.export.hf_folder import write_hf
+from r1p_dist.export.open_clip_folder import write_open_clip
+from r1p_dist.export.output_folder import check_is_free, new_folder
+from r1p_dist.export.peft_folder import write_peft
+from r1p_dist.export.safetensors_writer import DTYPES
+
+FORMATS = ("open_clip", "hf", "peft")
+
+
+def export_run(
+    run_dir: Path,
+    to: str,
+    output: Path | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    dtype: str = "fp32",
+    with_base: bool = False,
+) -> Path:
+    """Writes the export of a run as a new folder and returns its path.
+
+    to: one of FORMATS. output: RUN/export/FORMAT by default. tasks: the tasks that take part, by name; all finished
+    ones by default. dtype: fp32, bf16 or fp16, what the weights are rounded to, once, after the merge. fp32 loses
+    nothing of the base model or of small updates, is what open_clip loads by default, and does not depend on the
+    machine; a run in bf16 rounds the base weights before the merge as well. with_base: for PEFT, the base model too.
+    InputError: no finished run, an unknown task, a model that the format cannot express, a folder that is in use.
+    """
+    if with_base and to != "peft":
+        raise InputError(f"--with-base: --to {to} holds the whole model already; leave it out, or use --to peft")
+    output = output or run_dir / "export" / to
+    check_is_free(output)
+    run = load_run(run_dir, tasks)
+    with new_folder(output) as folder:
+        if to == "open_clip":
+            write_open_clip(folder, run, DTYPES[dtype])
+        elif to == "hf":
+            write_hf(folder, run, run.deployed, DTYPES[dtype])
+        else:
+            write_peft(folder, run, DTYPES[dtype], with_base)
+    return output

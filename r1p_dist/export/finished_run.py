@@ -1,0 +1,151 @@
+"""What a run left to export: its configuration, its metrics and the updates of its finished tasks."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from r1p_dist.adapters import Factors, LowRankLinear
+from r1p_dist.checkpoint.folders import read_json, read_tensors
+from r1p_dist.config import BackboneConfig, RunConfig
+from r1p_dist.errors import InputError
+from r1p_dist.export.merged import FrozenWeights, MergedWeights
+from r1p_dist.methods import Method, make_method
+
+
+@dataclass(frozen=True)
+class TaskUpdate:
+    """What one task merged. factors: by layer (tower.block.layer). folder: its name, index-task."""
+
+    folder: str
+    name: str
+    factors: Mapping[str, Factors]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run with the tasks to export.
+
+    metrics: as in metrics.json. places: of each adapted layer, the name of its weight and its rows. tasks: the chosen
+    ones. deployed: those whose sum is the model after them. is_whole: whether that is the model of the whole run.
+    """
+
+    path: Path
+    config: RunConfig
+    metrics: dict
+    base: FrozenWeights
+    places: Mapping[str, tuple[str, slice]]
+    tasks: Sequence[TaskUpdate]
+    deployed: Sequence[TaskUpdate]
+    is_whole: bool
+
+    def merged_weights(self, tasks: Sequence[TaskUpdate]) -> MergedWeights:
+        return MergedWeights(self.base, self.places, [task.factors for task in tasks])
+
+
+def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
+    """Reads a run; names: the tasks to choose, all finished ones by default.
+
+    InputError: not the folder of a run, no such finished task, adapters of another model, other base weights.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(f"{run_dir}: no config.yaml there; give the folder of a run")
+    config = RunConfig.load(run_dir / "config.yaml")
+    metrics = _read_metrics(run_dir / "metrics.json")
+    base = FrozenWeights(config.backbone)
+    _check_base(run_dir, config.backbone, base)
+    method = make_method(config, base.backbone)
+    finished = _finished_folders(run_dir)
+    if method.adapters and not finished:
+        raise InputError(f"{run_dir}/adapters: no finished task; export the run after its first")
+    chosen = _choose(run_dir, method, finished, names)
+    updates = [
+        TaskUpdate(folder.name, name, _read_update(folder, method.adapters))
+        for name, folder in finished.items()
+        if name in chosen
+    ]
+    return FinishedRun(
+        path=run_dir,
+        config=config,
+        metrics=metrics,
+        base=base,
+        places={adapter.name: base.locate(adapter) for adapter in method.adapters},
+        tasks=updates,
+        deployed=[updates[index] for index in method.deployed_tasks(len(updates))],
+        is_whole=len(updates) == len(finished),
+    )
+
+
+def _read_metrics(path: Path) -> dict:
+    metrics = read_json(path)
+    keys = ("tasks", "accuracy", "method")
+    if not isinstance(metrics, dict) or any(key not in metrics for key in keys):
+        raise InputError(f"{path}: not the metrics of a run; it needs the keys {', '.join(keys)}")
+    return metrics
+
+
+def _finished_folders(run_dir: Path) -> dict[str, Path]:
+    """Returns the folder of each finished task, in the run's order. InputError: one is missing between others."""
+    found = {}
+    for folder in (run_dir / "adapters").glob("*"):
+        match = re.fullmatch(r"(\d+)-(.+)", folder.name)
+        if match and (folder / "adapter.json").is_file():
+            found[int(match[1])] = match[2], folder
+    if missing := [index for index in range(len(found)) if index not in found]:
+        raise InputError(f"{run_dir}/adapters: task {missing[0]:02d} is missing; put its folder back")
+    return {name: folder for _, (name, folder) in sorted(found.items())}
+
+
+def _choose(run_dir: Path, method: Method, finished: Mapping[str, Path], names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        return list(finished)
+    if unknown := [name for name in names if name not in finished]:
+        raise InputError(
+            f"--tasks {unknown[0]}: no finished task of {run_dir}; there are {', '.join(finished) or 'none'}"
+        )
+    chosen = [name for name in finished if name in names]
+    if method.deployed_tasks(2) != [0, 1] and chosen != list(finished)[: len(chosen)]:
+        raise InputError(
+            f"--tasks {','.join(names)}: {method.config.method} keeps one update for all tasks up to a task; name the "
+            f"first tasks of the run without a gap: {', '.join(finished)}"
+        )
+    return chosen
+
+
+def _read_update(folder: Path, adapters: Sequence[LowRankLinear]) -> dict[str, Factors]:
+    facts, path = read_json(folder / "adapter.json"), folder / "adapter.safetensors"
+    scaling = facts.get("scaling") if isinstance(facts, dict) else None
+    if not isinstance(scaling, int | float) or not math.isfinite(scaling):
+        raise InputError(f"{folder}/adapter.json: scaling={scaling}: must be a number")
+    tensors = read_tensors(path)
+    expected = {f"{adapter.name}.{factor}" for adapter in adapters for factor in "AB"}
+    if odd := sorted(expected ^ tensors.keys()):
+        raise InputError(f"{path}: holds other layers than config.yaml's targets, for example {odd[0]}")
+    updates = {}
+    for adapter in adapters:
+        A, B = tensors[f"{adapter.name}.A"], tensors[f"{adapter.name}.B"]
+        if A.shape != (B.shape[-1], adapter.in_features) or B.shape != (adapter.out_features, len(A)):
+            raise InputError(f"{path}: {adapter.name} has {tuple(A.shape)} and {tuple(B.shape)}, of another model")
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise InputError(f"{path}: {adapter.name} holds a value that is not finite; train the task again")
+        updates[adapter.name] = Factors(A, B, scaling)
+    return updates
+
+
+def _check_base(run_dir: Path, config: BackboneConfig, base: FrozenWeights) -> None:
+    """Compares the base weights with those that the run's newest checkpoint names, where it has one."""
+    states = sorted(run_dir.glob("checkpoints/*/*/state.json"))
+    if not states:
+        return
+    try:
+        trained_on = read_json(states[-1])["facts"]["backbone"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{states[-1]}: does not name the backbone; put back the run's own file") from error
+    if trained_on != base.identity["sha256"]:
+        raise InputError(
+            f"{run_dir}/config.yaml: backbone.name={config.name} backbone.pretrained={config.pretrained}: weights with "
+            f"sha256 {base.identity['sha256']}, the run was trained on {trained_on}; put that file back"
+        )

@@ -1,0 +1,54 @@
+"""Export the model of a finished run, or its tasks' updates as adapters.
+
+    python tools/export.py runs/mini_mtil --to open_clip
+    python tools/export.py runs/mini_mtil --to hf --output clip-hf --dtype bf16
+    python tools/export.py runs/mini_mtil --to peft --tasks fashion,country_flags --with-base
+
+open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`. hf: one for `CLIPModel.from_pretrained(FOLDER)` of
+transformers. peft: a LoRA adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every
+folder has a model card. By default it is RUN_DIR/export/FORMAT.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r1p_dist.errors import InputError
+from r1p_dist.export import FORMATS, export_run
+from r1p_dist.export.safetensors_writer import DTYPES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the folder; return 0, or 2 for wrong input."""
+    head, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--tasks", metavar="NAME,NAME", help="only these tasks; default: all that are finished")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="what the weights are rounded to; fp32 (default) keeps them"
+    )
+    parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
+    arguments = parser.parse_args(argv)
+    try:
+        folder = export_run(
+            arguments.run_dir,
+            arguments.to,
+            arguments.output,
+            tasks=None if arguments.tasks is None else arguments.tasks.split(","),
+            dtype=arguments.dtype,
+            with_base=arguments.with_base,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
