@@ -147,7 +147,7 @@ class ClipBackbone(nn.Module):
         self.routing = {tower: Routing() for tower in TOWERS}
         # A number, because DeepSpeed casts buffers to the model's precision.
         scale = model.logit_scale
-        scale = draw(model, "logit_scale", scale.shape) if scale.is_meta else scale.detach().float()
+        scale = draw(model, "logit_scale", torch.empty(scale.shape)) if scale.is_meta else scale.detach().float()
         self.logit_scale = scale.exp().item()
         self._prompts: torch.Tensor | None = None
         self._image_gather: StartedGather | None = None

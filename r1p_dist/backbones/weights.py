@@ -85,11 +85,20 @@ def place(model: nn.Module, placement: Placement) -> None:
     Under ZeRO-3 a rank keeps its part of each alone, which takes no communication.
     """
     partition = None if placement.zero3 is None else _partitioner(placement)
-    for module, prefix, name, parameter in list(_parameters(model)):
-        with torch.no_grad():
-            is_drawn = parameter.is_meta and placement.device.type != "meta"
-            value = draw(module, f"{prefix}{name}", parameter.shape) if is_drawn else parameter
-            value = value.to(placement.device, placement.dtype, copy=partition is None)
+    parameters = list(_parameters(model))
+    size = max(parameter.numel() for *_, parameter in parameters)
+    # Each is on its way in the same memory: pieces that are freed in between shares would stay unused.
+    whole = None if partition is None else torch.empty(size, device=placement.device, dtype=placement.dtype)
+    numbers = None
+    for module, prefix, name, parameter in parameters:
+        source = parameter.detach()
+        if parameter.is_meta and placement.device.type != "meta":
+            numbers = torch.empty(size) if numbers is None else numbers
+            source = draw(module, f"{prefix}{name}", numbers[: parameter.numel()].view(parameter.shape))
+        if partition is None:
+            value = source.to(placement.device, placement.dtype, copy=True)
+        else:
+            value = whole[: parameter.numel()].view(parameter.shape).copy_(source)
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         if partition is not None:
             partition(module._parameters[name])
@@ -98,16 +107,19 @@ def place(model: nn.Module, placement: Placement) -> None:
             module._buffers[name] = buffer.to(placement.device)
 
 
-def draw(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
-    """Returns random numbers for a parameter of `module`, fp32: a function of its whole name, equal on all ranks."""
-    own = name.rpartition(".")[2]
+def draw(module: nn.Module, name: str, out: torch.Tensor) -> torch.Tensor:
+    """Fills `out`, fp32, with random numbers for a parameter of `module`, and returns it.
+
+    They are a function of the parameter's whole name and its shape, so they are equal on all ranks.
+    """
+    own, shape = name.rpartition(".")[2], out.shape
     if own in _TEMPERATURE:
-        return torch.full(shape, _TEMPERATURE[own])
+        return out.fill_(_TEMPERATURE[own])
     if isinstance(module, nn.LayerNorm) or own == "bias":
-        return torch.full(shape, float(own == "weight"))
+        return out.fill_(float(own == "weight"))
     is_embedding = isinstance(module, nn.Embedding) or own == "positional_embedding"
     std = _EMBEDDING_STD if is_embedding else shape[1:].numel() ** -0.5 if len(shape) > 1 else shape[0] ** -0.5
-    return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(digest_number("weights", name)))
+    return out.normal_(0, std, generator=torch.Generator().manual_seed(digest_number("weights", name)))
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
