@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -137,18 +137,26 @@ def gathered(parameters: Iterable[torch.nn.Parameter], modify: bool = False) -> 
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if modify else None)
 
 
-def stored_copies(parameter: torch.nn.Parameter) -> list[tuple[torch.Tensor, int]]:
-    """Returns what this rank stores of a parameter: flat tensors, each with its offset in the flattened parameter.
+@contextmanager
+def stored_copies(parameter: torch.nn.Parameter) -> Iterator[list[tuple[torch.Tensor, int]]]:
+    """Gives what this rank stores of a parameter: flat tensors, each with its offset in the flattened parameter.
 
-    Under ZeRO-3 that is this rank's part, and with ZeRO++ (hpZ) a second part that the ranks of one node share.
+    Under ZeRO-3 that is this rank's part, and with ZeRO++ (hpZ) a second part that the ranks of one node share. A part
+    that lies on NVMe is read, and written again at the end.
     """
     if not hasattr(parameter, "ds_id"):
-        return [(parameter.data.view(-1), 0)]
+        yield [(parameter.data.view(-1), 0)]
+        return
     part, second = parameter.ds_tensor, parameter.ds_secondary_tensor
+    is_on_disk = part.status.name == "NOT_AVAILABLE"
+    if is_on_disk:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
     copies = [(part.data, rank() * part.ds_numel)]
     if second is not None:
         copies.append((second.data, rank() % parameter.ds_secondary_tensor_group_size * second.ds_numel))
-    return copies
+    yield copies
+    if is_on_disk:
+        parameter.nvme_swapper.swap_out_and_release([parameter])
 
 
 def drop_whole_copy(parameter: torch.nn.Parameter) -> None:

@@ -49,7 +49,6 @@ UNMERGEABLE = {
         (True,),
         "frozen weights would lie quantised; zero_quantized_weights quantises only what travels",
     ),
-    "zero_optimization.offload_param.device": (("nvme",), "frozen weights would lie on disk; use cpu"),
 }
 
 TOP_LEVEL_KEYS = frozenset(

@@ -117,14 +117,15 @@ class LowRankLinear(nn.Module):
         communication.
         """
         weight = self.linear.weight
-        slices = [_slice_of_rows(weight, stored, offset, self.rows) for stored, offset in stored_copies(weight)]
-        if not self._pristine:
-            self._pristine = [file_backed_copy(flat) for flat, _ in slices]
-        for (flat, start), pristine in zip(slices, self._pristine, strict=True):
-            total = pristine.to(flat.device, torch.float32, copy=True)
-            if updates and len(flat):
-                total += _flat_delta(updates, start, len(flat)).to(flat.device)
-            flat.copy_(total)
+        with stored_copies(weight) as copies:
+            slices = [_slice_of_rows(weight, stored, offset, self.rows) for stored, offset in copies]
+            if not self._pristine:
+                self._pristine = [file_backed_copy(flat) for flat, _ in slices]
+            for (flat, start), pristine in zip(slices, self._pristine, strict=True):
+                total = pristine.to(flat.device, torch.float32, copy=True)
+                if updates and len(flat):
+                    total += _flat_delta(updates, start, len(flat)).to(flat.device)
+                flat.copy_(total)
         drop_whole_copy(weight)
 
     def merge_update(self, update: Factors) -> None:

@@ -90,7 +90,8 @@ def restore_values(
             for column, target in zip(COLUMNS, part[1:], strict=True):
                 target.copy_(tensors[f"{name}.{column}"].view(-1)[part.start : part.start + len(target)])
         value = tensors[f"{name}.value"].view(-1)
-        for stored, offset in stored_copies(parameter):
-            piece = value[offset : offset + stored.numel()]
-            stored.view(-1)[: len(piece)].copy_(piece)
+        with stored_copies(parameter) as copies:
+            for stored, offset in copies:
+                piece = value[offset : offset + stored.numel()]
+                stored.view(-1)[: len(piece)].copy_(piece)
         drop_whole_copy(parameter)

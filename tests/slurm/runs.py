@@ -66,7 +66,10 @@ class Run:
 
     @property
     def restarts(self) -> int:
-        return int(ask("scontrol", "show", "job", self.job).split("Restarts=")[1].split()[0])
+        return int(self.about_job("Restarts"))
+
+    def about_job(self, name: str) -> str:
+        return ask("scontrol", "show", "job", self.job).split(f"{name}=")[1].split()[0]
 
     @property
     def output(self) -> str:
