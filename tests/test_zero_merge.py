@@ -31,7 +31,9 @@ VARIANTS = {
     "zero++ with a copy per node": ["deepspeed.config=zero3_hpz", SHARDED, HPZ],
 }
 # The quantising kernels of ZeRO++ are CUDA's.
-ON_CPU = [name for name in shipped_files("ds_configs", ".json") if name not in ("zero3_hpz", "zero3_nvme", "zeropp")]
+ON_CPU = [
+    name for name in shipped_files("ds_configs", ".json") if name not in ("zero3_hpz", "zero3_nvme", "zero3_plusplus")
+]
 CONFIGS = {name: [f"deepspeed.config={name}"] for name in ON_CPU} | VARIANTS
 
 

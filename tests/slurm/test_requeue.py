@@ -41,7 +41,7 @@ def time_limit_near(run: Run, cluster: Path) -> None:
     for rank in ranks:
         rank.suspend()
     hours, minutes, seconds = map(int, run.about_job("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # half a minute away at least, a minute and a half at most
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in 30 to 90 s
     ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
     wait_until("SLURM gives notice", lambda: all(has_pending(rank, signal.SIGUSR2) for rank in ranks))
     ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
