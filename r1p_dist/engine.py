@@ -155,6 +155,10 @@ class TaskEngine:
     def close(self) -> None:
         self.engine.destroy()
         _remove_hooks(self.engine.module, self._hooks_before)
+        for module in self.engine.module.modules():
+            # else the next engine's backward goes on with this one's: it would fetch weights twice
+            for name in ("pre_bwd_fn", "post_bwd_fn"):
+                module.__dict__.pop(name, None)
 
 
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

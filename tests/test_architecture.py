@@ -13,7 +13,7 @@ PACKAGE = ROOT / "r1p_dist"
 ROOMS = (
     "errors files shipped safe_yaml ds_config config distributed interrupts data losses adapters backbones "
     "evaluation methods optimizer_state rendezvous engine runlog run_folder checkpoint session figures page report "
-    "export planner train forget doctor cli cluster"
+    "export train forget doctor cli planner cluster"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slurm.runs import ask, wait_until
+
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NOT_INSTALLABLE = 77
 
@@ -25,3 +27,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
     subprocess.run([SCRIPT, "down", folder], check=True)
     del os.environ["SLURM_CONF"]
+
+
+@pytest.fixture(autouse=True)
+def no_jobs_left(cluster: Path) -> Iterator[None]:
+    """Ends what a test that failed has left in the queue."""
+    yield
+    subprocess.run(["scancel", "--me"], check=True)
+    subprocess.run(["scancel", "--me", "--signal=KILL", "--full"], check=False)
+    wait_until("the queue is empty", lambda: not ask("squeue", "--noheader", "--me"))

@@ -1,0 +1,195 @@
+"""The collectives of a step and of a task boundary: which, how often, with how many bytes; and what they cost.
+
+Bytes are those of the whole tensor, the larger of input and output, padding included, as `CollectiveCounter` counts
+them. The rules are those of DeepSpeed 0.19.8 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py and
+partitioned_param_coordinator.py) and of this package. A step is one in the middle of a task: the first two steps under
+ZeRO-3 also compare their order of modules among ranks.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from r1p_dist.errors import InputError
+from r1p_dist.interrupts import STOP_SIGNALS
+from r1p_dist.planner.model import Batch, ModelShape
+from r1p_dist.planner.zero import Zero
+from r1p_dist.planner.zero3 import Coordinator
+
+_ENGINE_BUCKET = 500_000_000  # numbers in one all-reduce at stage 0, fixed in DeepSpeed's engine
+_VOTE_BYTES = _LABEL_BYTES = 8  # int64
+_BARRIER_BYTES = 1
+
+
+@dataclass(frozen=True)
+class Collective:
+    """kind: all_reduce, all_gather, reduce_scatter, broadcast or barrier. bytes: of the whole tensor."""
+
+    kind: str
+    bytes: int
+    purpose: str
+
+
+Collectives = Counter[Collective]
+
+
+def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int, batch: Batch) -> Collectives:
+    """Returns what one rank takes part in during one optimizer step.
+
+    InputError: a bucket smaller than a trained tensor, which ZeRO would split.
+    """
+    found: Collectives = Counter()
+    if ranks > 1:
+        for _ in range(micro_steps):
+            if shape.vote == "global":
+                found.update(_votes(shape))
+            found.update(_gates(shape))
+            found.update(_contrast(shape, ranks * batch.pictures))
+            found[Collective("all_reduce", 4 * (len(STOP_SIGNALS) + 1), "signals and faults")] += 1
+        if shape.vote in ("lagged", "local"):
+            votes = sum(adapted.rank for adapted in shape.adapted) * _VOTE_BYTES
+            found[Collective("all_reduce", votes, "votes")] += 1
+    found.update(_reductions(shape, zero, ranks, micro_steps))
+    found.update(_after_update(shape, zero, ranks))
+    if zero.stage == 3 and ranks > 1:
+        coordinator = Coordinator(shape.trace, zero, ranks)
+        for _ in range(micro_steps):
+            for numel in coordinator.micro_step():
+                found[Collective("all_gather", numel * shape.dtype.itemsize, "weights")] += 1
+    return found
+
+
+def _votes(shape: ModelShape) -> list[Collective]:
+    """One sum per group of layers that share an input."""
+    sizes: Counter[int] = Counter()
+    for adapted in shape.adapted:
+        sizes[adapted.group] += adapted.rank
+    return [Collective("all_reduce", size * _VOTE_BYTES, "votes") for size in sizes.values()]
+
+
+def _gates(shape: ModelShape) -> list[Collective]:
+    """The mean probabilities of a trained router, forward and backward, and again in a second forward."""
+    if shape.vote == "local":
+        return []
+    times = 3 if shape.is_checkpointed else 2
+    return [
+        Collective("all_reduce", a.gate_bytes, "gates") for a in shape.adapted if a.gate_bytes for _ in range(times)
+    ]
+
+
+def _contrast(shape: ModelShape, samples: int) -> list[Collective]:
+    """Features of both towers are gathered with their labels; the backward sums the gradients of trained towers."""
+    features = samples * shape.features * 4
+    gathers = 2 * [Collective("all_gather", features, "features")]
+    sums = shape.trace.outputs_with_gradient * [Collective("all_reduce", features, "feature gradients")]
+    return [*gathers, *sums, Collective("all_gather", samples * _LABEL_BYTES, "labels")]
+
+
+def _reductions(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:
+    """The sums of gradients, bucket by bucket."""
+    parameters, found = shape.trace.parameters, Counter()
+    named = [i for i, parameter in enumerate(parameters) if parameter.is_trained]
+    arriving = shape.trace.gradients
+    largest = max(parameters[i].numel for i in named)
+    if zero.stage and largest > zero.reduce_bucket_size:
+        raise InputError(
+            f"zero_optimization.reduce_bucket_size={zero.reduce_bucket_size}: one trained tensor has {largest} numbers "
+            "and the planner does not split it; use a bucket that holds it"
+        )
+    if zero.stage == 0:
+        buckets, times = _filled(named, shape, _ENGINE_BUCKET), 1
+    elif zero.stage == 1:
+        # without overlap they are collected after the last backward, by name
+        buckets, times = _packed(arriving if zero.overlap_comm else named, shape, zero.reduce_bucket_size), 1
+    else:
+        buckets, times = _packed(arriving, shape, zero.reduce_bucket_size), micro_steps
+    for bucket in buckets:
+        if zero.stage == 3:
+            numel = sum(_padded(parameters[i].numel, ranks) for i in bucket)
+            collective = Collective("reduce_scatter", numel * shape.dtype.itemsize, "gradients")
+        else:
+            numel = sum(parameters[i].numel for i in bucket)
+            collective = Collective("all_reduce", numel * shape.dtype.itemsize, "gradients")
+        found[collective] += times
+    return found
+
+
+def _packed(order: Iterable[int], shape: ModelShape, size: int) -> list[list[int]]:
+    """Splits the gradients as ZeRO does: a bucket is sent before one that would not fit."""
+    buckets: list[list[int]] = [[]]
+    elements = 0
+    for i in order:
+        numel = shape.trace.parameters[i].numel
+        if buckets[-1] and elements + numel > size:
+            buckets.append([])
+            elements = 0
+        buckets[-1].append(i)
+        elements += numel
+    return [bucket for bucket in buckets if bucket]
+
+
+def _filled(order: Iterable[int], shape: ModelShape, size: int) -> list[list[int]]:
+    """Splits the gradients as DeepSpeed's engine does: a bucket is sent once it is over its size."""
+    buckets: list[list[int]] = [[]]
+    elements = 0
+    for i in order:
+        buckets[-1].append(i)
+        elements += shape.trace.parameters[i].numel
+        if elements > size:
+            buckets.append([])
+            elements = 0
+    return [bucket for bucket in buckets if bucket]
+
+
+def _after_update(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
+    """Gradient norms, and new values that go to all ranks."""
+    found: Collectives = Counter()
+    trained = sum(parameter.numel for parameter in shape.trace.parameters if parameter.is_trained)
+    if zero.stage == 0 and zero.has_clipping and shape.dtype == torch.float32:  # bf16's optimizer has whole gradients
+        found[Collective("all_reduce", 4, "gradient norm")] += 1
+    if zero.stage in (1, 2):
+        found[Collective("all_reduce", 4, "gradient norm")] += 1
+        if zero.checks_overflow:
+            found[Collective("all_reduce", 1, "overflow")] += 1
+        if ranks > 1:
+            padded = _padded(trained, 2 * ranks)
+            found[Collective("all_gather", padded * shape.dtype.itemsize, "new values")] += 1
+    if zero.stage == 3:
+        found[Collective("all_reduce", 8, "gradient norm")] += 1
+        if ranks > 1:
+            for parameter in shape.trace.parameters:
+                if zero.is_persistent(parameter):
+                    numel = _padded(parameter.numel, ranks)
+                    found[Collective("all_gather", numel * shape.dtype.itemsize, "persistent weights")] += 1
+    return found
+
+
+def boundary_collectives(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
+    """Returns what one rank takes part in from the last step of a task to the first of the next, evaluations left out.
+
+    The experts are read before and for the merge, begun anew, and given to a new engine.
+    """
+    found: Collectives = Counter()
+    size = shape.dtype.itemsize
+    if zero.stage < 3:  # a new engine sends all parameters from rank 0
+        found.update(Collective("broadcast", p.numel * size, "engine") for p in shape.trace.parameters)
+        return found
+    for parameter in shape.trace.parameters:
+        if parameter.kind == "frozen":
+            continue
+        is_router, is_persistent = ".router." in parameter.name, zero.is_persistent(parameter)
+        found[Collective("broadcast", parameter.numel * size, "fresh experts")] += 1
+        found[Collective("all_gather", _padded(parameter.numel, ranks) * size, "engine")] += parameter.is_trained
+        if ranks > 1:
+            numel = _padded(parameter.numel, ranks)
+            # read before the merge (where no whole copy is kept), for it, and to be begun anew
+            reads = (0 if is_persistent else 1) if is_router else (2 if is_persistent else 3)
+            found[Collective("all_gather", numel * size, "experts")] += reads
+    found[Collective("barrier", _BARRIER_BYTES, "engine")] += 3
+    return +found
+
+
+def _padded(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple

@@ -1,0 +1,110 @@
+"""Memory of one rank while it trains, by kind, in bytes.
+
+What counts is the moment of the highest sum; kinds whose own peaks come at different moments are added up as they are
+at that moment (weights gathered by ZeRO-3 with the activations), or at their highest (gradients, optimizer), which
+errs on the safe side.
+"""
+
+from dataclasses import asdict, dataclass
+
+from r1p_dist.planner.model import Batch, ModelShape
+from r1p_dist.planner.zero import Zero
+from r1p_dist.planner.zero3 import Coordinator
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """gathered: ZeRO-3's whole copies at the peak, with those of persistent weights that are always there.
+
+    optimizer: fp32 values and both moments. buffers: gradients on their way. pristine: in a file that is mapped into
+    memory, given back whenever the system wants it, so not part of the total.
+    """
+
+    weights: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    pristine: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values()) - self.pristine
+
+
+def training_memory(shape: ModelShape, zero: Zero, ranks: int, batch: Batch, touches_buffers: bool) -> Memory:
+    """Returns the memory of a rank at the peak of a step.
+
+    touches_buffers: only what is written of a buffer counts, as on a CPU; an accelerator reserves all of it.
+    """
+    size = shape.dtype.itemsize
+    parameters = shape.trace.parameters
+    trained = shape.count("adapter")
+    held = [p for p in parameters if not p.is_trained]
+    loss = contrast_bytes(batch.pictures, ranks * batch.pictures, shape.features)
+    activations = max(shape.trace.peak, shape.trace.forward_live + loss)
+    gathered = 0
+    pristine = shape.pristine_numel * size
+    if zero.stage == 3:
+        share = sum(-(-p.numel // ranks) for p in parameters if p.is_trained)
+        weights = sum(-(-p.numel // ranks) for p in held) + share
+        highest = highest_with_gathered(shape, zero, ranks, loss)
+        gathered = highest - activations
+        pristine = -(-shape.pristine_numel // ranks) * size
+    elif zero.stage == 0:
+        share, weights = trained, sum(p.numel for p in held) + trained
+    else:
+        padded = -(-trained // (2 * ranks)) * 2 * ranks
+        share, weights = padded // ranks, sum(p.numel for p in held) + padded
+    if zero.stage == 0:
+        is_half = size < _FP32
+        # a half-precision gradient has an fp32 twin from the update on
+        gradients = trained * (size + _FP32 if is_half else size)
+        optimizer = share * (3 if is_half else 2) * _FP32
+        buffers = trained * size
+    else:
+        gradients = share * _FP32 + (trained * size if zero.stage == 1 else 0)
+        optimizer = share * 3 * _FP32
+        bucket = min(zero.reduce_bucket_size, trained) if touches_buffers else zero.reduce_bucket_size
+        buffers = bucket * size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
+    return Memory(weights * size, gathered, gradients, optimizer, activations, buffers, pristine)
+
+
+def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) -> int:
+    """Returns the highest sum of activations and of weights that ZeRO-3 holds whole, bytes, over a micro step.
+
+    What is gathered lies there twice for a moment: as the ranks' parts one after another, and parameter by parameter.
+    With prefetch, weights of coming modules are there too.
+    """
+    trace, size = shape.trace, shape.dtype.itemsize
+    coordinator = Coordinator(trace, zero, ranks)
+    everything = sum(parameter.numel for parameter in trace.parameters)
+    ahead = zero.prefetch_bucket_size
+    before = sum(trace.parameters[i].numel for i in coordinator.whole)
+    highest, is_forward = 0, True
+    for visit, (gathered, whole) in zip(trace.visits, coordinator.run(), strict=True):
+        sums = [(before, visit.peak), (whole + gathered, visit.live)]
+        if visit.is_backward and is_forward:
+            sums.append((before, trace.forward_live + loss))
+            is_forward = False
+        for numel, activations in sums:
+            highest = max(highest, min(numel + ahead, everything + gathered) * size + activations)
+        before = whole
+    return max(highest, min(before + ahead, everything) * size + trace.tail)
+
+
+def contrast_bytes(samples: int, all_samples: int, width: int) -> int:
+    """Returns the bytes of the contrastive loss and its backward at their highest, fp32.
+
+    Of all samples: both towers' gathered features and the gradient of one; of (samples, all samples): targets, two
+    matrices of log probabilities, the gradient of one and a temporary.
+    """
+    return _FP32 * (3 * all_samples * width + 5 * samples * all_samples)
+
+
+def checkpoint_bytes(shape: ModelShape) -> dict[str, int]:
+    """Returns the bytes of one save in a task (values and both moments, fp32) and of what a finished task leaves."""
+    return {"step": 3 * _FP32 * shape.count("adapter"), "task": _FP32 * shape.merged_numel}

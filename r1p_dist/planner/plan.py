@@ -1,0 +1,206 @@
+"""The plan: every number of accelerators with every ZeRO stage, with and without activation checkpointing."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from r1p_dist.config import RunConfig
+from r1p_dist.engine import resolve_deepspeed
+from r1p_dist.errors import InputError
+from r1p_dist.planner.communication import Collectives, boundary_collectives, step_collectives
+from r1p_dist.planner.memory import Memory, checkpoint_bytes, training_memory
+from r1p_dist.planner.model import Batch, ModelShape, describe_clip
+from r1p_dist.planner.network import Network, cost
+from r1p_dist.planner.timing import Accelerator, StepTime, boundary_time, step_time
+from r1p_dist.planner.zero import Zero
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked. memory: bytes of an accelerator; usable: the share of it that a plan may take.
+
+    The rest is for the accelerator's context, communication buffers and gaps of the allocator.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    model: str
+    ranks: tuple[int, ...]
+    stages: tuple[int, ...]
+    batch: Batch
+    micro_steps: int
+    precision: str
+    memory: float
+    usable: float
+    network: Network
+    accelerator: Accelerator
+    utilisation: float
+
+    def config(self, ranks: int, stage: int, checkpointing: bool) -> RunConfig:
+        """Returns the run configuration of one setting. InputError: as `RunConfig.load`."""
+        own = [
+            f"backbone.name={self.model}",
+            "backbone.pretrained=null",
+            f"backbone.gradient_checkpointing={str(checkpointing).lower()}",
+            f"deepspeed.config=zero{stage}",
+            f"train.precision={self.precision}",
+            f"train.gradient_accumulation_steps={self.micro_steps}",
+            f"train.global_batch_size={ranks * self.batch.pictures * self.micro_steps}",
+        ]
+        return RunConfig.load(self.recipe, [*self.overrides, *own])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the plan. step, boundary: collectives of a rank; boundary_seconds: of those between two tasks."""
+
+    ranks: int
+    stage: int
+    checkpointing: bool
+    memory: Memory
+    fits: bool
+    step: Collectives
+    boundary: Collectives
+    time: StepTime
+    boundary_seconds: float
+    samples_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer. shapes: without and with activation checkpointing. best: per number of ranks, where any fits."""
+
+    question: Question
+    shapes: dict[bool, ModelShape]
+    settings: list[Setting]
+    best: dict[int, Setting]
+
+
+def make_plan(question: Question) -> Plan:
+    """Returns the plan. InputError: an unknown model, key or setting."""
+    dtype = torch.bfloat16 if question.precision == "bf16" else torch.float32
+    ranks, stage = question.ranks[0], question.stages[0]
+    shapes = {
+        checkpointing: describe_clip(question.config(ranks, stage, checkpointing), question.batch, dtype)
+        for checkpointing in (False, True)
+    }
+    settings = [
+        _setting(question, shapes[checkpointing], ranks, stage, checkpointing)
+        for ranks in question.ranks
+        for stage in question.stages
+        for checkpointing in (False, True)
+    ]
+    best = {}
+    for ranks in question.ranks:
+        fitting = [setting for setting in settings if setting.ranks == ranks and setting.fits]
+        if fitting:  # the fastest; of equals, the smallest
+            best[ranks] = max(fitting, key=lambda setting: (setting.samples_per_second, -setting.memory.total))
+    return Plan(question, shapes, settings, best)
+
+
+def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, checkpointing: bool) -> Setting:
+    zero = Zero.of(resolve_deepspeed(question.config(ranks, stage, checkpointing), ranks))
+    batch, micro_steps, network = question.batch, question.micro_steps, question.network
+    memory = training_memory(shape, zero, ranks, batch, touches_buffers=False)
+    step = step_collectives(shape, zero, ranks, micro_steps, batch)
+    boundary = boundary_collectives(shape, zero, ranks)
+    time = step_time(shape, zero, step, ranks, micro_steps, network, question.accelerator, question.utilisation)
+    return Setting(
+        ranks,
+        stage,
+        checkpointing,
+        memory,
+        memory.total <= question.usable * question.memory,
+        step,
+        boundary,
+        time,
+        boundary_time(boundary, ranks, network),
+        ranks * batch.pictures * micro_steps / time.total,
+    )
+
+
+def communication_rows(collectives: Collectives, ranks: int, network: Network) -> list[dict[str, Any]]:
+    """Returns per kind and purpose: calls, bytes of the whole tensors, and bytes sent and steps as ring and as tree."""
+    rows: dict[tuple[str, str], Counter[str]] = {}
+    for collective, calls in collectives.items():
+        price = cost(collective, ranks, network)
+        rows.setdefault((collective.kind, collective.purpose), Counter()).update(
+            calls=calls,
+            bytes=calls * collective.bytes,
+            ring_bytes=round(calls * price.ring_bytes),
+            ring_steps=calls * price.ring_steps,
+            tree_bytes=round(calls * price.tree_bytes),
+            tree_steps=calls * price.tree_steps,
+        )
+    return [{"kind": kind, "purpose": purpose, **values} for (kind, purpose), values in sorted(rows.items())]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Returns the plan as JSON can hold it; bytes and seconds, nothing rounded to a unit."""
+    question, plain = plan.question, plan.shapes[False]
+    return {
+        "model": question.model,
+        "precision": question.precision,
+        "batch": asdict(question.batch),
+        "micro_steps": question.micro_steps,
+        "network": asdict(question.network),
+        "device": asdict(question.accelerator),
+        "utilisation": question.utilisation,
+        "parameters": parameters(plain),
+        "flops_per_micro_step": {
+            "plain": plain.trace.forward_flops + plain.trace.backward_flops,
+            "checkpointing": plan.shapes[True].trace.forward_flops + plan.shapes[True].trace.backward_flops,
+        },
+        "checkpoint_bytes": checkpoint_bytes(plain),
+        "settings": [_as_json(setting, question) for setting in plan.settings],
+        "best": {
+            str(ranks): {"zero": best.stage, "checkpointing": best.checkpointing} for ranks, best in plan.best.items()
+        },
+    }
+
+
+def parameters(shape: ModelShape) -> dict[str, int]:
+    """Returns the numbers in parameters: frozen (the backbone), routers, trained, and merged by each task."""
+    return {
+        "frozen": shape.count("frozen"),
+        "routers": shape.count("router"),
+        "trained": shape.count("adapter"),
+        "merged": shape.merged_numel,
+    }
+
+
+def _as_json(setting: Setting, question: Question) -> dict[str, Any]:
+    time = setting.time
+    return {
+        "gpus": setting.ranks,
+        "zero": setting.stage,
+        "checkpointing": setting.checkpointing,
+        "memory": {**asdict(setting.memory), "total": setting.memory.total},
+        "fits": setting.fits,
+        "communication": {
+            "step": communication_rows(setting.step, setting.ranks, question.network),
+            "boundary": communication_rows(setting.boundary, setting.ranks, question.network),
+        },
+        "predicted": {
+            **asdict(time),
+            "step": time.total,
+            "boundary": setting.boundary_seconds,
+            "samples_per_second": setting.samples_per_second,
+            "efficiency": time.efficiency,
+        },
+    }
+
+
+def parse_counts(flag: str, text: str, allowed: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Returns the whole numbers of a list such as 8,64. InputError: something else, or not one of `allowed`."""
+    found = []
+    for part in text.split(","):
+        value = int(part) if part.strip().isdecimal() else -1
+        if value < (0 if allowed else 1) or (allowed and value not in allowed):
+            what = f"one of {', '.join(map(str, allowed))}" if allowed else "a whole number from 1"
+            raise InputError(f"{flag} {text}: {part!r} must be {what}; write a list such as 1,2")
+        found.append(value)
+    return tuple(dict.fromkeys(found))

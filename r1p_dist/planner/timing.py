@@ -1,0 +1,100 @@
+"""The time of a step: a prediction from floating-point operations and collectives, never measured at these sizes.
+
+Assumptions, all of which can be set: products run at `utilisation` of the accelerator's dense peak; collectives that
+DeepSpeed can run beside the computation hide behind at most OVERLAP of it; all others add their full time; data are
+always there in time; no rank is slower than the others.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+
+from r1p_dist.errors import InputError
+from r1p_dist.planner.communication import Collectives
+from r1p_dist.planner.model import ModelShape
+from r1p_dist.planner.network import Network, cost
+from r1p_dist.planner.zero import Zero
+
+OVERLAP = 0.8
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Dense peak operations per second in bf16 and fp32 (NVIDIA's data sheets; TF32 is off in torch by default)."""
+
+    name: str
+    bf16: float
+    fp32: float
+
+
+ACCELERATORS = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator("a100", 312e12, 19.5e12),
+        Accelerator("h100", 989e12, 67e12),
+        Accelerator("h200", 989e12, 67e12),
+        Accelerator("l40s", 362e12, 91.6e12),
+    )
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. exposed: what its collectives add; communication: all of them, hidden or not."""
+
+    compute: float
+    communication: float
+    exposed: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed
+
+    @property
+    def efficiency(self) -> float:
+        """The share of a step that is not spent on waiting for collectives."""
+        return self.compute / self.total
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """Returns a known accelerator. InputError: there is none of that name."""
+    if name not in ACCELERATORS:
+        nearest = difflib.get_close_matches(name, ACCELERATORS, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        raise InputError(f"--device {name}: {hint}known: {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name]
+
+
+def step_time(
+    shape: ModelShape,
+    zero: Zero,
+    collectives: Collectives,
+    ranks: int,
+    micro_steps: int,
+    network: Network,
+    accelerator: Accelerator,
+    utilisation: float,
+) -> StepTime:
+    """Returns the predicted time of an optimizer step."""
+    peak = accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
+    flops = shape.trace.forward_flops + shape.trace.backward_flops
+    compute = micro_steps * flops / (peak * utilisation)
+    hidden = set()
+    if zero.prefetch_bucket_size:
+        hidden.add("weights")
+    if zero.overlap_comm:
+        hidden.add("gradients")
+    beside = waiting = 0.0
+    for collective, count in collectives.items():
+        seconds = count * cost(collective, ranks, network).seconds
+        if collective.purpose in hidden:
+            beside += seconds
+        else:
+            waiting += seconds
+    return StepTime(compute, beside + waiting, waiting + max(0.0, beside - OVERLAP * compute))
+
+
+def boundary_time(collectives: Collectives, ranks: int, network: Network) -> float:
+    """Returns the seconds of the collectives between two tasks."""
+    return sum(count * cost(collective, ranks, network).seconds for collective, count in collectives.items())

@@ -1,0 +1,176 @@
+"""What the real engine does, to compare the planner with: the collectives and memory of steps on several ranks."""
+
+import gc
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import open_clip
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from r1p_dist.backbones import ClipBackbone
+from r1p_dist.config import RunConfig
+from r1p_dist.distributed import world_size
+from r1p_dist.engine import TaskEngine
+from r1p_dist.interrupts import StepAgreement
+from r1p_dist.methods import make_method
+
+PROMPTS = ["cat", "tall tree", "sea", "a red flag", "boat"]
+KINDS = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "allgather_base": "all_gather",
+    "reduce_scatter_base": "reduce_scatter",
+    "broadcast": "broadcast",
+    "barrier": "barrier",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts (kind, bytes of the larger of input and output) of this rank's collectives, DeepSpeed's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            sizes = [sum(leaf.nbytes for leaf in tree_leaves(a) if isinstance(leaf, torch.Tensor)) for a in args]
+            self.found[KINDS[function.overloadpacket.__name__.strip("_")], max(sizes)] += 1
+        return function(*args, **(kwargs or {}))
+
+    def as_list(self) -> list[list]:
+        return [[*key, count] for key, count in sorted(self.found.items())]
+
+
+def make_backbone(sizes: dict, device: str = "cpu") -> ClipBackbone:
+    """Returns a CLIP with random weights. sizes: those that differ from tests/small_clip.py's."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2, **sizes.get("vision", {})}
+    text = {"context_length": 10, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2, **sizes.get("text", {})}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = open_clip.model.CustomTextCLIP(
+            embed_dim=sizes.get("embed_dim", 24), vision_cfg=vision, text_cfg=text, nonscalar_logit_scale=True
+        )
+    return ClipBackbone(model, tokenize, {"size": 16})
+
+
+def tokenize(prompts: list[str]) -> torch.Tensor:
+    """Start 58, one token per letter, end 59 (the highest), zeros."""
+    tokens = torch.zeros(len(prompts), 10, dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        ids = [58, *(1 + ord(letter) % 50 for letter in prompt[:8]), 59]
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
+    """Returns per case the collectives of the fourth step of a run, as [kind, bytes, calls]."""
+    found = []
+    for sizes, overrides in cases:
+        run = _Run(rank, sizes, overrides)
+        for _ in range(4):
+            with Recorder() as recorder:
+                run.step()
+        run.engine.close()
+        found.append(recorder.as_list())
+    return found
+
+
+def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
+    """Returns per case the collectives from the last step of a task to the first of the next, without evaluations."""
+    found = []
+    for sizes, overrides in cases:
+        run = _Run(rank, sizes, overrides)
+        for _ in range(3):
+            run.step()
+        with Recorder() as recorder:
+            run.method.unmerged_updates()
+            run.method.end_task()
+            run.engine.close()
+            run.begin_task(1)
+        found.append(recorder.as_list())
+    return found
+
+
+def measure_memory(rank: int, ranks: int, sizes: dict, overrides: list[str]) -> int:
+    """Returns the anonymous bytes that a run adds to a process at the peak of its third step.
+
+    A first run in the same process, closed before, leaves behind what is not the model's: modules that DeepSpeed
+    imports late and the code that oneDNN makes for each shape of a product.
+    """
+    for _ in range(2):
+        gc.collect()
+        before = _anonymous_bytes()
+        run = _Run(rank, sizes, overrides)
+        for _ in range(2):
+            run.step()
+        with _Peak() as peak:
+            run.step()
+        run.engine.close()
+        del run
+    return peak.bytes - before
+
+
+def _anonymous_bytes() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines():
+        if line.startswith("Pss_Anon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/smaps_rollup has no Pss_Anon")
+
+
+class _Peak:
+    """The highest anonymous memory while the context is open, looked at every few milliseconds."""
+
+    def __enter__(self) -> "_Peak":
+        self.bytes, self._is_open = 0, True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._is_open:
+            self.bytes = max(self.bytes, _anonymous_bytes())
+            time.sleep(0.003)
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_open = False
+        self._thread.join()
+
+
+class _Run:
+    """A run's steps without its data and evaluations."""
+
+    def __init__(self, rank: int, sizes: dict, overrides: list[str]) -> None:
+        self.config = RunConfig.load("mini_mtil", overrides)
+        self.backbone = make_backbone(sizes)
+        self.image_size = self.backbone.model.visual.image_size
+        if self.config.backbone.gradient_checkpointing:
+            self.backbone.checkpoint_blocks()
+        self.method = make_method(self.config, self.backbone)
+        self.backbone.set_prompts(PROMPTS)
+        self.agreement = StepAgreement(torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(rank)
+        self.begin_task(0)
+
+    def begin_task(self, index: int) -> None:
+        self.method.begin_task(index)
+        self.engine = TaskEngine(self.backbone, self.config, self.config.train, world_size())
+        self.backbone.train()
+
+    def step(self) -> None:
+        micro_steps = self.config.train.gradient_accumulation_steps
+        count = self.config.train.global_batch_size // micro_steps // world_size()
+        for _ in range(micro_steps):
+            batch = {
+                "image": torch.randn(count, 3, *self.image_size, generator=self.generator),
+                "label": torch.randint(len(PROMPTS), (count,), generator=self.generator),
+            }
+            loss, _ = self.method.loss(self.engine, batch)
+            self.agreement.begin(loss)
+            self.engine.step(loss)
+            self.agreement.end()
+        self.method.end_step()

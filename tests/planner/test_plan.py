@@ -1,0 +1,88 @@
+"""tools/plan.py: the arithmetic of costs, its outputs, and what it says to wrong input."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1p_dist.planner.communication import Collective
+from r1p_dist.planner.network import Network, cost, parse_network
+
+PLAN = Path(__file__).parents[2] / "tools" / "plan.py"
+
+
+def run(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(PLAN), run_name="__main__")
+    return ended.value.code
+
+
+def test_ring_and_tree_costs() -> None:
+    network = Network("own", bandwidth=100.0, latency=2.0, node_size=1)
+    price = cost(Collective("all_reduce", 800, "gradients"), 8, network)
+    assert (price.ring_bytes, price.ring_steps) == (2 * 800 * 7 / 8, 14)
+    assert (price.tree_bytes, price.tree_steps) == (1600, 6)
+    assert price.seconds == min(14 + 28, 16 + 12)
+    price = cost(Collective("all_gather", 800, "weights"), 8, network)
+    assert (price.ring_bytes, price.ring_steps, price.tree_bytes, price.tree_steps) == (700, 7, 700, 3)
+    assert cost(Collective("all_gather", 800, "weights"), 1, network).seconds == 0
+
+
+def test_inside_a_node_its_own_links_count() -> None:
+    network = parse_network("bandwidth=1,latency=10,node_size=4,node_bandwidth=100,node_latency=1")
+    votes = Collective("all_reduce", 96, "votes")
+    assert cost(votes, 4, network).seconds < cost(votes, 5, network).seconds / 9
+
+
+def test_plan_prints_and_writes_everything(monkeypatch, tmp_path: Path, capsys) -> None:
+    files = ["--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png")]
+    words = ["--model", "tiny", "--gpus", "1,8,64", "--gpu-memory", "16", "--batch", "8", *files]
+    assert run(monkeypatch, *words, "pool.rank=6", "pool.active=4") == 0
+    printed = capsys.readouterr().out
+    assert "predicted, not measured" in printed and "64 GPUs: best is ZeRO" in printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["settings"]) == 3 * 3 * 2
+    for setting in plan["settings"]:
+        memory = setting["memory"]
+        assert memory["total"] == sum(value for kind, value in memory.items() if kind not in ("pristine", "total"))
+        purposes = {row["purpose"] for row in setting["communication"]["step"]}
+        assert ("votes" in purposes) == (setting["gpus"] > 1)
+    sharded = [setting for setting in plan["settings"] if setting["gpus"] == 64 and not setting["checkpointing"]]
+    optimizer = [setting["memory"]["optimizer"] for setting in sharded]
+    assert max(optimizer) < 1.1 * plan["parameters"]["trained"] * 12 / 64
+    checkpointed = [setting["memory"]["activations"] for setting in plan["settings"] if setting["checkpointing"]]
+    assert max(checkpointed) < min(s["memory"]["activations"] for s in plan["settings"] if not s["checkpointing"])
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_fits_is_said(monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "--model", "tiny", "--gpus", "2", "--gpu-memory", "0.001", "--batch", "8") == 0
+    assert "2 GPUs: nothing fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "ViT-bigG-15"], "--model ViT-bigG-15: open_clip has no such model; nearest: ViT-bigG-14"),
+        (["--gpus", "8,x"], "--gpus 8,x: 'x' must be a whole number from 1"),
+        (["--zero", "4"], "--zero 4: '4' must be one of 0, 1, 2, 3"),
+        (["--batch", "0"], "--batch 0: must be from 1"),
+        (["--prompts", "9"], "--prompts 9: must be from 1 to --batch 8"),
+        (["--prompt-tokens", "500"], "--prompt-tokens 500: tiny reads"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1.0: must be a number of GB above zero"),
+        (["--usable", "2"], "--usable 2.0: must be above 0 and at most 1"),
+        (["--network", "infiniband-40"], "--network infiniband-40: did you mean infiniband-400?"),
+        (["--network", "bandwidth=5"], "--network bandwidth=5: needs both bandwidth=GB/s and latency"),
+        (["--network", "bandwidth=0,latency=1"], "bandwidth=0: must be a number above zero"),
+        (["--device", "h10"], "--device h10: did you mean h100?"),
+        (["method=zero_shot"], "method=zero_shot: trains nothing"),
+        (["deepspeed.overrides.zero_optimization.zero_hpz_partition_size=2"], "zero_hpz_partition_size=2: the planner"),
+    ],
+)
+def test_wrong_input_is_one_line(monkeypatch, capsys, words: list[str], message: str) -> None:
+    assert run(monkeypatch, "--model", "tiny", "--batch", "8", "--gpus", "8", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
