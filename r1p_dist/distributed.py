@@ -111,8 +111,9 @@ def start_gather(tensor: torch.Tensor) -> StartedGather | None:
 def gather_with_gradient(tensor: torch.Tensor, started: StartedGather | None = None) -> torch.Tensor:
     """Concatenates the (n, …) tensors of all ranks, in rank order; n must be equal on every rank.
 
-    started: what `start_gather` returned for this tensor, if it was called. The backward sums every rank's gradient for this rank's block, so with a loss that is averaged over ranks (as ZeRO
-    does with gradients) the result is the gradient of the mean of all ranks' losses.
+    started: what `start_gather` returned for this tensor, if it was called. The backward sums every rank's gradient for
+    this rank's block, so with a loss that is averaged over ranks (as ZeRO does with gradients) the result is the
+    gradient of the mean of all ranks' losses.
     """
     return _Gather.apply(tensor, started) if world_size() > 1 else tensor
 

@@ -37,21 +37,14 @@ def queued_again_from_outside(run: Run, cluster: Path) -> None:
 
 def time_limit_near(run: Run, cluster: Path) -> None:
     """So near that SLURM gives notice, which it does every half minute; until then the ranks are in a long step."""
-    ranks = [run.rank(0), run.rank(1)]
-    for rank in ranks:
-        rank.suspend()
+    for rank in (0, 1):
+        run.rank(rank).suspend()  # SLURM wakes those that it sends a signal
     hours, minutes, seconds = map(int, run.about_job("RunTime").split(":"))
     limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in 30 to 90 s
     ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
-    wait_until("SLURM gives notice", lambda: all(has_pending(rank, signal.SIGUSR2) for rank in ranks))
+    restarts = run.restarts
+    wait_until("the job is queued again", lambda: run.restarts > restarts)
     ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
-    for rank in ranks:
-        rank.resume()
-
-
-def has_pending(process: psutil.Process, number: signal.Signals) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return bool(int(re.search(r"^ShdPnd:\s+(\w+)", status, re.MULTILINE)[1], 16) >> (number - 1) & 1)
 
 
 def told_many_times(run: Run, cluster: Path) -> None:
