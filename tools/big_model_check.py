@@ -12,6 +12,7 @@ and apart from it pages of files, which the system can drop at any time (weights
 import argparse
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +38,8 @@ SETTINGS = (
     "deepspeed.config=zero3_low_memory train.precision=bf16 backbone.gradient_checkpointing=true "
     "train.global_batch_size=4 log.every_steps=1"
 ).split()
+# Gathered weights come and go between activations. In pieces of their own, mapped and unmapped, they leave no holes.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 LOOK_S = 0.25
 GB = 1e9
 
@@ -79,7 +82,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     command += ["--recipe", "mini_mtil", f"stream={stream}", f"run_dir={run_dir}", *settings, *arguments.settings]
     started = time.monotonic()
     with (arguments.folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | ALLOCATOR)
         phases = watch(process, run_dir)
     metrics = json.loads((run_dir / "metrics.json").read_text()) if (run_dir / "metrics.json").exists() else {}
     return {

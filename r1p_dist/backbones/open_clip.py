@@ -88,7 +88,8 @@ def open_blocks(model: nn.Module) -> None:
         if blocks is None or not all(isinstance(block, ResidualAttentionBlock | Block) for block in blocks):
             raise InputError(
                 f"backbone: a tower of type {type(tower).__name__} is not made of open_clip's own residual attention "
-                "blocks; use a ViT-* model"
+                "blocks, the only ones that adapters are put on yet: no ResNets, no towers of timm (SigLIP, EVA) or of "
+                "transformers; use a ViT-* model"
             )
         for i, block in enumerate(blocks):
             if isinstance(block, ResidualAttentionBlock):
@@ -233,6 +234,8 @@ def load_clip(
         _check_name_and_weights(name, pretrained, force_quick_gelu)
     with explain_faults(name, pretrained):
         model = build_on_meta(source, pretrained, force_quick_gelu)
+        if model.logit_bias is not None:
+            raise InputError(f"backbone.name={name}: was trained with a sigmoid loss (it has a logit_bias), not there yet")
         file = weights_file(name, pretrained)
         if file is not None:
             model.load_state_dict(map_weights(file, model), assign=True)
@@ -285,6 +288,8 @@ def explain_faults(name: str, pretrained: str | None) -> Iterator[None]:
     """Turns what open_clip and torch raise into one line."""
     try:
         yield
+    except InputError:
+        raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         reason = one_line(error) or type(error).__name__
         raise InputError(f"backbone.name={name} backbone.pretrained={pretrained}: cannot load: {reason}") from error

@@ -93,6 +93,11 @@ def test_missing_and_further_weights_are_named(tmp_path: Path) -> None:
         load_clip(write_folder(tmp_path / "model", CONFIG, weights))
 
 
+def test_a_model_of_a_sigmoid_loss_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="sigmoid loss"):
+        load_clip(write_folder(tmp_path / "model", CONFIG | {"init_logit_bias": -10.0}))
+
+
 def anonymous_mb() -> float:
     return int(re.search(r"Pss_Anon: +(\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
 
