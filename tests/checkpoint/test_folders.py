@@ -64,7 +64,7 @@ def test_every_cut_at_a_block_and_many_flipped_bits_are_found(whole: Path) -> No
 
 
 def test_a_failed_write_leaves_nothing_and_the_one_before(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for failing in ("r1p_dist.checkpoint.folders._sync", "r1p_dist.checkpoint.folders._link"):
+    for failing in ("r1p_dist.checkpoint.folders.sync", "r1p_dist.checkpoint.folders._link"):
         with monkeypatch.context() as patch:
 
             def fail(*_):
