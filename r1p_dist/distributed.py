@@ -99,8 +99,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # gloo has no reduce-scatter: sum all, keep this rank's block
-        return sum_over_ranks(gradient.contiguous()).chunk(world_size())[rank()], None
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_single(own, gradient.contiguous())
+        return own, None
 
 
 def start_gather(tensor: torch.Tensor) -> StartedGather | None:

@@ -83,7 +83,7 @@ def _contrast(shape: ModelShape, samples: int) -> list[Collective]:
     """Features of both towers are gathered with their labels; the backward sums the gradients of trained towers."""
     features = samples * shape.features * 4
     gathers = 2 * [Collective("all_gather", features, "features")]
-    sums = shape.trace.outputs_with_gradient * [Collective("all_reduce", features, "feature gradients")]
+    sums = shape.trace.outputs_with_gradient * [Collective("reduce_scatter", features, "feature gradients")]
     return [*gathers, *sums, Collective("all_gather", samples * _LABEL_BYTES, "labels")]
 
 
