@@ -235,7 +235,9 @@ def load_clip(
     with explain_faults(name, pretrained):
         model = build_on_meta(source, pretrained, force_quick_gelu)
         if model.logit_bias is not None:
-            raise InputError(f"backbone.name={name}: was trained with a sigmoid loss (it has a logit_bias), not there yet")
+            raise InputError(
+                f"backbone.name={name}: was trained with a sigmoid loss (it has a logit_bias), not there yet"
+            )
         file = weights_file(name, pretrained)
         if file is not None:
             model.load_state_dict(map_weights(file, model), assign=True)
