@@ -39,6 +39,7 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")
     backbone = load_backbone(config.backbone, weights_placement(config, device))
+    backbone.check_loss()
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)}
     facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}
     method = make_method(config, backbone)

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import open_clip
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.blocks import Block, set_recompute
-from r1p_dist.backbones.weights import Placement, draw, map_weights, place, weights_file
+from r1p_dist.backbones.weights import Placement, draw, map_weights, model_source, place, weights_file
 from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.losses import contrastive_loss
@@ -199,6 +198,11 @@ class ClipBackbone(nn.Module):
         first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
         self._label_of = torch.tensor([first[prompt] for prompt in prompts], device=self._prompts.device)
 
+    def check_loss(self) -> None:
+        """Raises InputError for a model that `loss` does not fit, so that it is known before any training."""
+        if getattr(self.model, "logit_bias", None) is not None:
+            raise InputError("backbone: was trained with a sigmoid loss (it has a logit_bias), not there yet")
+
     def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the contrastive loss of a micro batch {"image", "label"}; each distinct prompt is encoded once.
 
@@ -225,19 +229,14 @@ def load_clip(
     in fp32 by default. Raises InputError for an unknown model or tag, a missing file, weights of another shape, and
     weights trained with another activation (QuickGELU) than the model's.
     """
-    source = name
+    source = model_source(name)
     if name == "tiny":
-        source = f"local-dir:{resources.files('r1p_dist') / 'assets' / 'tiny'}"
         if pretrained is not None:
             raise InputError(f"backbone.pretrained={pretrained}: the model tiny brings its own weights; leave it out")
     elif ":" not in name:
         _check_name_and_weights(name, pretrained, force_quick_gelu)
     with explain_faults(name, pretrained):
         model = build_on_meta(source, pretrained, force_quick_gelu)
-        if model.logit_bias is not None:
-            raise InputError(
-                f"backbone.name={name}: was trained with a sigmoid loss (it has a logit_bias), not there yet"
-            )
         file = weights_file(name, pretrained)
         if file is not None:
             model.load_state_dict(map_weights(file, model), assign=True)
