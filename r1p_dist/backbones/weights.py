@@ -33,14 +33,16 @@ class Placement:
     zero3: dict | None = None
 
 
+def model_source(name: str) -> str:
+    """Returns where open_clip finds a model's configuration: the name itself, or the folder of the shipped model."""
+    return f"local-dir:{resources.files('r1p_dist') / 'assets' / 'tiny'}" if name == "tiny" else name
+
+
 def weights_file(name: str, pretrained: str | None) -> Path | None:
     """Returns the file of a model's weights; None for random weights. A tag of a hub is downloaded if need be."""
-    folder = None
-    if name == "tiny":
-        folder = Path(str(resources.files("r1p_dist") / "assets" / "tiny"))
-    elif name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-    if folder is not None:
+    source = model_source(name)
+    if source.startswith("local-dir:"):
+        folder = Path(source.removeprefix("local-dir:"))
         found = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
         return found[0] if found else None
     if name.startswith("hf-hub:"):

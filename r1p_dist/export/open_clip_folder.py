@@ -8,7 +8,7 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 
-from r1p_dist.backbones.weights import weights_file
+from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import BackboneConfig
 from r1p_dist.export.finished_run import FinishedRun
 from r1p_dist.export.merged import TEMPERATURE
@@ -46,9 +46,7 @@ def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype) -> None:
 
 def model_config(config: BackboneConfig) -> dict:
     """Returns open_clip's configuration of a run's backbone."""
-    is_shipped = config.name == "tiny"
-    source = f"local-dir:{weights_file(config.name, None).parent}" if is_shipped else config.name
-    model_cfg = open_clip.get_model_config(source)
+    model_cfg = open_clip.get_model_config(model_source(config.name))
     if config.force_quick_gelu:
         model_cfg["quick_gelu"] = True
     return model_cfg

@@ -2,7 +2,6 @@
 
 import difflib
 from dataclasses import dataclass
-from importlib import resources
 
 import open_clip
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
+from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.methods import make_method
@@ -75,7 +75,7 @@ def describe_clip(config: RunConfig, batch: Batch, dtype: torch.dtype) -> ModelS
     InputError: a model that open_clip has not, or more prompt tokens than it reads.
     """
     name = config.backbone.name
-    source = f"local-dir:{resources.files('r1p_dist') / 'assets' / 'tiny'}" if name == "tiny" else name
+    source = model_source(name)
     if ":" not in source and open_clip.get_model_config(name) is None:
         nearest = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""

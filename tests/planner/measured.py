@@ -17,6 +17,7 @@ from r1p_dist.distributed import world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
+from tests.small_clip import CONFIG, TEXT, VISION, tokenize
 
 PROMPTS = ["cat", "tall tree", "sea", "a red flag", "boat"]
 KINDS = {
@@ -48,23 +49,16 @@ class Recorder(TorchDispatchMode):
 
 def make_backbone(sizes: dict, device: str = "cpu") -> ClipBackbone:
     """Returns a CLIP with random weights. sizes: those that differ from tests/small_clip.py's."""
-    vision = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2, **sizes.get("vision", {})}
-    text = {"context_length": 10, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2, **sizes.get("text", {})}
+    vision, text = VISION | sizes.get("vision", {}), TEXT | sizes.get("text", {})
     torch.manual_seed(0)
     with torch.device(device):
         model = open_clip.model.CustomTextCLIP(
-            embed_dim=sizes.get("embed_dim", 24), vision_cfg=vision, text_cfg=text, nonscalar_logit_scale=True
+            embed_dim=sizes.get("embed_dim", CONFIG["embed_dim"]),
+            vision_cfg=vision,
+            text_cfg=text,
+            nonscalar_logit_scale=True,
         )
     return ClipBackbone(model, tokenize, {"size": 16})
-
-
-def tokenize(prompts: list[str]) -> torch.Tensor:
-    """Start 58, one token per letter, end 59 (the highest), zeros."""
-    tokens = torch.zeros(len(prompts), 10, dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        ids = [58, *(1 + ord(letter) % 50 for letter in prompt[:8]), 59]
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens
 
 
 def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
