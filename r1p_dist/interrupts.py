@@ -16,6 +16,7 @@ from r1p_dist.errors import EXIT_HANGS
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _CHECK_S = 1.0
+_LAST_WORDS_S = 5.0  # the first rank that leaves makes the launcher end the others: they shall speak before
 
 
 class StepAgreement:
@@ -88,6 +89,7 @@ class Watchdog:
                 with open(self.folder / f"rank-{rank()}.txt", "w") as file:
                     print(message, file=file, flush=True)
                     faulthandler.dump_traceback(file)
+                time.sleep(_LAST_WORDS_S)
                 os._exit(EXIT_HANGS)
 
 

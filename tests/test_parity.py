@@ -198,9 +198,9 @@ def test_votes_travel_once_per_group_or_once_per_step(run_distributed, vote: str
     for steps in run_distributed(collectives, 2, vote):
         for step, votes in zip(steps, expected, strict=True):
             assert step["allgather"] == gathers
-            for what in ("calls", "bytes"):
-                assert step["allreduce"][what] == returned[what] + sum(vote[what] for vote in votes)
-            assert set(step) == {"allgather", "allreduce"}
+            assert step["reduce_scatter_base"] == returned
+            assert step["allreduce"] == {what: sum(vote[what] for vote in votes) for what in ("calls", "bytes")}
+            assert set(step) == {"allgather", "reduce_scatter_base", "allreduce"}
 
 
 def half_precision_output(rank: int, world_size: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ PHASES = ("step", "save", "merge", "evaluation")
 VICTIMS = {phase: ("rank 0", "rank 1", "all ranks") for phase in PHASES}
 VICTIMS["step"] = VICTIMS["save"] = ("rank 0", "rank 1", "all ranks", "launcher")
 STATES = {"training": "step", "merging": "merge", "evaluating": "evaluation", "saving": "save"}
-LONGEST_DELAY_S = {"step": 0.5, "save": 0.01, "merge": 0.01, "evaluation": 1.5}
+LONGEST_DELAY_S = {"step": 0.5, "save": 0.01, "merge": 0.01, "evaluation": 0.3}
 MORE_TRIES = 10  # in a phase of a task that was met too seldom
 TASKS = ("playing_cards", "animal_silhouettes", "country_flags", "fashion")
 SETTINGS = (
