@@ -48,32 +48,68 @@ class _Section(BaseModel):
 
 
 class BackboneConfig(_Section):
-    """Which frozen model; `name` and `pretrained` as in open_clip (`pretrained`: a tag or a local safetensors file)."""
+    """Which frozen model.
 
-    kind: Literal["open_clip"] = "open_clip"
+    `open_clip`: `name` and `pretrained` as in open_clip (`pretrained`: a tag or a local safetensors file). `llava`:
+    `name` is a folder or a hub's name of a model of transformers, which has its weights; `feature_cache_gb` is how much
+    of host memory each rank may keep an image tower's features in, where the tower has no adapters.
+    """
+
+    kind: Literal["open_clip", "llava"] = "open_clip"
     name: str = "tiny"
     pretrained: str | None = None
     force_quick_gelu: bool = False
+    feature_cache_gb: NotNegative = 1.0
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> BackboneConfig:
+        if self.kind == "llava" and (self.pretrained is not None or self.force_quick_gelu):
+            raise ValueError(
+                f"backbone.pretrained={self.pretrained} and backbone.force_quick_gelu={self.force_quick_gelu} are for "
+                "backbone.kind=open_clip; a llava model's name says where its weights are"
+            )
+        return self
+
+
+Tower = Literal["image", "text", "language", "projector"]
+Layer = Literal["q", "k", "v", "out", "fc1", "fc2", "o", "gate", "up", "down"]
+# What there is per kind of backbone, and the towers that get adapters unless others are named.
+TOWERS: dict[str, tuple[str, ...]] = {"open_clip": ("image", "text"), "llava": ("language", "projector", "image")}
+DEFAULT_TOWERS = {"open_clip": ["image", "text"], "llava": ["language", "projector"]}
+LAYERS: dict[str, tuple[str, ...]] = {
+    "open_clip": ("q", "k", "v", "out", "fc1", "fc2"),
+    "llava": ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
+}
 
 
 class TargetsConfig(_Section):
-    """Which linears of every block get an adapter."""
+    """Which linears of every block get an adapter; null: all of the backbone's kind, but not a LLaVA's image tower."""
 
-    towers: Annotated[list[Literal["image", "text"]], Field(min_length=1), AfterValidator(_refuse_repeats)] = [
-        "image",
-        "text",
-    ]
-    layers: Annotated[
-        list[Literal["q", "k", "v", "out", "fc1", "fc2"]], Field(min_length=1), AfterValidator(_refuse_repeats)
-    ] = ["q", "k", "v", "out", "fc1", "fc2"]
+    towers: Annotated[list[Tower], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    layers: Annotated[list[Layer], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+
+    def of_kind(self, kind: str) -> TargetsConfig:
+        """Return these with the defaults of a kind of backbone filled in. ValueError: a name that it does not have."""
+        for key, known in (("towers", TOWERS[kind]), ("layers", LAYERS[kind])):
+            for name in getattr(self, key) or ():
+                if name not in known:
+                    raise ValueError(
+                        f"targets.{key}: a backbone of kind {kind} has no {name!r}; it has {', '.join(known)}"
+                    )
+        return TargetsConfig(
+            towers=self.towers or DEFAULT_TOWERS[kind],
+            layers=self.layers or list(LAYERS[kind]),
+        )
 
 
 class GuideConfig(_Section):
-    """Which vector of a layer's input the router reads, per tower."""
+    """Which vector of a layer's input the router reads, per tower; `cls_image`: the image tower's [CLS] for all."""
 
     image: Literal["first", "mean"] = "first"
     text: Literal["first", "eot", "mean"] = "first"
+    language: Literal["cls_image", "first", "mean", "last_prompt"] = "cls_image"
+    projector: Literal["cls_image", "first", "mean"] = "cls_image"
 
 
 class PoolConfig(_Section):
@@ -124,7 +160,11 @@ class TaskTrainConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """One task's training; an iteration is one optimizer step on one global batch."""
+    """One task's training; an iteration is one optimizer step on one global batch.
+
+    `average_over`: what the loss of conversations is the mean of: the answer tokens of a global batch, or its samples,
+    each the mean of its tokens.
+    """
 
     iterations: Count = 500
     global_batch_size: Count = 32
@@ -136,6 +176,7 @@ class TrainConfig(_Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     gradient_clipping: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    average_over: Literal["tokens", "samples"] = "tokens"
     per_task: dict[str, TaskTrainConfig] = {}
 
     def for_task(self, name: str) -> TrainConfig:
@@ -166,14 +207,19 @@ class TrainConfig(_Section):
 class DataConfig(_Section):
     """`shots`: training pictures per class (null: all). Workers are loader processes per rank.
 
+    `samples`: training samples of each task of conversations (null: all). `group_by_length`: how many global batches'
+    conversations are sorted by length among themselves, so that a batch has samples of like length (null: none).
     `shuffle_shards`: how many shards' samples are mixed with one another (null: a whole epoch's, which needs all shards
     at hand). `replay_share`: the share of the training samples that comes from the tasks trained before;
     `reference_share` comes from the tasks of `reference`, a stream like `stream`. `max_bad_fraction`: the share of a
-    task's training samples that may be unusable; null: 0.001, or one sample. Copies of remote shards are kept in
+    task's training samples that may be unusable; null: 0.001, or one sample. `blind`: every picture of a conversation
+    is black, which shows what the questions alone give away. Copies of remote shards are kept in
     `cache_dir` (null: the user's cache folder), as far as `cache_gb` allows (null: all).
     """
 
     shots: Count | None = None
+    samples: Count | None = None
+    group_by_length: Count | None = None
     shuffle_shards: Count | None = None
     replay_share: Probability = 0.0
     reference: str | None = None
@@ -182,6 +228,7 @@ class DataConfig(_Section):
     evaluate_on: Literal["test", "validation"] = "test"
     workers: Steps = 0
     augment: bool = True
+    blind: bool = False
     cache_dir: Path | None = None
     cache_gb: Positive | None = None
 
@@ -273,6 +320,23 @@ class RunConfig(_Section):
                 "faults.not_finite=skip leaves out whole steps, so it needs train.gradient_accumulation_steps=1, got "
                 f"{self.train.gradient_accumulation_steps}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_blindness(self) -> RunConfig:
+        if self.data.blind and self.backbone.kind != "llava":
+            raise ValueError(f"data.blind=true needs backbone.kind=llava, got {self.backbone.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> RunConfig:
+        targets = self.targets.of_kind(self.backbone.kind)
+        if self.pool.router_grad != "none" and "projector" in targets.towers:
+            raise ValueError(
+                f"pool.router_grad={self.pool.router_grad}: not for the projector, whose ranks have unlike numbers of "
+                "pictures; set targets.towers=[language]"
+            )
+        object.__setattr__(self, "targets", targets)  # what null stands for depends on another section
         return self
 
     @classmethod

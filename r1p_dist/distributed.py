@@ -192,3 +192,16 @@ def agree(action: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise InputError(answer["error"])
     return answer["result"]
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """Returns what each rank gives, in rank order, on every rank; lengths may differ."""
+    if world_size() == 1:
+        return [content]
+    device = torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+    sizes = gather(torch.tensor([len(content)], device=device)).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    padded[: len(content)] = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) if content else padded[:0]
+    )
+    return [bytes(part[:size].tolist()) for part, size in zip(gather(padded).view(len(sizes), -1), sizes, strict=True)]

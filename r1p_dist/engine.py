@@ -9,7 +9,6 @@ import deepspeed
 import torch
 from torch import nn
 
-from r1p_dist.adapters import FusedProjection, LowRankLinear
 from r1p_dist.backbones import Placement
 from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.distributed import world_size
@@ -102,11 +101,10 @@ class TaskEngine:
     def __init__(self, backbone: nn.Module, config: RunConfig, train: TrainConfig, world_size: int):
         self._hooks_before = _hooks(backbone)
         for module in backbone.modules():
-            if isinstance(module, LowRankLinear | FusedProjection):
-                # ZeRO-3 fetches a module's own parameters only. A leaf module would fetch its children's too, but is
-                # released too early where its input needs no gradient, as in the first block.
-                for parameter in module.borrowed_parameters():
-                    deepspeed.zero.register_external_parameter(module, parameter)
+            # ZeRO-3 fetches a module's own parameters only. A leaf module would fetch its children's too, but is
+            # released too early where its input needs no gradient, as in the first block.
+            for parameter in getattr(module, "borrowed_parameters", list)():
+                deepspeed.zero.register_external_parameter(module, parameter)
         parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)

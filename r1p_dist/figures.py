@@ -1,4 +1,4 @@
-"""The figures of a run: accuracy matrix, accuracy around each merge, training curves.
+"""The figures of a run: score matrix, scores around each merge, training curves.
 
 Drawn without pyplot, so that no global state of a program that imports this is touched.
 """
@@ -17,6 +17,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from r1p_dist.evaluation.answers import SCALE
+
 # Okabe and Ito's palette: told apart with every kind of colour blindness, and in grey by their lightness.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#767676"
 INK, RULE, MISSING = "#1b1b1b", "#CCCCCC", "#EEEEEE"
@@ -26,27 +28,48 @@ Row = list[float | None]
 
 
 @dataclass(frozen=True)
-class AccuracyRows:
-    """The accuracy matrix of a metrics.json, every row as long as there are tasks; None where not evaluated."""
+class ScoreMatrix:
+    """Rows of a metrics.json, each as long as there are tasks; None where not evaluated.
+
+    task_metrics: the metric of each task, `accuracy` for classification.
+    """
 
     tasks: list[str]
+    task_metrics: list[str]
     zero_shot: Row
     trained: list[Row]
     is_joint: bool
 
     @classmethod
-    def read(cls, metrics: dict[str, Any]) -> "AccuracyRows":
+    def read(cls, metrics: dict[str, Any], key: str = "accuracy") -> "ScoreMatrix":
+        """Return the rows under `key`: `accuracy`, the scores by each task's metric, or `instruction_following`."""
         tasks = [str(name) for name in metrics["tasks"]]
-        rows = [pad_row(row, len(tasks)) for row in metrics["accuracy"]] or [pad_row(None, len(tasks))]
+        task_metrics = [str(name or "accuracy") for name in pad_row(metrics.get("metric"), len(tasks))]
+        rows = [pad_row(row, len(tasks)) for row in metrics[key]] or [pad_row(None, len(tasks))]
         while len(rows) > 1 and all(value is None for value in rows[-1]):
             rows.pop()
         # After the first of several tasks `last` is not defined yet; after training all at once it is.
         is_joint = len(rows) == 2 and len(tasks) > 1 and metrics.get("last") is not None
-        return cls(tasks, rows[0], rows[1:], is_joint)
+        return cls(tasks, task_metrics, rows[0], rows[1:], is_joint)
+
+    @property
+    def quantity(self) -> str:
+        """What the values of all tasks are: accuracy, or else scores."""
+        return "accuracy" if {*self.task_metrics} <= {"accuracy"} else "score"
+
+    @property
+    def scales(self) -> list[str]:
+        """The metric of each task with the scale of its values: `accuracy, percent`."""
+        return [f"{metric}, {SCALE.get(metric, 'percent')}" for metric in self.task_metrics]
+
+    @property
+    def unit(self) -> str:
+        """The unit of means over all tasks: percent, or points where a task has another scale."""
+        return "percent" if {SCALE.get(metric, "percent") for metric in self.task_metrics} <= {"percent"} else "points"
 
     @property
     def own(self) -> Row:
-        """Accuracy on each task right after its own training and merge."""
+        """The value of each task right after its own training and merge."""
         if self.is_joint:
             return self.trained[0]
         return [self.trained[i][i] if i < len(self.trained) else None for i in range(len(self.tasks))]
@@ -57,7 +80,7 @@ class AccuracyRows:
         return self.trained[-1] if self.trained else [None] * len(self.tasks)
 
 
-def pad_row(row: Sequence[float | None] | None, tasks: int) -> Row:
+def pad_row(row: Sequence[Any] | None, tasks: int) -> list[Any]:
     """Return the row with exactly one value per task, None where there is none."""
     values = list(row or [])[:tasks]
     return values + [None] * (tasks - len(values))
@@ -82,29 +105,36 @@ def png_of(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def matrix_figure(accuracy: AccuracyRows) -> Figure:
-    """Draw the accuracy matrix: numbers are percent, colour is the change against zero-shot, own tasks are framed."""
-    tasks, rows = len(accuracy.tasks), [accuracy.zero_shot, *accuracy.trained]
-    changes = [change_from(*pair) for row in accuracy.trained for pair in zip(accuracy.zero_shot, row, strict=True)]
+def matrix_figure(matrix: ScoreMatrix) -> Figure:
+    """Draw the score matrix: numbers are the scores, colour is the change against zero-shot, own tasks are framed.
+
+    A column of another metric than accuracy has its name.
+    """
+    tasks, rows = len(matrix.tasks), [matrix.zero_shot, *matrix.trained]
+    changes = [change_from(*pair) for row in matrix.trained for pair in zip(matrix.zero_shot, row, strict=True)]
     # The ends of the colour map are too dark to print on.
     limit = 1.2 * max([1.0, *(abs(change) for change in changes if change is not None)])
     norm = TwoSlopeNorm(0.0, -limit, limit)
     # The zero-shot row and the column of means stand a part of a cell apart.
     gap = 0.35
-    height, width = len(rows) + gap * bool(accuracy.trained), tasks + gap + 1
+    height, width = len(rows) + gap * bool(matrix.trained), tasks + gap + 1
 
     figure = Figure(figsize=(1.9 + 0.62 * width, 1.3 + 0.4 * height), layout="constrained")
     axes = figure.add_subplot()
     tops = [r + gap * bool(r) for r in range(len(rows))]
     for r, row in enumerate(rows):
         for c, value in enumerate(row):
-            change = change_from(accuracy.zero_shot[c], value)
+            change = change_from(matrix.zero_shot[c], value)
             colour = MISSING if change is None else CHANGE_COLOURS(norm(change)) if r else "white"
-            _draw_cell(axes, c, tops[r], value, colour, is_own=r > 0 and (c == r - 1 or accuracy.is_joint))
+            _draw_cell(axes, c, tops[r], value, colour, is_own=r > 0 and (c == r - 1 or matrix.is_joint))
         _draw_cell(axes, tasks + gap, tops[r], mean_of(row), "white", is_own=False)
-    names = [_plain(name) for name in accuracy.tasks]
-    moments = ["after all, together"] if accuracy.is_joint else [f"after {name}" for name in names]
-    axes.set_xticks([*(c + 0.5 for c in range(tasks)), tasks + gap + 0.5], [*names, "mean"])
+    names = [_plain(name) for name in matrix.tasks]
+    columns = [
+        name if metric == "accuracy" else f"{name} ({_plain(metric)})"
+        for name, metric in zip(names, matrix.task_metrics, strict=True)
+    ]
+    moments = ["after all, together"] if matrix.is_joint else [f"after {name}" for name in names]
+    axes.set_xticks([*(c + 0.5 for c in range(tasks)), tasks + gap + 0.5], [*columns, "mean"])
     axes.set_yticks([top + 0.5 for top in tops], ["zero-shot", *moments][: len(rows)])
     axes.tick_params(length=0, labelsize=9)
     axes.tick_params(axis="x", top=True, labeltop=True, bottom=False, labelbottom=False)
@@ -112,7 +142,7 @@ def matrix_figure(accuracy: AccuracyRows) -> Figure:
         tick.set(rotation=40, ha="left", va="bottom", rotation_mode="anchor")
     axes.set(xlim=(-0.05, width + 0.05), ylim=(height + 0.05, -0.05))
     axes.spines[:].set_visible(False)
-    if accuracy.trained:
+    if matrix.trained:
         bar = figure.colorbar(ScalarMappable(norm, CHANGE_COLOURS), ax=axes, shrink=0.9, aspect=24, pad=0.015)
         bar.set_label("points against\nzero-shot", fontsize=9)
         bar.ax.tick_params(labelsize=8, length=2)
@@ -130,25 +160,26 @@ def _draw_cell(axes: Axes, x: float, y: float, value: float | None, colour: Any,
     axes.text(x + 0.5, y + 0.52, number, ha="center", va="center", **look)
 
 
-def merge_figure(accuracy: AccuracyRows, before_merge: Row) -> Figure:
-    """Draw, per task, its accuracy before any training, just before its merge and just after."""
-    tasks = len(accuracy.tasks)
+def merge_figure(matrix: ScoreMatrix, before_merge: Row) -> Figure:
+    """Draw, per task, its score before any training, just before its merge and just after."""
+    tasks = len(matrix.tasks)
     figure = Figure(figsize=(7.2, 0.9 + 0.3 * tasks), layout="constrained")
     axes = figure.add_subplot()
-    for y, ends in enumerate(zip(before_merge, accuracy.own, strict=True)):
+    for y, ends in enumerate(zip(before_merge, matrix.own, strict=True)):
         if None not in ends:
             axes.plot(ends, [y, y], color="#BBBBBB", linewidth=2, zorder=1, solid_capstyle="butt")
     looks = [
-        ("zero-shot", accuracy.zero_shot, {"marker": "|", "color": GREY, "s": 90, "linewidths": 1.6}),
+        ("zero-shot", matrix.zero_shot, {"marker": "|", "color": GREY, "s": 90, "linewidths": 1.6}),
         ("before the merge", before_merge, {"facecolors": "white", "edgecolors": ORANGE, "linewidths": 1.8}),
-        ("after the merge", accuracy.own, {"color": BLUE}),
+        ("after the merge", matrix.own, {"color": BLUE}),
     ]
     for label, values, look in looks:
         known = [y for y, value in enumerate(values) if value is not None]
         if known:
             axes.scatter([values[y] for y in known], known, label=label, zorder=2, **look)
-    axes.set_yticks(range(tasks), [_plain(name) for name in accuracy.tasks])
-    axes.set(xlim=(-2, 102), ylim=(tasks - 0.5, -0.5), xlabel="accuracy (percent)")
+    most = max([100.0, *(value for _, values, _ in looks for value in values if value is not None)])
+    axes.set_yticks(range(tasks), [_plain(name) for name in matrix.tasks])
+    axes.set(xlim=(-0.02 * most, 1.02 * most), ylim=(tasks - 0.5, -0.5), xlabel=f"{matrix.quantity} ({matrix.unit})")
     axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9)

@@ -11,7 +11,7 @@ from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
 from r1p_dist.engine import precision_type, start_process_group
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.classify import Classifier
+from r1p_dist.evaluation.evaluator import make_evaluator
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import make_method
 
@@ -38,16 +38,14 @@ def forget(run_dir: Path, task: str) -> dict:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")
     kept = [folder for name, folder in finished.items() if name != task]
     method.restore_merged([load_adapter(folder / "adapter.safetensors", method.adapters) for folder in kept])
-    classifier = Classifier(
-        backbone, evaluation_loaders(config, stream.tasks, backbone.preprocess), config.evaluation.batch_size
-    )
-    results = classifier.evaluate(backbone, stream.tasks)
+    loaders = evaluation_loaders(config, stream.tasks, backbone.encoder(config.data))
+    results = make_evaluator(config.evaluation, backbone, loaders).evaluate(backbone, stream.tasks)
     before = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["accuracy"][-1]
     found = {
         "forgotten": task,
         "tasks": [result.task for result in results],
         "with": before,
-        "without": [result.accuracy for result in results],
+        "without": [result.score for result in results],
     }
     output = run_dir / f"without-{task}"
     shutil.rmtree(output, ignore_errors=True)

@@ -1,6 +1,7 @@
 """One self-contained page about a run: what it learned, what it kept, how training went.
 
-Reads what a run folder has (metrics.json; log.jsonl and config.yaml where there) and writes report.html beside it.
+Reads what a run folder has (metrics.json; log.jsonl, answers.jsonl and config.yaml where there) and writes report.html
+beside it.
 Figures are PNGs inside the page, so it opens anywhere and can be mailed.
 """
 
@@ -10,7 +11,7 @@ from typing import Any
 
 from r1p_dist.errors import InputError
 from r1p_dist.figures import (
-    AccuracyRows,
+    ScoreMatrix,
     change_from,
     curves_figure,
     matrix_figure,
@@ -23,10 +24,10 @@ from r1p_dist.files import write_atomically
 from r1p_dist.page import figure, number, page, table, text
 
 MEANINGS = {
-    "transfer": ("Transfer", "accuracy on tasks not trained yet: how much zero-shot ability is kept"),
+    "transfer": ("Transfer", "{quantity} on tasks not trained yet: how much zero-shot ability is kept"),
     "average": ("Average", "mean over all tasks and all moments of the stream"),
     "last": ("Last", "mean over all tasks after the last one"),
-    "mft": ("Own task (MFT)", "mean accuracy on each task right after its own training"),
+    "mft": ("Own task (MFT)", "mean {quantity} on each task right after its own training"),
     "mfn": ("Final (MFN)", "the same number as Last, under the name of the multimodal benchmarks"),
     "maa": ("MAA", "mean over the stream of the mean over the tasks seen so far"),
     "bwt": ("Backward transfer", "change of the earlier tasks since their own training, 1/(T-1)"),
@@ -37,28 +38,30 @@ DOMAINS = {
     "seen": "the backbone's pretraining has pictures of this kind",
     "unseen": "new to the backbone",
 }
+EXAMPLES = 3  # answers per task
+LONGEST_EXAMPLE = 200  # characters
 
 
 def write_report(run_dir: Path) -> None:
-    """Write run_dir/report.html from metrics.json and, where they are there, log.jsonl and config.yaml.
+    """Write run_dir/report.html from metrics.json and, where they are there, log.jsonl, answers.jsonl and config.yaml.
 
     Raises InputError when metrics.json is missing or is not a run's metrics.
     """
     run_dir = Path(run_dir)
     metrics = _read_metrics(run_dir / "metrics.json")
-    log = _read_log(run_dir / "log.jsonl")
+    log, answers = _read_lines(run_dir / "log.jsonl"), _read_lines(run_dir / "answers.jsonl")
     config = run_dir / "config.yaml"
-    page = _page(metrics, log, config.read_text(encoding="utf-8") if config.is_file() else None)
+    page = _page(metrics, log, answers, config.read_text(encoding="utf-8") if config.is_file() else None)
     write_atomically(run_dir / "report.html", page)
 
 
 def plot_matrix(run_dir: Path, path: Path) -> None:
-    """Write the accuracy matrix of a run as a PNG: numbers are percent, colour is the change against zero-shot.
+    """Write the score matrix of a run as a PNG: numbers are the scores, colour is the change against zero-shot.
 
     Raises InputError as `write_report`.
     """
     metrics = _read_metrics(Path(run_dir) / "metrics.json")
-    write_atomically(Path(path), png_of(matrix_figure(AccuracyRows.read(metrics))))
+    write_atomically(Path(path), png_of(matrix_figure(ScoreMatrix.read(metrics))))
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
@@ -74,8 +77,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl; a last line that a kill cut off is left out."""
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, none where it is missing; a last line that a kill cut off is left out."""
     if not path.is_file():
         return []
     records = []
@@ -87,15 +90,17 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
-def _page(metrics: dict[str, Any], log: list[dict[str, Any]], config: str | None) -> str:
-    accuracy = AccuracyRows.read(metrics)
-    title = f"{metrics.get('method') or 'run'} on {len(accuracy.tasks)} task{'s' * (len(accuracy.tasks) != 1)}"
+def _page(metrics: dict[str, Any], log: list[dict[str, Any]], answers: list[dict[str, Any]], config: str | None) -> str:
+    matrix = ScoreMatrix.read(metrics)
+    title = f"{metrics.get('method') or 'run'} on {len(matrix.tasks)} task{'s' * (len(matrix.tasks) != 1)}"
     sections = [
         f'<h1>{text(title)}</h1>\n<p class="facts">{text(_facts(metrics))}</p>',
-        _metrics_section(metrics, accuracy),
-        _matrix_section(accuracy),
-        _tasks_section(metrics, accuracy),
-        _domains_section(metrics, accuracy),
+        _metrics_section(metrics, matrix),
+        _matrix_section(matrix),
+        _tasks_section(metrics, matrix),
+        _domains_section(metrics, matrix),
+        _following_section(metrics),
+        _answers_section(answers, matrix),
         _curves_section(log),
     ]
     if config is not None:
@@ -121,20 +126,24 @@ def _facts(metrics: dict[str, Any]) -> str:
     return " · ".join(facts)
 
 
-def _metrics_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
-    rows = [[name, number(metrics.get(key)), meaning] for key, (name, meaning) in MEANINGS.items()]
-    zero_shot = number(mean_of(accuracy.zero_shot))
+def _metrics_section(metrics: dict[str, Any], matrix: ScoreMatrix) -> str:
+    rows = [
+        [name, number(metrics.get(key)), meaning.format(quantity=matrix.quantity)]
+        for key, (name, meaning) in MEANINGS.items()
+    ]
+    zero_shot = number(mean_of(matrix.zero_shot))
     rows.append(["Zero-shot", zero_shot, "mean over all tasks before any training, the reference for all above"])
-    summary = table(["", "percent", ""], rows, numbers={1}, meaning=2)
-    return f"<h2>Figures</h2>\n{summary}{_bad_samples(metrics, accuracy)}"
+    summary = table(["", matrix.unit, ""], rows, numbers={1}, meaning=2)
+    return f"<h2>Figures</h2>\n{summary}{_bad_samples(metrics, matrix)}"
 
 
-def _bad_samples(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
+def _bad_samples(metrics: dict[str, Any], matrix: ScoreMatrix) -> str:
     """Return a line on samples that could not be used; nothing where all could."""
     bad = metrics.get("bad_samples", {})
+    kind = "pictures" if matrix.quantity == "accuracy" else "conversations"
     left_out = [
-        f"{count} pictures of {task}"
-        for task, count in zip(accuracy.tasks, bad.get("evaluation", []), strict=False)
+        f"{count} {kind} of {task}"
+        for task, count in zip(matrix.tasks, bad.get("evaluation", []), strict=False)
         if count
     ]
     parts = [f"left out of the evaluation: {', '.join(left_out)}"] if left_out else []
@@ -143,32 +152,32 @@ def _bad_samples(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
     return f"<p>Samples that cannot be decoded; {text('; '.join(parts))}.</p>\n" if parts else ""
 
 
-def _matrix_section(accuracy: AccuracyRows) -> str:
-    if not accuracy.tasks:
+def _matrix_section(matrix: ScoreMatrix) -> str:
+    if not matrix.tasks:
         return ""
     caption = (
-        "Test accuracy in percent; a row per moment of the stream, a column per task. Colour is the change against "
-        "the zero-shot row: blue better, red worse. A framed cell is a task right after its own training; the tasks "
-        "left of it were trained before, those right of it are still to come."
+        f"Results on the test sets ({'; '.join(dict.fromkeys(matrix.scales))}); a row per moment of the stream, a "
+        "column per task. Colour is the change against the zero-shot row: blue better, red worse. A framed cell is a "
+        "task right after its own training; the tasks left of it were trained before, those right of it are still to "
+        "come."
     )
-    return "<h2>Accuracy matrix</h2>\n" + figure(matrix_figure(accuracy), "accuracy matrix", caption)
+    name = f"{matrix.quantity} matrix"
+    return f"<h2>{name.capitalize()}</h2>\n" + figure(matrix_figure(matrix), name, caption)
 
 
-def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
-    if not accuracy.tasks:
+def _tasks_section(metrics: dict[str, Any], matrix: ScoreMatrix) -> str:
+    if not matrix.tasks:
         return ""
-    tasks = len(accuracy.tasks)
-    metric, domains = pad_row(metrics.get("metric"), tasks), pad_row(metrics.get("domains"), tasks)
-    before = pad_row(metrics.get("before_merge"), tasks)
+    domains, before = (pad_row(metrics.get(key), len(matrix.tasks)) for key in ("domains", "before_merge"))
     rows = [
         [
             name,
-            metric[i] or "accuracy",
+            matrix.scales[i],
             domains[i] or "–",
-            *(number(values[i]) for values in (accuracy.zero_shot, before, accuracy.own, accuracy.now)),
-            number(change_from(accuracy.zero_shot[i], accuracy.now[i]), signed=True),
+            *(number(values[i]) for values in (matrix.zero_shot, before, matrix.own, matrix.now)),
+            number(change_from(matrix.zero_shot[i], matrix.now[i]), signed=True),
         ]
-        for i, name in enumerate(accuracy.tasks)
+        for i, name in enumerate(matrix.tasks)
     ]
     header = [
         "task",
@@ -183,24 +192,63 @@ def _tasks_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
     section = "<h2>Tasks</h2>\n"
     if any(value is not None for value in before):
         caption = "Each task around its own merge: what its training reached, and what the merged weight keeps of it."
-        section += figure(merge_figure(accuracy, before), "accuracy before and after each merge", caption) + "\n"
+        name = f"{matrix.quantity} before and after each merge"
+        section += figure(merge_figure(matrix, before), name, caption) + "\n"
     return section + table(header, rows, numbers=set(range(3, 8)))
 
 
-def _domains_section(metrics: dict[str, Any], accuracy: AccuracyRows) -> str:
-    domains = pad_row(metrics.get("domains"), len(accuracy.tasks))
+def _domains_section(metrics: dict[str, Any], matrix: ScoreMatrix) -> str:
+    domains = pad_row(metrics.get("domains"), len(matrix.tasks))
     rows = []
     for domain, meaning in DOMAINS.items():
         members = [i for i, name in enumerate(domains) if name == domain]
         if members:
-            before = mean_of(accuracy.zero_shot[i] for i in members)
-            now = mean_of(accuracy.now[i] for i in members)
+            before = mean_of(matrix.zero_shot[i] for i in members)
+            now = mean_of(matrix.now[i] for i in members)
             change = number(change_from(before, now), signed=True)
             rows.append([domain, str(len(members)), number(before), number(now), change, meaning])
     if not rows:
         return ""
     header = ["domain", "tasks", "zero-shot", "last row", "change", ""]
     return "<h2>Seen and unseen domains</h2>\n" + table(header, rows, numbers={1, 2, 3, 4}, meaning=5)
+
+
+def _following_section(metrics: dict[str, Any]) -> str:
+    if not metrics.get("instruction_following"):
+        return ""
+    following = ScoreMatrix.read(metrics, "instruction_following")
+    moments = (following.zero_shot, following.own, following.now)
+    rows = [[name, *(number(values[i]) for values in moments)] for i, name in enumerate(following.tasks)]
+    rows.append(["mean", *(number(mean_of(values)) for values in moments)])
+    header = ["task", "zero-shot", "after its own training", "last row"]
+    return (
+        "<h2>Instruction following</h2>\n"
+        "<p>Percent of the answers, right or wrong, that have the form the instruction asks for.</p>\n"
+        + table(header, rows, numbers={1, 2, 3})
+    )
+
+
+def _answers_section(answers: list[dict[str, Any]], matrix: ScoreMatrix) -> str:
+    """Return some answers of each task's last evaluation that the matrix has; nothing without answers.
+
+    answers: records of answers.jsonl.
+    """
+    latest: dict[str, list[str]] = {}
+    for record in sorted(answers, key=lambda record: record["row"]):
+        if record["row"] <= len(matrix.trained):
+            latest[record["task"]] = record["answers"]
+    rows = []
+    for task in matrix.tasks:
+        texts = latest.get(task, [])
+        # Spread over the test set, where samples of one class may stand together.
+        rows += [[task, _example(answer)] for answer in texts[:: max(1, len(texts) // EXAMPLES)][:EXAMPLES]]
+    return "<h2>Example answers, last row</h2>\n" + table(["task", "answer"], rows, numbers=set()) if rows else ""
+
+
+def _example(answer: str) -> str:
+    """Return an answer in quotes on one line, cut where it is long; what cannot be shown becomes U+FFFD."""
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(answer.split()))
+    return f"“{line}”" if len(line) <= LONGEST_EXAMPLE else f"“{line[:LONGEST_EXAMPLE]}…”"
 
 
 def _curves_section(log: list[dict[str, Any]]) -> str:

@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from r1p_dist.distributed import rank
+from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.files import replace_file, write_atomically
 
 
 class RunLog:
     """The run folder's log files and the terminal; on ranks other than 0 every call does nothing."""
 
-    FILES = ("log.jsonl", "correct.jsonl")
+    FILES = ("log.jsonl", "correct.jsonl", "answers.jsonl")
 
     def __init__(self, run_dir: Path, config_text: str, tensorboard: bool, sizes: dict[str, int] | None = None):
         """sizes: how many bytes of each of FILES to keep, of a run that goes on; None begins new ones."""
@@ -26,8 +27,9 @@ class RunLog:
             return
         write_atomically(run_dir / "config.yaml", config_text)
         for name in self.FILES:
-            with (run_dir / name).open("ab") as file:
-                file.truncate(min((sizes or {}).get(name, 0), file.tell()))
+            if (run_dir / name).is_file():
+                with (run_dir / name).open("ab") as file:
+                    file.truncate(min((sizes or {}).get(name, 0), file.tell()))
         self._console = Console()
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -50,8 +52,11 @@ class RunLog:
             replace_file(self.run_dir / "status.json", json.dumps(content) + "\n")
 
     def sizes(self) -> dict[str, int]:
-        """Returns the bytes of each of FILES by now; on rank 0."""
-        return {} if self.is_silent else {name: (self.run_dir / name).stat().st_size for name in self.FILES}
+        """Returns the bytes of each of FILES that is there by now; on rank 0."""
+        if self.is_silent:
+            return {}
+        paths = {name: self.run_dir / name for name in self.FILES}
+        return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
 
     def say(self, message: str) -> None:
         if not self.is_silent:
@@ -88,11 +93,16 @@ class RunLog:
         if not self.is_silent:
             self._progress.stop()
 
-    def correct(self, row: int, task: str, correct: list[bool]) -> None:
-        """Keeps which pictures were right, for paired comparisons."""
-        if not self.is_silent:
-            bits = "".join("1" if right else "0" for right in correct)
-            self._append("correct.jsonl", {"row": row, "task": task, "correct": bits})
+    def result(self, row: int, result: TaskResult) -> None:
+        """Keeps each sample's score for paired comparisons (1 is right; bits where there is nothing between), and
+        each answer."""
+        if self.is_silent:
+            return
+        shares = (result.scores / 100).tolist()
+        correct = "".join(str(int(share)) for share in shares) if {*shares} <= {0, 1} else shares
+        self._append("correct.jsonl", {"row": row, "task": result.task, "correct": correct})
+        if result.answers:
+            self._append("answers.jsonl", {"row": row, "task": result.task, "answers": result.answers})
 
     def metrics(self, metrics: dict) -> None:
         if not self.is_silent:

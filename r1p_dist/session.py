@@ -29,6 +29,7 @@ class Progress:
     """What a run has found so far, as in metrics.json; seconds: spent by the processes before this one."""
 
     rows: list[list[float]] = field(default_factory=list)
+    following: list[list[float]] = field(default_factory=list)
     before_merge: list[float | None] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
     replaced: list[int] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from functools import partial
 import deepspeed
 import open_clip
 import torch
+import transformers
 
 from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.config import RunConfig
@@ -17,12 +19,12 @@ from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_l
 from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError, Interrupted
-from r1p_dist.evaluation.classify import Classifier
+from r1p_dist.evaluation.evaluator import Evaluator, make_evaluator
 from r1p_dist.evaluation.metrics import continual_metrics
+from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.interrupts import StepAgreement, Watchdog, is_finite_on_all_ranks
 from r1p_dist.methods import Stage, make_method
 from r1p_dist.report import write_report
-from r1p_dist.runlog import RunLog
 from r1p_dist.session import Running, Session
 
 
@@ -39,32 +41,27 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")
     backbone = load_backbone(config.backbone, weights_placement(config, device))
-    backbone.check_loss()
-    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip)}
+    backbone.check(stream)
+    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip, transformers)}
     facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}
     method = make_method(config, backbone)
     stages = method.stages(stream)
     reference = Stream.load(config.data.reference).tasks if config.data.reference else ()
+    encoder = backbone.encoder(config.data)
     loaders = [
-        train_loader(
-            config, stage.tasks, stage.iterations, backbone.preprocess, past=_tasks(stages[:index]), reference=reference
-        )
+        train_loader(config, stage.tasks, stage.iterations, encoder, past=_tasks(stages[:index]), reference=reference)
         for index, stage in enumerate(stages)
     ]
-    test_loaders = evaluation_loaders(config, stream.tasks, backbone.preprocess)
+    test_loaders = evaluation_loaders(config, stream.tasks, encoder)
     limit = config.faults.hang_minutes
     watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
     session = Session(config, method, stages, facts, lock_patience_s)
     agreement = StepAgreement(device)
-    classifier = Classifier(
-        backbone,
-        test_loaders,
-        config.evaluation.batch_size,
-        before_task=partial(stop_if_asked, agreement, session),
-        on_batch=watchdog.moved,
+    evaluator = make_evaluator(
+        config.evaluation, backbone, test_loaders, partial(stop_if_asked, agreement, session), watchdog.moved
     )
     try:
-        return train_stream(stream, loaders, classifier, session, agreement, watchdog)
+        return train_stream(stream, loaders, evaluator, session, agreement, watchdog)
     finally:
         watchdog.stop()
         session.close()
@@ -73,7 +70,7 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
 def train_stream(
     stream: Stream,
     loaders: Sequence[TrainLoader],
-    classifier: Classifier,
+    evaluator: Evaluator,
     session: Session,
     agreement: StepAgreement,
     watchdog: Watchdog,
@@ -102,29 +99,30 @@ def train_stream(
         model = running.model if method.adapters else backbone
         if progress.rows and len(progress.rows[0]) < len(stream.tasks):
             log.status("evaluating")
-            evaluate_added(classifier, model, stream, index, session)
+            evaluate_added(evaluator, model, stream, index, session)
         if not progress.rows:
             log.status("evaluating")
-            row, progress.left_out = evaluate(classifier, model, stream, 0, log)
-            progress.rows.append(row)
+            results = evaluate(evaluator, model, stream, session)
+            progress.left_out = [result.left_out for result in results]
         if method.adapters:
             fit(running, session, agreement, watchdog)
             log.status("merging", stage.name)
             for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
                 adapter.set_weight(updates)
             log.status("evaluating", stage.name)
-            for result in classifier.evaluate(model, stage.tasks):
-                progress.before_merge[[task.name for task in stream.tasks].index(result.task)] = result.accuracy
+            for result in evaluator.evaluate(model, stage.tasks):
+                progress.before_merge[[task.name for task in stream.tasks].index(result.task)] = result.score
             log.status("merging", stage.name)
             method.end_task()
             log.status("evaluating", stage.name)
-            progress.rows.append(evaluate(classifier, model, stream, index + 1, log)[0])
+            evaluate(evaluator, model, stream, session)
             progress.replaced.append(loader.bad_samples)
             model.close()
             log.status("saving", stage.name)
             session.save_task(index)
         else:
             progress.rows.append(progress.rows[0])
+            progress.following += progress.following[:1]
         metrics = make_metrics(stream, session)
         log.metrics(metrics)
         log.say(summary(index, stage, stages, metrics))
@@ -142,10 +140,11 @@ def make_metrics(stream: Stream, session: Session) -> dict:
     config, method, progress = session.config, session.method, session.progress
     return {
         "tasks": [task.name for task in stream.tasks],
-        "metric": ["accuracy"] * len(stream.tasks),
+        "metric": [task.metric for task in stream.tasks],
         "domains": [task.domain for task in stream.tasks],
         "accuracy": progress.rows,
         "before_merge": progress.before_merge,
+        **({"instruction_following": progress.following} if progress.following else {}),
         **continual_metrics(progress.rows + [None] * (len(session.stages) + 1 - len(progress.rows))),
         "trainable_parameters": method.count_parameters(),
         "world_size": world_size(),
@@ -168,37 +167,20 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     log.begin_stage(stage.name, stage.iterations, running.step)
     log.status("training", stage.name, running.step, session.steps_left(running))
     sums, waited, since, seen = running.sums, 0.0, time.perf_counter(), 0
-    batches, collectives = iter(loader), CollectiveCounter()
+    steps, collectives = loader.steps(), CollectiveCounter()
     while running.step < stage.iterations:
         asked = time.perf_counter()
-        batch = {name: tensor.to(method.backbone.device) for name, tensor in next(batches).items()}
+        batches = next(steps)
         waited += time.perf_counter() - asked
         lr = model.lr
         # the second step stands for all: lagged votes run by then
         with collectives if running.step == 1 else nullcontext():
-            loss, parts = method.loss(model, batch)
-            agreement.begin(loss)
-            if config.faults.not_finite == "skip" and not is_finite_on_all_ranks(loss):
-                log.say(f"{stage.name} step {running.step + 1}: the loss is not finite, the step is skipped")
-                model.skip_step()
-                loss, parts, is_boundary = torch.zeros_like(loss), {}, True
-            else:
-                is_boundary = model.step(loss)
-            if is_boundary:
-                method.end_step()
-            stop, not_finite = agreement.end()
-        watchdog.moved()
-        if not_finite and config.faults.not_finite == "stop":
-            raise InputError(
-                f"task {stage.name} step {running.step + 1}: the loss is not finite; the last good checkpoint: "
-                f"{session.last_saved}; try a smaller train.lr than {lr}, or faults.not_finite=skip"
-            )
-        sums[0] += loss.detach().cpu()
-        sums[1] += parts["ago"].detach().cpu() if "ago" in parts else 0
-        sums[3] += 1
-        seen += 1
-        if not is_boundary:
-            continue
+            method.backbone.begin_step(batches, config.train)
+            for batch in batches:
+                stop = train_micro_batch(running, session, agreement, batch)
+                watchdog.moved()
+                sums[3] += 1
+        seen += len(batches)
         running.step += 1
         if running.step == 2:
             session.progress.collectives = collectives.summary()
@@ -229,6 +211,37 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     log.end_stage()
 
 
+def train_micro_batch(
+    running: Running, session: Session, agreement: StepAgreement, batch: dict[str, torch.Tensor]
+) -> signal.Signals | None:
+    """Forward and backward of one micro batch and, behind an optimizer step's last one, that step.
+
+    Returns the signal that any rank got. InputError: a loss that is not finite.
+    """
+    config, method, model, sums = session.config, session.method, running.model, running.sums
+    batch = {name: tensor.to(method.backbone.device) for name, tensor in batch.items()}
+    loss, parts = method.loss(model, batch)
+    agreement.begin(loss)
+    step = f"{running.stage.name} step {running.step + 1}"
+    if config.faults.not_finite == "skip" and not is_finite_on_all_ranks(loss):
+        session.log.say(f"{step}: the loss is not finite, the step is skipped")
+        model.skip_step()
+        loss, parts, is_boundary = torch.zeros_like(loss), {}, True
+    else:
+        is_boundary = model.step(loss)
+    if is_boundary:
+        method.end_step()
+    stop, not_finite = agreement.end()
+    if not_finite and config.faults.not_finite == "stop":
+        raise InputError(
+            f"task {step}: the loss is not finite; the last good checkpoint: {session.last_saved}; try a smaller "
+            f"train.lr than {model.lr}, or faults.not_finite=skip"
+        )
+    sums[0] += loss.detach().cpu()
+    sums[1] += parts["ago"].detach().cpu() if "ago" in parts else 0
+    return stop
+
+
 def stop_if_asked(agreement: StepAgreement, session: Session) -> None:
     """Ends the run between two evaluations when any rank got a signal; what was evaluated by then is done again."""
     if stop := agreement.stop_signal():
@@ -239,26 +252,30 @@ def stop_if_asked(agreement: StepAgreement, session: Session) -> None:
         )
 
 
-def evaluate(
-    classifier: Classifier, model: Callable, stream: Stream, row: int, log: RunLog
-) -> tuple[list[float], list[int]]:
-    """Returns one row of the accuracy matrix, and how many pictures of each task could not be decoded."""
-    results = classifier.evaluate(model, stream.tasks)
+def evaluate(evaluator: Evaluator, model: Callable, stream: Stream, session: Session) -> list[TaskResult]:
+    """Evaluates all tasks, and adds a row to the accuracy matrix and what belongs to it."""
+    progress, row = session.progress, len(session.progress.rows)
+    results = evaluator.evaluate(model, stream.tasks)
     for result in results:
-        log.correct(row, result.task, result.correct.tolist())
-    return [result.accuracy for result in results], [result.left_out for result in results]
+        session.log.result(row, result)
+    progress.rows.append([result.score for result in results])
+    if results[0].following is not None:
+        progress.following.append([result.following for result in results])
+    return results
 
 
-def evaluate_added(classifier: Classifier, model: Callable, stream: Stream, index: int, session: Session) -> None:
+def evaluate_added(evaluator: Evaluator, model: Callable, stream: Stream, index: int, session: Session) -> None:
     """Fills the columns of tasks that were added to a finished run: each past model is made again and evaluated."""
     rows, method = session.progress.rows, session.method
     added = stream.tasks[len(rows[0]) :]
     for count, row in enumerate(rows):
         session.restore_merged(method.deployed_tasks(count))
-        results = classifier.evaluate(model, added)
+        results = evaluator.evaluate(model, added)
         for result in results:
-            session.log.correct(count, result.task, result.correct.tolist())
-        row += [result.accuracy for result in results]
+            session.log.result(count, result)
+        row += [result.score for result in results]
+        if session.progress.following:
+            session.progress.following[count] += [result.following for result in results]
         if count == 0:
             session.progress.left_out += [result.left_out for result in results]
     session.restore_merged(method.merged_tasks(index))

@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 EXECUTES_DATA = {
     "pickle": r"\bpickle\b",
     "yaml.load": r"\byaml\.(load|full_load|unsafe_load)\b",
-    "trust_remote_code": r"\btrust_remote_code\b",
+    "trust_remote_code": r"\btrust_remote_code\b(?!=False)",
     "extractall": r"\bextractall\b",
     "shell": r"\bos\.(system|popen)\b|shell=True",
 }

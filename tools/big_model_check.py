@@ -2,11 +2,13 @@
 
     python tools/big_model_check.py --model ViT-L-14 --tasks 2 --steps 3
     python tools/big_model_check.py --model ViT-bigG-14 --limit-gb 18 --json big.json
+    python tools/big_model_check.py --model llava-1.5-7b --limit-gb 22
 
 A real run of `deepspeed launchers/train.py` under ZeRO-3 in bf16, on a stream of few pictures: zero-shot evaluation,
 steps, merge, evaluation, save. Memory is what all ranks hold together, from /proc (Linux): anonymous and shared memory,
 and apart from it pages of files, which the system can drop at any time (weights that are mapped, the pristine copy).
---depth N cuts both towers to N blocks. Exit code 0; 1 where the run fails or needs more than --limit-gb.
+--depth N cuts every tower, and the language model, to N blocks. Exit code 0; 1 where the run fails or needs more than
+--limit-gb.
 """
 
 import argparse
@@ -28,16 +30,20 @@ import psutil
 import yaml
 from open_clip import get_model_config
 
+from r1p_dist.backbones.llava_weights import SHAPES, read_config, read_processor
 from r1p_dist.data import Stream
 from r1p_dist.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES, PICTURES = 2, {"train": 8, "test": 2}
-SOURCE_TASKS = ("fashion", "country_flags", "playing_cards", "planet_surface")
+SOURCE_TASKS = {
+    "mini_mtil": ("fashion", "country_flags", "playing_cards", "planet_surface"),
+    "mini_instruct": ("yes_no", "which_flag", "read_card", "name_object"),
+}
 SETTINGS = (
-    "deepspeed.config=zero3_low_memory train.precision=bf16 backbone.gradient_checkpointing=true "
-    "train.global_batch_size=4 log.every_steps=1"
+    "deepspeed.config=zero3_low_memory train.precision=bf16 backbone.gradient_checkpointing=true log.every_steps=1"
 ).split()
+NEW_TOKENS = 2  # of an answer: what each one costs is a pass through the whole model
 # Gathered weights come and go between activations. In pieces of their own, mapped and unmapped, they leave no holes.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
 LOOK_S = 0.25
@@ -50,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="ViT-bigG-14", help="an open_clip name (ViT-bigG-14)")
+    parser.add_argument(
+        "--model", default="ViT-bigG-14", help=f"an open_clip name (ViT-bigG-14) or {', '.join(SHAPES)}"
+    )
     parser.add_argument("--depth", type=int, metavar="N", help="blocks per tower (as many as the model has)")
-    parser.add_argument("--tasks", type=int, default=1, choices=range(1, len(SOURCE_TASKS) + 1))
+    parser.add_argument("--tasks", type=int, default=1, choices=range(1, 5))
     parser.add_argument("--steps", type=int, default=2, help="of each task (2)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument(
@@ -75,11 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, and returns the phases in their order with their seconds and peaks of memory in GB (1e9 bytes)."""
     run_dir = arguments.folder / "run"
-    stream = write_stream(arguments.folder / "stream", SOURCE_TASKS[: arguments.tasks])
-    model = write_model(arguments.folder / "model", arguments.model, arguments.depth)
-    settings = [*SETTINGS, f"train.iterations={arguments.steps}", f"backbone.name=local-dir:{model}"]
+    recipe = "mini_instruct" if arguments.model in SHAPES else "mini_mtil"
+    stream = write_stream(arguments.folder / "stream", recipe, SOURCE_TASKS[recipe][: arguments.tasks])
+    settings = [*SETTINGS, f"train.iterations={arguments.steps}"]
+    if arguments.model in SHAPES:
+        model = write_llava(arguments.folder / "model", arguments.model, arguments.depth)
+        settings += ["train.global_batch_size=2", f"backbone.name={model}"]
+    else:
+        model = write_clip(arguments.folder / "model", arguments.model, arguments.depth)
+        settings += ["train.global_batch_size=4", f"backbone.name=local-dir:{model}"]
     command = ["deepspeed", "--num_accelerators", str(arguments.ranks), str(ROOT / "launchers/train.py")]
-    command += ["--recipe", "mini_mtil", f"stream={stream}", f"run_dir={run_dir}", *settings, *arguments.settings]
+    command += ["--recipe", recipe, f"stream={stream}", f"run_dir={run_dir}", *settings, *arguments.settings]
     started = time.monotonic()
     with (arguments.folder / "output.txt").open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | ALLOCATOR)
@@ -100,7 +114,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_model(folder: Path, name: str, depth: int | None) -> Path:
+def write_clip(folder: Path, name: str, depth: int | None) -> Path:
     """Writes the configuration of a model without weights; such a folder is a model whose weights are drawn."""
     config = get_model_config(name)
     if config is None:
@@ -112,34 +126,48 @@ def write_model(folder: Path, name: str, depth: int | None) -> Path:
     return folder
 
 
-def write_stream(folder: Path, tasks: Sequence[str]) -> Path:
-    """Writes a stream with a few pictures of a few classes of shipped tasks, and one template each."""
+def write_llava(folder: Path, name: str, depth: int | None) -> Path:
+    """Writes configuration and processor of a model without weights, which are drawn as well."""
+    config = read_config(name)
+    for part in (config.vision_config, config.text_config):
+        part.num_hidden_layers = min(depth or part.num_hidden_layers, part.num_hidden_layers)
+    config.save_pretrained(folder)
+    read_processor(name).save_pretrained(folder)
+    return folder
+
+
+def write_stream(folder: Path, name: str, tasks: Sequence[str]) -> Path:
+    """Writes a stream with a few samples of shipped tasks: of a few classes with one template each, or of questions."""
     folder.mkdir(parents=True)
     entries = []
-    for task in Stream.load("mini_mtil", tasks=tasks).tasks:
+    for task in Stream.load(name, tasks=tasks).tasks:
         entry: dict[str, Any] = {"name": task.name}
         for split, count in PICTURES.items():
             entry[split] = [f"{task.name}-{split}.tar"]
             copy_samples(getattr(task, split), folder / entry[split][0], count)
-        (folder / f"{task.name}.txt").write_text("\n".join(task.class_names[:CLASSES]) + "\n")
-        (folder / f"{task.name}-templates.txt").write_text(task.templates[0] + "\n")
-        entries.append(entry | {"class_names": f"{task.name}.txt", "templates": f"{task.name}-templates.txt"})
+        if task.is_instruction:
+            entry |= {"metric": task.metric, "max_new_tokens": NEW_TOKENS}
+        else:
+            (folder / f"{task.name}.txt").write_text("\n".join(task.class_names[:CLASSES]) + "\n")
+            (folder / f"{task.name}-templates.txt").write_text(task.templates[0] + "\n")
+            entry |= {"class_names": f"{task.name}.txt", "templates": f"{task.name}-templates.txt"}
+        entries.append(entry)
     path = folder / "stream.yaml"
-    path.write_text(yaml.safe_dump({"name": "few_pictures", "tasks": entries}))
+    path.write_text(yaml.safe_dump({"name": "few_samples", "tasks": entries}))
     return path
 
 
 def copy_samples(sources: Sequence[Path], target: Path, count: int) -> None:
-    """Copies the first `count` samples whose label is one of the first classes."""
+    """Copies the first `count` samples, of classes those whose label is one of the first."""
     samples: dict[str, dict[str, tuple[tarfile.TarInfo, bytes]]] = defaultdict(dict)
     for source in sources:
         with tarfile.open(source) as shard:
             for member in shard:
                 key, _, suffix = member.name.partition(".")
                 samples[key][suffix] = (member, shard.extractfile(member).read())
-    chosen = [sample for sample in samples.values() if int(sample["cls"][1]) < CLASSES][:count]
+    chosen = [sample for sample in samples.values() if "cls" not in sample or int(sample["cls"][1]) < CLASSES]
     with tarfile.open(target, "w") as shard:
-        for sample in chosen:
+        for sample in chosen[:count]:
             for member, content in sample.values():
                 shard.addfile(member, io.BytesIO(content))
 

@@ -3,9 +3,12 @@
     python tools/compare.py --output runs/compare
     python tools/compare.py --output runs/compare --methods lora,dac --seeds 0,1 train.iterations=50
     python tools/compare.py --output runs/tune --methods lora,dac --tune train.lr=2e-3,5e-3,1e-2
+    python tools/compare.py --output runs/compare_instruct --recipe mini_instruct
 
 Every run is `deepspeed launchers/train.py` in DIR/<method>-seed<k>, its output in DIR/<method>-seed<k>.log; a finished
-one is not run again. Results: comparison.md and comparison.json in DIR. `--tune` evaluates on the validation split,
+one is not run again. What each method gets beside the recipe stands in tools/compare_<recipe>.yaml. Results:
+comparison.md and comparison.json in DIR; for instruction tasks also every task's value, beside that of the most
+frequent training answer. `--tune` evaluates on the validation split,
 with seed 0, and leaves the choice to you: copy it into the settings file. Exit code 1 when a run failed; the others
 are tabulated.
 """
@@ -24,25 +27,33 @@ from typing import Any
 
 import yaml
 
+from r1p_dist.config import RunConfig
+from r1p_dist.data.stream import Stream
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
+from r1p_dist.evaluation.answers import SCALE
 from r1p_dist.evaluation.comparison import (
     COLUMNS,
+    MAJORITY,
     PAIRED,
     REFERENCE,
     ZERO_SHOT,
+    Figures,
     Result,
     cell,
     figures_by_run,
     figures_table,
+    last_by_task,
+    majority_figures,
     markdown,
     paired_differences,
     paired_table,
+    tasks_table,
 )
+from r1p_dist.evaluation.majority import majority_baselines
 from r1p_dist.files import write_atomically
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
-SETTINGS = Path(__file__).with_name("compare_mini_mtil.yaml")
 
 
 @dataclass(frozen=True)
@@ -77,18 +88,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--methods", default="zero_shot,lora,lora_restart,joint,dac", help="labels, comma-separated")
+    parser.add_argument("--methods", help="labels, comma-separated; default: all of the settings file")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--recipe", default="mini_mtil")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--settings", type=Path, default=SETTINGS, help="YAML: label -> list of key=value")
+    parser.add_argument(
+        "--settings", type=Path, help="YAML: label -> list of key=value; default: tools/compare_<recipe>.yaml"
+    )
     parser.add_argument("--tune", metavar="KEY=V1,V2,...", help="compare values of one key on the validation split")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run, over the settings file")
     return parser.parse_intermixed_args(argv)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    labels = list(dict.fromkeys(arguments.methods.split(",")))
     try:
         seeds = list(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
     except ValueError:
@@ -97,8 +109,13 @@ def _compare(arguments: argparse.Namespace) -> int:
     for override in arguments.overrides:
         if override.partition("=")[0] in reserved:
             raise InputError(f"{override}: this tool sets {override.partition('=')[0]} itself, for every run")
-    settings = read_settings(arguments.settings)
+    path = arguments.settings or settings_path(arguments.recipe)
+    settings = read_settings(path)
+    labels = list(dict.fromkeys(arguments.methods.split(","))) if arguments.methods else list(settings)
+    if not labels:
+        raise InputError(f"{path}: has no label; write at least one method into it or name them with --methods")
     runs = plan_runs(arguments, labels, seeds, settings)
+    stream, split = scored_stream(runs[0])
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     results: dict[Run, Result] = {}
@@ -115,10 +132,10 @@ def _compare(arguments: argparse.Namespace) -> int:
             print(", ".join(f"{COLUMNS[key]} {cell([metrics.get(key)])}" for key in PAIRED), flush=True)
 
     if arguments.tune:
-        name, (page, data) = f"tuning-{arguments.tune.partition('=')[0]}", tuning(arguments, runs, results)
+        name, (page, data) = f"tuning-{arguments.tune.partition('=')[0]}", tuning(arguments, runs, stream, results)
     else:
         by_seed = {(run.label, run.seed): result for run, result in results.items()}
-        name, (page, data) = "comparison", comparison(arguments, labels, by_seed)
+        name, (page, data) = "comparison", comparison(arguments, labels, stream, split, by_seed)
     used = {label: [*settings.get(label, []), *arguments.overrides] for label in labels}
     page += "\n" + "".join(f"- {label}: recipe and `{' '.join(used[label])}`\n" for label in labels if used[label])
     if failures:
@@ -139,12 +156,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def settings_path(recipe: str) -> Path:
+    """Return where the settings of a recipe, a name or a file, lie beside this tool."""
+    return Path(__file__).with_name(f"compare_{Path(recipe).stem}.yaml")
+
+
 def read_settings(path: Path) -> dict[str, list[str]]:
     """Return label -> overrides of a settings file."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise InputError(f"--settings {path}: no such file") from None
+        raise InputError(f"--settings {path}: no such file; write it or name another one with --settings") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
@@ -181,6 +203,13 @@ def plan_runs(
             complete = (*overrides, *chosen, f"seed={seed}")
             runs.append(Run(label, seed, folder, arguments.recipe, arguments.ranks, complete, value))
     return runs
+
+
+def scored_stream(run: Run) -> tuple[Stream, str]:
+    """Return the stream of a run and the split that it is scored on. InputError: wrong recipe, override or stream."""
+    config = RunConfig.load(run.recipe, run.overrides)
+    stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
+    return stream, config.data.evaluate_on
 
 
 # Running
@@ -257,14 +286,22 @@ def _why(log_path: Path) -> str:
 
 
 def comparison(
-    arguments: argparse.Namespace, labels: Sequence[str], results: dict[tuple[str, int], Result]
+    arguments: argparse.Namespace,
+    labels: Sequence[str],
+    stream: Stream,
+    split: str,
+    results: dict[tuple[str, int], Result],
 ) -> tuple[str, dict[str, Any]]:
     """Return the Markdown page of all methods, and the same as data."""
     figures = figures_by_run(results)
-    page = figures_table(labels, figures)
+    majority, tasks_page, tasks_data = None, "", {}
+    if stream.tasks[0].is_instruction:
+        majority, tasks_page, tasks_data = instruction_tasks(labels, stream, split, results)
+    page = figures_table(labels, figures, majority)
     page += (
-        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. Percent, mean ± sample standard deviation over "
-        "the seeds. Recovered share: (Last - zero-shot) / (joint - zero-shot), per seed.\n"
+        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()}, mean ± sample "
+        "standard deviation over the seeds. Recovered share: (Last - zero-shot) / (joint - zero-shot), per seed.\n"
+        f"{tasks_page}"
     )
     differences = {}
     if REFERENCE in labels and len(labels) > 1:
@@ -272,11 +309,44 @@ def comparison(
         differences = {label: paired_differences(label, results, figures) for label in others}
         page += f"\n{REFERENCE} minus the other, paired over seeds:\n\n" + paired_table(differences)
     runs = {f"{label}-seed{seed}": values for (label, seed), values in figures.items()}
-    return page, {"runs": runs, "paired": differences}
+    return page, {"runs": runs, "paired": differences, **tasks_data}
+
+
+def instruction_tasks(
+    labels: Sequence[str],
+    stream: Stream,
+    split: str,
+    results: dict[tuple[str, int], Result],
+) -> tuple[Figures | None, str, dict[str, Any]]:
+    """Return the figures of the majority answers, None where they cannot be had, the table of tasks, and its data."""
+    try:
+        majority, missing = majority_baselines(stream, split), ""
+    except InputError as error:
+        majority, missing = {}, f"\n- {MAJORITY}: missing, {error}\n"
+    scores = {task: value for task, (_, value) in majority.items()}
+    figures = majority_figures([*scores.values()], [task.domain for task in stream.tasks]) if scores else None
+    metric_of_task = {task.name: task.metric for task in stream.tasks}
+    scales = "; ".join(f"{metric}: {SCALE[metric]}" for metric in dict.fromkeys(metric_of_task.values()))
+    by_run = last_by_task(results)
+    page = f"\nEach task at the end of the stream; {scales}:\n\n"
+    page += tasks_table(labels, metric_of_task, by_run, scores) + missing
+    return (
+        figures,
+        page,
+        {
+            "tasks": {f"{label}-seed{seed}": values for (label, seed), values in by_run.items()},
+            "majority": {task: {"answer": answer, "value": value} for task, (answer, value) in majority.items()},
+        },
+    )
+
+
+def unit_of(stream: Stream) -> str:
+    """Return what the figures of a stream count."""
+    return "points of each task's metric" if stream.tasks[0].is_instruction else "percent"
 
 
 def tuning(
-    arguments: argparse.Namespace, runs: Sequence[Run], results: dict[Run, Result]
+    arguments: argparse.Namespace, runs: Sequence[Run], stream: Stream, results: dict[Run, Result]
 ) -> tuple[str, dict[str, Any]]:
     """Return the Markdown page of the validation figures per method and value, and the same as data."""
     key = arguments.tune.partition("=")[0]
@@ -287,7 +357,8 @@ def tuning(
         rows.append([run.label, run.value or "–", *(cell([figures[name]]) for name in PAIRED)])
         table.append({"method": run.label, key: run.value, **figures})
     page = markdown(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows)
-    page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, percent on the validation split.\n"
+    page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, "
+    page += f"{unit_of(stream)} on the validation split.\n"
     return page, {"table": table}
 
 

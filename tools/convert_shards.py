@@ -4,13 +4,15 @@
     python tools/convert_shards.py photos/test shards --split test
     python tools/convert_shards.py captions.csv shards --image-folder pictures --resize 256
     python tools/convert_shards.py torchvision:CIFAR10:/data shards --split test
+    python tools/convert_shards.py questions.jsonl shards --image-folder pictures --metric vqa_accuracy
     python tools/convert_shards.py verify shards
     python tools/convert_shards.py stats shards
 
 INPUT is recognised, or named with --from: an image folder with a directory per class (folder), a CSV, TSV or parquet
 file (table), clip_benchmark's layout or img2dataset's output (shards), torchvision:CLASS:ROOT (torchvision), a Hugging
-Face data set saved to disk (datasets), LLaVA's conversation JSON (llava). With train and test split there, OUTPUT is a
-stream of one task: stream=OUTPUT trains on it. A conversion that was stopped goes on when the same command runs again.
+Face data set saved to disk (datasets), LLaVA's conversations as JSON or JSON Lines (llava). With train and test split
+there, OUTPUT is a stream of one task: stream=OUTPUT trains on it. A conversion that was stopped goes on when the same
+command runs again.
 
 `verify` reads every shard again and compares it with what was written; `stats` prints what OUTPUT has. Parquet files
 need pyarrow and saved data sets need datasets: both come with this package's extra [convert].
@@ -31,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from r1p_dist.data.convert.check import read_indexes, verify_shards
 from r1p_dist.data.convert.sources import SOURCES, SourceOptions, open_source
 from r1p_dist.data.convert.writer import ConvertOptions, convert
-from r1p_dist.data.stream import read_class_names
+from r1p_dist.data.stream import METRICS, read_class_names
 from r1p_dist.errors import InputError
 
 _COMMANDS = {
@@ -87,6 +89,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     where.add_argument("--label-column", metavar="NAME", help="class names or numbers (one with a usual name)")
     where.add_argument("--caption-column", metavar="NAME", help="texts instead of classes (one with a usual name)")
     where.add_argument("--image-folder", type=Path, metavar="DIR", help="what picture paths are relative to")
+    where.add_argument("--metric", choices=METRICS, help="of conversations, in stream.yaml (exact_match)")
     return parser.parse_args(argv)
 
 
@@ -128,6 +131,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.output,
             options,
             name=arguments.name or arguments.output.resolve().name,
+            metric=arguments.metric,
             workers=arguments.workers,
             progress=lambda done, all_: progress.update(bar, completed=done, total=all_),
         )

@@ -3,10 +3,12 @@
     python tools/export.py runs/mini_mtil --to open_clip
     python tools/export.py runs/mini_mtil --to hf --output clip-hf --dtype bf16
     python tools/export.py runs/mini_mtil --to peft --tasks fashion,country_flags --with-base
+    python tools/export.py runs/mini_instruct --to hf
 
-open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`. hf: one for `CLIPModel.from_pretrained(FOLDER)` of
-transformers. peft: a LoRA adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every
-folder has a model card. By default it is RUN_DIR/export/FORMAT.
+open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`, of a CLIP alone. hf: one for transformers, for
+`CLIPModel.from_pretrained(FOLDER)` or, of a LLaVA, `AutoModelForImageTextToText.from_pretrained(FOLDER)`. peft: a LoRA
+adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every folder has a model card. By
+default it is RUN_DIR/export/FORMAT.
 """
 
 import argparse
@@ -30,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder")
     parser.add_argument("--tasks", metavar="NAME,NAME", help="only these tasks; default: all that are finished")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="what the weights are rounded to; fp32 (default) keeps them"
+        "--dtype",
+        choices=DTYPES,
+        help="what the weights are rounded to; default: fp32, which keeps them, and for a LLaVA what its files have",
     )
     parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
     arguments = parser.parse_args(argv)

@@ -18,8 +18,11 @@ class Routing:
     """What the routers of one tower must know of the batch beside the layer's input; None where it does not apply."""
 
     weights: torch.Tensor | None = None  # (batch,) how often each sample occurs, int64; None = once
-    end: torch.Tensor | None = None  # (batch,) position of the end-of-text token
-    padding: torch.Tensor | None = None  # (batch, tokens) True at real tokens
+    end: torch.Tensor | None = None  # (batch,) position of the end-of-text token, or of the last one of the prompt
+    padding: torch.Tensor | None = None  # (batch, tokens) True at tokens that the mean is taken over
+    guide: torch.Tensor | None = None  # (batch, guide_width) the guide `cls_image`
+    guide_width: int = 0
+    has_voted: bool = False  # `vote_ahead` has taken the vote of this batch
 
 
 class AdaptedLinear(LowRankLinear):
@@ -31,7 +34,8 @@ class AdaptedLinear(LowRankLinear):
     weight; eval uses that weight alone.
 
     linear: the layer to freeze. dropout, dropout_kind: on the input of the update, as in `LowRankLinear`. guide:
-    `first`, `eot` or `mean` token of the input. vote: `global` sums the votes over ranks while the frozen product
+    `first`, `eot`, `last_prompt` or `mean` token of the input, or `cls_image`, a vector from elsewhere that the routing
+    holds. vote: `global` sums the votes over ranks while the frozen product
     runs; `lagged` uses the sum over ranks of the step before (the first step of a task votes as `global` does);
     `local` does not sum, so ranks can use different experts. router_grad: `none` (the paper's released code: routing
     is a fixed random projection), `straight_through` or `gated` (ours: M_j = active * q_j / sum of q over the active
@@ -73,7 +77,8 @@ class AdaptedLinear(LowRankLinear):
         weight = linear.weight
         self.A = nn.Parameter(weight.new_empty(rank, self.in_features))
         self.B = nn.Parameter(weight.new_empty(self.out_features, rank))
-        self.router = nn.Linear(self.in_features, rank, device=weight.device, dtype=weight.dtype)
+        guide_width = self.routing.guide_width if guide == "cls_image" else self.in_features
+        self.router = nn.Linear(guide_width, rank, device=weight.device, dtype=weight.dtype)
         self.router.requires_grad_(router_grad != "none")
         self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
         self.register_buffer("gate_sum", torch.zeros(rank, dtype=torch.float64, device=weight.device))
@@ -88,12 +93,12 @@ class AdaptedLinear(LowRankLinear):
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Begins a task with fresh experts (B zero), router and counts; a collective under ZeRO-3."""
-        bound = 1 / math.sqrt(self.in_features)
+        bound, router_bound = 1 / math.sqrt(self.in_features), 1 / math.sqrt(self.router.in_features)
         with gathered(self.parameters(recurse=False), modify=True), gathered(self.router.parameters(), modify=True):
             fill_uniform(self.A, bound, generator)  # Kaiming-uniform with a = sqrt(5)
             nn.init.zeros_(self.B)
-            fill_uniform(self.router.weight, bound, generator)
-            fill_uniform(self.router.bias, bound, generator)
+            fill_uniform(self.router.weight, router_bound, generator)
+            fill_uniform(self.router.bias, router_bound, generator)
         for state in (self.activation_counts, self.gate_sum, self.pending_votes):
             state.zero_()
         self.steps, self._active, self._shared = 0, None, False
@@ -115,10 +120,12 @@ class AdaptedLinear(LowRankLinear):
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the router's input (batch, in) from the layer's input (batch, tokens, in)."""
+        """Returns the router's input (batch, in or guide_width) from the layer's input (batch, tokens, in)."""
+        if self.guide == "cls_image":
+            return self.routing.guide.to(self.router.weight.dtype)
         if self.guide == "first":
             return x[:, 0]
-        if self.guide == "eot":
+        if self.guide in ("eot", "last_prompt"):
             return x[torch.arange(len(x), device=x.device), self.routing.end]
         if self.routing.padding is None:
             return x.mean(1)
@@ -129,33 +136,15 @@ class AdaptedLinear(LowRankLinear):
     @torch.no_grad()
     def votes(adapters: Sequence["AdaptedLinear"], x: torch.Tensor) -> torch.Tensor | None:
         """Returns this rank's votes (adapters, rank), int64, where they must be summed over ranks before their use."""
-        if _is_recomputing():
+        if _is_recomputing() or adapters[0].routing.has_voted:
             return None  # activation checkpointing runs the forward again: the vote stands
-        first = adapters[0]
-        guide = first.guide_vector(x.detach())
-        scores = torch.stack([adapter.router(guide) for adapter in adapters])  # (adapters, batch, rank)
-        ballots = torch.zeros(scores.shape, dtype=torch.int64, device=x.device)
-        ballots.scatter_(2, top(scores, first.active), 1)
-        if first.routing.weights is not None:
-            ballots *= first.routing.weights[:, None]
-        votes = ballots.sum(1)
-        if first.vote == "global":
-            return votes
-        for adapter, vote in zip(adapters, votes, strict=True):
-            adapter.pending_votes += vote
-        if first.vote == "lagged":
-            return None if first._shared else votes
-        _choose(adapters, votes)
-        return None
+        return _count_votes(adapters, adapters[0].guide_vector(x.detach()))
 
     @staticmethod
     def factors(adapters: Sequence["AdaptedLinear"], x: torch.Tensor, votes: torch.Tensor | None) -> list[Factors]:
         """Returns the experts in use; all of them, weighted, where the router's gradient needs the others too."""
         if votes is not None:
-            _choose(adapters, votes)
-            if adapters[0].vote == "global":
-                for adapter, vote in zip(adapters, votes, strict=True):
-                    adapter.activation_counts += vote
+            _elect(adapters, votes)
         for adapter in adapters:
             adapter._compute_ago()
         if adapters[0].router_grad == "none":
@@ -201,6 +190,48 @@ class AdaptedLinear(LowRankLinear):
         update, chosen = self.update(self.merge_count)
         self.merge_update(update)
         return chosen
+
+
+def _count_votes(adapters: Sequence[AdaptedLinear], guide: torch.Tensor) -> torch.Tensor | None:
+    """Returns this rank's votes (adapters, rank), int64, where they must be summed over ranks before their use.
+
+    guide (batch, width): what the routers of these adapters read.
+    """
+    first = adapters[0]
+    scores = torch.stack([adapter.router(guide) for adapter in adapters])  # (adapters, batch, rank)
+    ballots = torch.zeros(scores.shape, dtype=torch.int64, device=guide.device)
+    ballots.scatter_(2, top(scores, first.active), 1)
+    if first.routing.weights is not None:
+        ballots *= first.routing.weights[:, None]
+    votes = ballots.sum(1)
+    if first.vote == "global":
+        return votes
+    for adapter, vote in zip(adapters, votes, strict=True):
+        adapter.pending_votes += vote
+    if first.vote == "lagged":
+        return None if first._shared else votes
+    _choose(adapters, votes)
+    return None
+
+
+def _elect(adapters: Sequence[AdaptedLinear], votes: torch.Tensor) -> None:
+    """Makes the experts with most votes those in use; votes (adapters, rank), summed over ranks where that is due."""
+    _choose(adapters, votes)
+    if adapters[0].vote == "global":
+        for adapter, vote in zip(adapters, votes, strict=True):
+            adapter.activation_counts += vote
+
+
+@torch.no_grad()
+def vote_ahead(adapters: Sequence[AdaptedLinear]) -> None:
+    """Lets all adapters of one routing vote before any of them runs, with one sum over ranks for all of them.
+
+    For the guide `cls_image` alone, which is known by then.
+    """
+    votes = _count_votes(adapters, adapters[0].guide_vector(adapters[0].routing.guide))
+    if votes is not None:
+        _elect(adapters, sum_over_ranks(votes))
+    adapters[0].routing.has_voted = True
 
 
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from r1p_dist.backbones import llava_weights
 from r1p_dist.backbones.weights import weights_file
 from r1p_dist.config import BackboneConfig
 from r1p_dist.files import sha256_of, write_atomically
@@ -16,12 +17,19 @@ _SLOW_BYTES = 256 << 20  # from here on a hash takes long enough to be kept
 def weights_identity(config: BackboneConfig, model: nn.Module) -> dict[str, str | None]:
     """Returns name, pretrained and sha256 of a backbone that was just loaded.
 
-    The hash is that of the weights file; for random weights that of their names and shapes. That of a large file is
-    kept beside it, with the file's size and time.
+    The hash is that of the weights file, or of the hashes of several; for random weights that of their names and
+    shapes. That of a large file is kept beside it, with the file's size and time.
     """
-    file = weights_file(config.name, config.pretrained)
-    sha256 = _sha256_of_drawing(model) if file is None else _kept_sha256(file)
+    hashes = [_kept_sha256(file) for file in _files(config)] or [_sha256_of_drawing(model)]
+    sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {"name": config.name, "pretrained": config.pretrained, "sha256": sha256}
+
+
+def _files(config: BackboneConfig) -> list[Path]:
+    if config.kind == "llava":
+        return llava_weights.weights_files(config.name)
+    file = weights_file(config.name, config.pretrained)
+    return [] if file is None else [file]
 
 
 def _kept_sha256(file: Path) -> str:

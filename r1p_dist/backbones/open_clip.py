@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -21,35 +20,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
-from r1p_dist.backbones.blocks import Block, set_recompute
+from r1p_dist.backbones.blocks import Block
+from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, draw, map_weights, model_source, place, weights_file
+from r1p_dist.config import DataConfig, TrainConfig
+from r1p_dist.data import Encoder, PictureEncoder, Stream
 from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.losses import contrastive_loss
 
 TOWERS = ("image", "text")
 LAYERS = ("q", "k", "v", "out", "fc1", "fc2")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A frozen linear, or the rows of one, that can have an adapter."""
-
-    name: str  # tower.block.layer, for example image.0.q
-    tower: str
-    layer: str
-    linear: nn.Linear
-    rows: slice | None
-    owner: nn.Module
-    attribute: str
-    input_from: nn.Module | None  # the module that computes the linear's input, if the backward may call it again
-
-    def install(self, adapter: LowRankLinear) -> None:
-        """Puts the adapter in the place of the linear, or of an earlier adapter."""
-        adapter.name = self.name
-        self.owner.add_module(self.attribute, adapter)
-        if self.input_from is not None:
-            set_recompute(adapter, self.input_from)
 
 
 def slots(model: nn.Module, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS) -> Iterator[Slot]:
@@ -109,12 +90,7 @@ def attach(
     routing = model.routing if isinstance(model, ClipBackbone) else {tower: Routing() for tower in TOWERS}
     open_blocks(clip)
     clip.requires_grad_(False)
-    adapters = []
-    for slot in slots(clip, towers, layers):
-        adapter = make(slot, routing[slot.tower])
-        slot.install(adapter)
-        adapters.append(adapter)
-    return adapters
+    return fill(slots(clip, towers, layers), routing, make)
 
 
 def attach_pool(
@@ -165,6 +141,12 @@ class ClipBackbone(nn.Module):
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
+    def attach(
+        self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
+    ) -> list[LowRankLinear]:
+        """Puts `make(slot, routing)` on its linears; returns the adapters, as the function `attach` does."""
+        return attach(self, make, towers, layers)
+
     def forward(
         self,
         image: torch.Tensor | None = None,
@@ -198,10 +180,22 @@ class ClipBackbone(nn.Module):
         first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
         self._label_of = torch.tensor([first[prompt] for prompt in prompts], device=self._prompts.device)
 
-    def check_loss(self) -> None:
-        """Raises InputError for a model that `loss` does not fit, so that it is known before any training."""
+    def check(self, stream: Stream) -> None:
+        """Raises InputError for a stream or a model that `loss` does not fit, before any training."""
+        if stream.tasks[0].is_instruction:
+            raise InputError(
+                f"stream={stream.path}: has conversations, which backbone.kind=open_clip cannot answer; use "
+                "backbone.kind=llava or a stream of classes"
+            )
         if getattr(self.model, "logit_bias", None) is not None:
             raise InputError("backbone: was trained with a sigmoid loss (it has a logit_bias), not there yet")
+
+    def encoder(self, data: DataConfig) -> Encoder:
+        """Returns what makes batches {"image": (n, 3, H, W)} of samples, with open_clip's transforms."""
+        return PictureEncoder(self.preprocess, data.augment)
+
+    def begin_step(self, batches: Sequence[dict[str, torch.Tensor]], train: TrainConfig) -> None:
+        """Does nothing: the contrastive loss of a micro batch needs no other."""
 
     def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the contrastive loss of a micro batch {"image", "label"}; each distinct prompt is encoded once.

@@ -92,7 +92,11 @@ def place(model: nn.Module, placement: Placement) -> None:
     # Each is on its way in the same memory: pieces that are freed in between shares would stay unused.
     whole = None if partition is None else torch.empty(size, device=placement.device, dtype=placement.dtype)
     numbers = None
+    placed: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module, prefix, name, parameter in parameters:
+        if id(parameter) in placed:
+            module._parameters[name] = placed[id(parameter)]
+            continue
         source = parameter.detach()
         if parameter.is_meta and placement.device.type != "meta":
             numbers = torch.empty(size) if numbers is None else numbers
@@ -104,6 +108,7 @@ def place(model: nn.Module, placement: Placement) -> None:
         module._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         if partition is not None:
             partition(module._parameters[name])
+        placed[id(parameter)] = module._parameters[name]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(placement.device)
@@ -117,7 +122,7 @@ def draw(module: nn.Module, name: str, out: torch.Tensor) -> torch.Tensor:
     own, shape = name.rpartition(".")[2], out.shape
     if own in _TEMPERATURE:
         return out.fill_(_TEMPERATURE[own])
-    if isinstance(module, nn.LayerNorm) or own == "bias":
+    if type(module).__name__.endswith("Norm") or own == "bias":  # RMSNorms as well
         return out.fill_(float(own == "weight"))
     is_embedding = isinstance(module, nn.Embedding) or own == "positional_embedding"
     std = _EMBEDDING_STD if is_embedding else shape[1:].numel() ** -0.5 if len(shape) > 1 else shape[0] ** -0.5

@@ -32,7 +32,7 @@ class IndexedSample:
 
 
 class ShardRecord(BaseModel):
-    """What index.json says about one shard. labels: null without classes.
+    """What index.json says about one shard. labels: null without classes; lengths: of samples' texts, in bytes.
 
     Sample i has the bytes from offsets[i] to the next offset, the last one to the end; crc32 is zlib's of them.
     """
@@ -47,6 +47,7 @@ class ShardRecord(BaseModel):
     offsets: list[_Whole]
     crc32: list[_Whole]
     labels: list[_Whole] | None
+    lengths: list[_Whole] | None = None  # only where there are no labels
 
     def stops(self) -> list[int]:
         """Return where each sample ends."""
@@ -69,7 +70,8 @@ def parse_index(content: bytes, where: str) -> dict[str, ShardRecord]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{where}: is no index of shards: {error}; convert again, or remove the file") from error
     for record in records:
-        columns = [record.keys, record.offsets, record.crc32] + ([] if record.labels is None else [record.labels])
+        columns = [record.keys, record.offsets, record.crc32]
+        columns += [column for column in (record.labels, record.lengths) if column is not None]
         spans = [stop - start for start, stop in zip(record.offsets, record.stops(), strict=True)]
         if any(len(column) != record.samples for column in columns) or any(
             not _BLOCK < span <= SAMPLE_BYTES for span in spans

@@ -91,6 +91,53 @@ class SampleOrder:
         return indices[permutation(len(indices), "order", self._seed, self._name, epoch, number)]
 
 
+class GroupedOrder:
+    """Another order with samples of like length side by side, so that a batch of them needs little padding.
+
+    Each `window` batches of the other order are sorted by length and cut into batches again, which come in a random
+    order. A window has exactly the other order's samples, and a sample stays a pure function of its number.
+    """
+
+    def __init__(
+        self,
+        order: SampleOrder | MixtureOrder,
+        lengths: Sequence[int],
+        batch_size: int,
+        window: int,
+        seed: int,
+        name: str,
+    ) -> None:
+        """lengths: one per index of the data set. batch_size: of a micro batch of all ranks together."""
+        self._order, self._lengths = order, np.asarray(lengths)
+        self._batch_size, self._window, self._seed, self._name = batch_size, window, seed, name
+        self._latest: tuple[int, list[int]] = (-1, [])  # consecutive batches are of one window
+
+    def take(self, start: int, stop: int) -> list[int]:
+        """Return the data set's indices of the samples start, start + 1, ..., stop - 1."""
+        size = self._batch_size * self._window
+        taken: list[int] = []
+        while start < stop:
+            number, first = divmod(start, size)
+            taken += self._sorted_window(number)[first : first + stop - start]
+            start = min(stop, (number + 1) * size)
+        return taken
+
+    def shards_ahead(self, start: int) -> list[int]:
+        """Return the shards that come after those which the window of the sample `start` ends in."""
+        size = self._batch_size * self._window
+        return self._order.shards_ahead(start // size * size + size - 1)
+
+    def _sorted_window(self, number: int) -> list[int]:
+        if self._latest[0] != number:
+            size = self._batch_size * self._window
+            indices = np.array(self._order.take(number * size, (number + 1) * size))
+            by_length = indices[np.argsort(self._lengths[indices], kind="stable")]
+            batches = by_length.reshape(self._window, self._batch_size)
+            order = permutation(self._window, "lengths", self._seed, self._name, number)
+            self._latest = number, batches[order].flatten().tolist()
+        return self._latest[1]
+
+
 class MixtureOrder:
     """Several orders mixed by share: each block of samples has every order's exact share, at random places.
 

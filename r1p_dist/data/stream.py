@@ -11,6 +11,16 @@ tasks:                                        # the default order
     sizes: {train: 160, validation: 40, test: 100}   # optional; samples per split
     domain: seen                              # optional; did the backbone's pretraining have this domain
 orders: {second: [fashion, ...]}              # optional; further orders, each with every task once
+
+A task of instructions, whose samples are conversations, has a metric in the place of class_names and templates; the
+tasks of one stream are all of one kind:
+
+  - name: chart_questions
+    train: [charts/train-000000.tar]
+    test: [charts/test-000000.tar]
+    metric: exact_match                       # or vqa_accuracy, multiple_choice, rouge_l, cider
+    max_new_tokens: 16                        # optional; the longest answer, 64 by default
+    format: '[0-9]+|yes|no'                   # optional; answers that follow the instruction match it as a whole
 """
 
 from __future__ import annotations
@@ -32,15 +42,24 @@ from r1p_dist.safe_yaml import parse_yaml
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SPLITS = ("train", "validation", "test")
 _STREAM_KEYS = ("name", "tasks", "orders")
-_TASK_KEYS = ("name", *SPLITS, "class_names", "templates", "sizes", "domain")
-_TASK_KEYS_NEEDED = ("name", "train", "test", "class_names", "templates")
+METRICS = ("exact_match", "vqa_accuracy", "multiple_choice", "rouge_l", "cider")  # of instruction tasks
+_CLASS_KEYS = ("class_names", "templates")
+_ANSWER_KEYS = ("metric", "max_new_tokens", "format")
+_TASK_KEYS = ("name", *SPLITS, *_CLASS_KEYS, *_ANSWER_KEYS, "sizes", "domain")
+_TASK_KEYS_NEEDED = ("name", "train", "test")
+_MOST_NEW_TOKENS = 4096
 _DOMAINS = ("seen", "unseen")
 _MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a stream: its shards per split, its classes (label = position) and its prompt templates."""
+    """One task of a stream: its shards per split, and what is asked of the model.
+
+    Classification: class names (label = position) and prompt templates, scored by `accuracy`. Instructions: no classes
+    and no templates, but another metric, the longest answer in tokens, and the regular expression that an answer in
+    the wanted format matches as a whole.
+    """
 
     name: str
     train: tuple[Path | str, ...]
@@ -50,6 +69,14 @@ class Task:
     templates: tuple[str, ...]
     sizes: dict[str, int]
     domain: str | None
+    metric: str = "accuracy"
+    max_new_tokens: int = 64
+    format: str | None = None
+
+    @property
+    def is_instruction(self) -> bool:
+        """Whether its samples are conversations, not pictures of classes."""
+        return self.metric != "accuracy"
 
     def prompt(self, label: int) -> str:
         """Return the training prompt of a class: the first template."""
@@ -75,7 +102,8 @@ class Stream:
         """Return the stream of a `stream.yaml` (or of the folder it is in), or the shipped stream of that name.
 
         `order` names one of the file's orders; `tasks` picks tasks by name and sets their order itself.
-        InputError: missing or wrong file, unknown key, order or task, missing shard, unusable classes or templates.
+        InputError: missing or wrong file, unknown key, order or task, missing shard, unusable classes or templates,
+        tasks of both kinds.
         """
         path = _find_stream_file(path_or_name)
         content = _read_yaml(path)
@@ -93,12 +121,14 @@ class Stream:
             chosen = list(tasks)
             if not chosen or len(set(chosen)) != len(chosen):
                 raise InputError(f"{path}: tasks must name each wanted task once, got {chosen}")
-        return cls(name, tuple(_load_task(entries[task], path) for task in chosen), path, tuple(entries))
+        loaded = tuple(_load_task(entries[task], path) for task in chosen)
+        check_one_kind(loaded, f"{path}")
+        return cls(name, loaded, path, tuple(entries))
 
     def extended(self, more: Sequence[str]) -> Stream:
         """Return this stream with tasks of others behind its own: `STREAM:TASK` for one, `STREAM` for all of them.
 
-        InputError: no such stream or task, or a task's name that the stream has already.
+        InputError: no such stream or task, a task's name that the stream has already, or a task of the other kind.
         """
         tasks = list(self.tasks)
         for entry in more:
@@ -107,12 +137,24 @@ class Stream:
                 if added.name in [known.name for known in tasks]:
                     raise InputError(f"extend: {entry}: the stream has a task {added.name!r} already")
                 tasks.append(added)
+                check_one_kind(tasks, f"extend: {entry}")
         return replace(self, tasks=tuple(tasks), known=(*self.known, *(t.name for t in tasks[len(self.tasks) :])))
 
     def check_names(self, names: Iterable[str], key: str) -> None:
         """Raises InputError, with the configuration's key, for a name that is no task of the stream file."""
         for name in names:
             _check_known(name, self.known, "task", key)
+
+
+def check_one_kind(tasks: Sequence[Task], where: str) -> None:
+    """Raises InputError, beginning with `where`, for tasks of classes beside tasks of conversations."""
+    other = next((task for task in tasks if task.is_instruction != tasks[0].is_instruction), None)
+    if other is not None:
+        classes, conversations = (tasks[0], other) if other.is_instruction else (other, tasks[0])
+        raise InputError(
+            f"{where}: task {classes.name} has classes and task {conversations.name} conversations; the tasks of a run "
+            "must be of one kind: make a stream of each"
+        )
 
 
 def _find_stream_file(path_or_name: str | Path) -> Path:
@@ -151,6 +193,7 @@ def _task_entries(value: Any, path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(entry, dict):
             raise InputError(f"{where}: must be a mapping with the keys {', '.join(_TASK_KEYS)}, got {entry!r}")
         _check_keys(entry, _TASK_KEYS, _TASK_KEYS_NEEDED, where)
+        _check_kind(entry, where)
         name = _text(entry["name"], f"{where}.name")
         # A task's name becomes a folder of the run.
         if name.startswith(".") or any(character in name for character in "/\\\0\n"):
@@ -159,6 +202,24 @@ def _task_entries(value: Any, path: Path) -> dict[str, dict[str, Any]]:
             raise InputError(f"{where}.name: {name} stands twice in the file; give each task its own name")
         entries[name] = entry
     return entries
+
+
+def _check_kind(entry: dict[str, Any], where: str) -> None:
+    """Raises InputError for a task that has keys of both kinds, or not those of one."""
+    given = [key for key, value in entry.items() if value is not None]
+    if "metric" in given:
+        if classes := [key for key in _CLASS_KEYS if key in given]:
+            raise InputError(
+                f"{where}: has both '{classes[0]}' and 'metric'; leave out '{classes[0]}' if its samples are "
+                "conversations, 'metric' if they are pictures of classes"
+            )
+        return
+    for key in _CLASS_KEYS:
+        if key not in given:
+            raise InputError(f"{where}: key '{key}' is missing; a task of conversations needs 'metric' instead")
+    for key in _ANSWER_KEYS:
+        if key in given:
+            raise InputError(f"{where}: '{key}' is for tasks of conversations, which have a 'metric'; leave it out")
 
 
 def _orders(value: Any, entries: dict[str, dict], path: Path) -> dict[str, list[str]]:
@@ -181,13 +242,42 @@ def _orders(value: Any, entries: dict[str, dict], path: Path) -> dict[str, list[
 def _load_task(entry: dict[str, Any], path: Path) -> Task:
     where = f"{path}: task {entry['name']}"
     shards = {split: _shards(entry.get(split), path, f"{where}.{split}", split) for split in SPLITS}
-    class_names = read_class_names(_text_file(entry["class_names"], path, f"{where}.class_names"))
-    templates = read_templates(_text_file(entry["templates"], path, f"{where}.templates"))
+    own = _answer_fields(entry, where) if entry.get("metric") is not None else _class_fields(entry, path, where)
     domain = entry.get("domain")
     if domain is not None and domain not in _DOMAINS:
         raise InputError(f"{where}.domain: must be one of {', '.join(_DOMAINS)}, got {domain!r}")
     sizes = _sizes(entry.get("sizes"), f"{where}.sizes")
-    return Task(entry["name"], **shards, class_names=class_names, templates=templates, sizes=sizes, domain=domain)
+    return Task(entry["name"], **shards, **own, sizes=sizes, domain=domain)
+
+
+def _class_fields(entry: dict[str, Any], path: Path, where: str) -> dict[str, Any]:
+    return {
+        "class_names": read_class_names(_text_file(entry["class_names"], path, f"{where}.class_names")),
+        "templates": read_templates(_text_file(entry["templates"], path, f"{where}.templates")),
+    }
+
+
+def _answer_fields(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {"class_names": (), "templates": (), "metric": entry["metric"]}
+    if fields["metric"] not in METRICS:
+        raise InputError(f"{where}.metric: must be one of {', '.join(METRICS)}, got {fields['metric']!r}")
+    if (longest := entry.get("max_new_tokens")) is not None:
+        if not isinstance(longest, int) or isinstance(longest, bool) or not 1 <= longest <= _MOST_NEW_TOKENS:
+            raise InputError(
+                f"{where}.max_new_tokens: must be a number of tokens from 1 to {_MOST_NEW_TOKENS}, got {longest!r}"
+            )
+        fields["max_new_tokens"] = longest
+    if (pattern := entry.get("format")) is not None:
+        fields["format"] = _pattern(pattern, f"{where}.format")
+    return fields
+
+
+def _pattern(value: Any, where: str) -> str:
+    try:
+        re.compile(_text(value, where))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{where}: {value!r} is no regular expression: {error}") from error
+    return value
 
 
 def _shards(value: Any, path: Path, where: str, split: str) -> tuple[Path | str, ...]:

@@ -1,7 +1,6 @@
 """Zero-shot classification of whole tasks, shared among the ranks; every picture is counted exactly once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,23 +9,7 @@ from r1p_dist.backbones import ClipBackbone
 from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import sum_over_ranks
 from r1p_dist.errors import InputError
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What an evaluation of one task found; `correct` has one entry per picture in the order of the shards.
-
-    Pictures that cannot be decoded have no entry; `left_out` is their number.
-    """
-
-    task: str
-    correct: torch.Tensor  # (pictures,) bool
-    left_out: int = 0
-
-    @property
-    def accuracy(self) -> float:
-        """Percent."""
-        return 100 * int(self.correct.sum()) / len(self.correct)
+from r1p_dist.evaluation.results import TaskResult
 
 
 class Classifier:
@@ -71,7 +54,7 @@ class Classifier:
         seen = found[found > 0]
         if not len(seen):
             raise InputError(f"task {task.name}: not one of its {len(found)} pictures to be evaluated can be decoded")
-        return TaskResult(task.name, seen == 2, len(found) - len(seen))
+        return TaskResult(task.name, 100.0 * (seen == 2).double(), len(found) - len(seen))
 
     def _class_weights(self, model: Callable, task: Task) -> torch.Tensor:
         prompts = [prompt for label in range(len(task.class_names)) for prompt in task.prompts(label)]

@@ -1,7 +1,7 @@
 """Runs of several methods and seeds set against each other: figures, paired differences, Markdown tables."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 REFERENCE, JOINT, ZERO_SHOT = "dac", "joint", "zero_shot"
+MAJORITY = "majority answer"
 COLUMNS = {
     "transfer": "Transfer",
     "average": "Average",
@@ -25,7 +26,8 @@ PAIRED = ("transfer", "average", "last")
 BOOTSTRAP_DRAWS = 10_000
 
 Figures = dict[str, float | None]
-Correct = dict[str, np.ndarray]  # task -> (pictures,), 1.0 where the answer was right
+# task -> (samples,): 1.0 for the right answer, values between or above where the metric gives them (score / 100)
+Correct = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Result:
 
 
 class NoIntervalError(Exception):
-    """Why there are no per-picture results to draw from."""
+    """Why there are no per-sample results to draw from."""
 
 
 def figures_by_run(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], Figures]:
@@ -56,30 +58,72 @@ def figures_by_run(results: dict[tuple[str, int], Result]) -> dict[tuple[str, in
 
 
 def _figures(metrics: dict[str, Any]) -> Figures:
-    last_row, domains = metrics["accuracy"][-1], metrics.get("domains") or []
     wall_seconds = metrics.get("wall_seconds")
-
-    def last_of(domain: str) -> float | None:
-        values = [value for value, name in zip(last_row, domains, strict=False) if name == domain]
-        return fmean(values) if values else None
-
     return {
+        **dict.fromkeys(COLUMNS),
         **{key: metrics.get(key) for key in ("transfer", "average", "last", "mft", "forgetting")},
-        "last_seen": last_of("seen"),
-        "last_unseen": last_of("unseen"),
-        "recovered": None,
+        **_last_by_domain(metrics["accuracy"][-1], metrics.get("domains") or []),
         "minutes": None if wall_seconds is None else wall_seconds / 60,
     }
 
 
-def figures_table(labels: Sequence[str], figures: dict[tuple[str, int], Figures]) -> str:
-    """Return the Markdown table method x COLUMNS, mean ± sample standard deviation over seeds."""
-    rows = []
+def _last_by_domain(last_row: Sequence[float], domains: Sequence[str | None]) -> Figures:
+    values = {
+        domain: [value for value, name in zip(last_row, domains, strict=False) if name == domain]
+        for domain in ("seen", "unseen")
+    }
+    return {f"last_{domain}": fmean(known) if known else None for domain, known in values.items()}
+
+
+def majority_figures(values: Sequence[float], domains: Sequence[str | None]) -> Figures:
+    """Return the figures of the majority answers: Last alone is defined, since no task comes before another.
+
+    values: of each task, in the order of `domains`.
+    """
+    return {**dict.fromkeys(COLUMNS), "last": fmean(values), **_last_by_domain(values, domains)}
+
+
+def figures_table(
+    labels: Sequence[str], figures: dict[tuple[str, int], Figures], majority: Figures | None = None
+) -> str:
+    """Return the Markdown table method x COLUMNS, mean ± sample standard deviation over seeds.
+
+    majority: a first row without seeds.
+    """
+
+    def cells(own: Sequence[Figures]) -> list[str]:
+        return [cell([values[name] for values in own], digits=2 if name == "recovered" else 1) for name in COLUMNS]
+
+    rows = [[MAJORITY, *cells([majority]), "–"]] if majority else []
     for label in labels:
         own = [figures[key] for key in sorted(figures) if key[0] == label]
-        cells = [cell([values[name] for values in own], digits=2 if name == "recovered" else 1) for name in COLUMNS]
-        rows.append([label, *cells, str(len(own))])
+        rows.append([label, *cells(own), str(len(own))])
     return markdown(["Method", *COLUMNS.values(), "Seeds"], rows)
+
+
+def last_by_task(results: dict[tuple[str, int], Result]) -> dict[tuple[str, int], dict[str, float | None]]:
+    """Return (label, seed) -> task -> its value at the end of the stream, in the scale of the task's metric."""
+    return {
+        key: dict(zip(result.metrics["tasks"], result.metrics["accuracy"][-1], strict=True))
+        for key, result in results.items()
+    }
+
+
+def tasks_table(
+    labels: Sequence[str],
+    metric_of_task: Mapping[str, str],
+    values: dict[tuple[str, int], dict[str, float | None]],
+    majority: Mapping[str, float],
+) -> str:
+    """Return the Markdown table method x task at the end of the stream, mean ± sample standard deviation over seeds.
+
+    values: of `last_by_task`. majority: task -> value, a first row; empty where there is none.
+    """
+    rows = [[MAJORITY, *(cell([majority[task]]) for task in metric_of_task)]] if majority else []
+    for label in labels:
+        own = [values[key] for key in sorted(values) if key[0] == label]
+        rows.append([label, *(cell([of_task.get(task) for of_task in own]) for task in metric_of_task)])
+    return markdown(["Method", *(f"{task} ({metric})" for task, metric in metric_of_task.items())], rows)
 
 
 def paired_differences(
@@ -110,14 +154,15 @@ def paired_differences(
 
 
 def read_correct(result: Result) -> Correct:
-    """Return which test pictures were right in the run's last evaluation, from its correct.jsonl.
+    """Return how right each test sample was in the run's last evaluation, from its correct.jsonl.
 
-    Raises NoIntervalError when the file is missing or does not agree with metrics.json.
+    A line has a digit per sample, or a list of score / 100 where the metric is graded. Raises NoIntervalError when the
+    file is missing or does not agree with metrics.json.
     """
     path, metrics = result.folder / "correct.jsonl", result.metrics
     if not path.is_file():
         raise NoIntervalError(f"{path.parent.name} has no correct.jsonl")
-    latest: dict[str, tuple[int, str]] = {}
+    latest: dict[str, tuple[int, str | list[float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         if record["row"] >= latest.get(record["task"], (0, ""))[0]:
@@ -130,10 +175,10 @@ def read_correct(result: Result) -> Correct:
 
 
 def last_interval(pairs: Sequence[tuple[Correct, Correct]]) -> list[float]:
-    """Return the 95 % bootstrap interval of the difference of Last, in points, pictures drawn anew within each task.
+    """Return the 95 % bootstrap interval of the difference of Last, in points, samples drawn anew within each task.
 
-    pairs: both methods' results, per seed. A picture's difference is its mean over the seeds, so the interval is about
-    the test pictures; the spread over seeds is apart from it.
+    pairs: both methods' results, per seed. A sample's difference is its mean over the seeds, so the interval is about
+    the test samples; the spread over seeds is apart from it.
     """
     if not pairs:
         raise NoIntervalError("no seed was finished by both")
@@ -143,8 +188,8 @@ def last_interval(pairs: Sequence[tuple[Correct, Correct]]) -> list[float]:
     for task in tasks:
         marks = [side[task] for pair in pairs for side in pair if task in side]
         if len(marks) != 2 * len(pairs) or len({len(mark) for mark in marks}) != 1:
-            raise NoIntervalError(f"the runs were not evaluated on the same pictures of {task}")
-        difference = np.mean([mine[task] - theirs[task] for mine, theirs in pairs], axis=0)  # (pictures,)
+            raise NoIntervalError(f"the runs were not evaluated on the same samples of {task}")
+        difference = np.mean([mine[task] - theirs[task] for mine, theirs in pairs], axis=0)  # (samples,)
         chosen = generator.integers(len(difference), size=(BOOTSTRAP_DRAWS, len(difference)))
         draws += difference[chosen].mean(axis=1) / len(tasks)
     return [float(100 * bound) for bound in np.percentile(draws, [2.5, 97.5])]
@@ -161,7 +206,7 @@ def paired_table(differences: dict[str, dict[str, Any]]) -> str:
             reasons.append(f"- {label}: no interval, {pair['no_interval']}\n")
         cells = [cell(pair[name], is_signed=True) for name in PAIRED]
         rows.append([label, *cells, interval, str(len(pair["seeds"]))])
-    header = ["Other", *(COLUMNS[name] for name in PAIRED), "Last, 95 % over test pictures", "Seeds"]
+    header = ["Other", *(COLUMNS[name] for name in PAIRED), "Last, 95 % over test samples", "Seeds"]
     return markdown(header, rows) + ("\n" + "".join(reasons) if reasons else "")
 
 

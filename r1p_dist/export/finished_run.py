@@ -12,6 +12,8 @@ from r1p_dist.adapters import Factors, LowRankLinear
 from r1p_dist.checkpoint.folders import read_json, read_tensors
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.export.clip_weights import ClipWeights
+from r1p_dist.export.llava_weights import LlavaWeights
 from r1p_dist.export.merged import FrozenWeights, MergedWeights
 from r1p_dist.methods import Method, make_method
 
@@ -55,7 +57,7 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
         raise InputError(f"{run_dir}: no config.yaml there; give the folder of a run")
     config = RunConfig.load(run_dir / "config.yaml")
     metrics = _read_metrics(run_dir / "metrics.json")
-    base = FrozenWeights(config.backbone)
+    base = _frozen_weights(config.backbone)
     _check_base(run_dir, config.backbone, base)
     method = make_method(config, base.backbone)
     finished = _finished_folders(run_dir)
@@ -77,6 +79,10 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
         deployed=[updates[index] for index in method.deployed_tasks(len(updates))],
         is_whole=len(updates) == len(finished),
     )
+
+
+def _frozen_weights(config: BackboneConfig) -> FrozenWeights:
+    return LlavaWeights(config) if config.kind == "llava" else ClipWeights(config)
 
 
 def _read_metrics(path: Path) -> dict:

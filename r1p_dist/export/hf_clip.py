@@ -11,7 +11,8 @@ from torch import nn
 from transformers import CLIPConfig, PreTrainedTokenizerBase
 
 from r1p_dist.errors import InputError
-from r1p_dist.export.merged import TEMPERATURE, MergedWeights
+from r1p_dist.export.clip_weights import TEMPERATURE
+from r1p_dist.export.merged import MergedWeights
 from r1p_dist.export.safetensors_writer import Entry
 
 _ARGMAX = 2  # the end token's id that CLIPModel takes for "pool at the highest id of the prompt"
@@ -104,9 +105,8 @@ def _places(shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, _Place]]:
 def hf_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> CLIPConfig:
     """Returns the configuration of the CLIPModel that computes what an open_clip model (on any device) does.
 
-    tokenizer: the model's, where transformers has it. InputError: as `check_is_clip`.
+    model: one that `check_is_clip` takes. tokenizer: the model's, where transformers has it.
     """
-    check_is_clip(model)
     visual, text = model.visual, model.text
     image_shape = {"image_size": visual.image_size[0], "patch_size": visual.patch_size[0]}
     special = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id", None) for token in ("bos", "pad")}

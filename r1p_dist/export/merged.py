@@ -1,62 +1,29 @@
-"""A model's weights, read one at a time: from the base model's file, plus what tasks merged.
-
-Names are those of an open_clip model whose text tower is a module (`text.…`).
-"""
+"""A model's weights, read one at a time: from the base model's files, plus what tasks merged."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from r1p_dist.adapters import Factors, LowRankLinear
-from r1p_dist.backbones import Placement, load_clip, weights_identity
-from r1p_dist.backbones.weights import draw, map_weights, weights_file
-from r1p_dist.config import BackboneConfig
-
-TEMPERATURE = ("logit_scale", "logit_bias")
+from r1p_dist.backbones import Backbone
 
 
-class FrozenWeights:
+class FrozenWeights(Protocol):
     """The pristine weights of a backbone, without a model that holds them.
 
-    backbone: the model on the meta device, for its shapes and settings. identity: as in checkpoints. shapes: by name;
-    a temperature is a number (0-dim).
+    backbone: the model on the meta device, for its shapes and settings. identity: as in checkpoints. shapes: by name.
     """
 
-    def __init__(self, config: BackboneConfig):
-        """InputError: as `load_clip`."""
-        self.backbone = load_clip(
-            config.name,
-            config.pretrained,
-            force_quick_gelu=config.force_quick_gelu,
-            placement=Placement(torch.device("meta")),
-        )
-        self.identity = weights_identity(config, self.backbone)
-        file = weights_file(config.name, config.pretrained)
-        self._mapped = None if file is None else map_weights(file, self.backbone.model)
-        self._owners: dict[str, tuple[nn.Module, str]] = {}  # whose weight it is, and its name in the backbone
-        self._names: dict[nn.Parameter, str] = {}
-        self.shapes: dict[str, torch.Size] = {}
-        for prefix, module in self.backbone.named_modules():
-            for own, parameter in module.named_parameters(recurse=False):
-                whole = f"{prefix}.{own}"
-                # blocks open to adapters hold the fused projection as a linear
-                name = whole.removeprefix("model.").replace(".attn.in_proj.linear.", ".attn.in_proj_")
-                self._owners[name] = module, whole
-                self._names[parameter] = name
-                self.shapes[name] = torch.Size() if name in TEMPERATURE else parameter.shape
+    backbone: Backbone
+    identity: dict[str, str | None]
+    shapes: Mapping[str, torch.Size]
 
     def locate(self, adapter: LowRankLinear) -> tuple[str, slice]:
         """Returns the name of the weight that an adapter on `backbone` serves, and its rows."""
-        return self._names[adapter.linear.weight], adapter.rows
 
     def read(self, name: str) -> torch.Tensor:
         """Returns a weight; it may be mapped from the file, so it must not be written to."""
-        shape = self.shapes[name]
-        if self._mapped is not None:
-            return self._mapped[name].reshape(shape)
-        module, whole = self._owners[name]
-        return draw(module, whole, torch.empty(shape))
 
 
 class MergedWeights:

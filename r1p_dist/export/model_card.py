@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from r1p_dist.backbones.weights import weights_file
 from r1p_dist.config import BackboneConfig
+from r1p_dist.data.stream import ASSETS
+from r1p_dist.evaluation.answers import SCALE
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import method_class
@@ -17,6 +18,9 @@ _FIGURES = {
     "average": "Average: all tasks, all moments of the stream",
     "last": "Last: all tasks after the last one",
 }
+_PIPELINES = {"open_clip": "zero-shot-image-classification", "llava": "image-text-to-text"}
+_MADE_FROM = {"open_clip": "a CLIP model of open_clip", "llava": "a LLaVA model of transformers"}
+_TINY = {"open_clip": "tiny", "llava": "tiny_llava"}  # the shipped model's section in NOTICE.md
 
 
 def write_card(
@@ -31,13 +35,14 @@ def write_card(
 
     tasks: whose updates the folder holds, none for the base model alone. library: what loads it; usage: how, in Python.
     """
+    kind = run.config.backbone.kind
     name, stream, sha256 = _model_name(run.config.backbone), _stream_name(run), run.base.identity["sha256"]
     updates = f"the updates of {', '.join(task.name for task in tasks)}" if tasks else "no update: the base model alone"
-    head = {"library_name": library, "pipeline_tag": "zero-shot-image-classification", "license": "other"}
+    head = {"library_name": library, "pipeline_tag": _PIPELINES[kind], "license": "other"}
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name} with {run.config.method} on {stream}" if tasks else f"# {name}",
-        f"Made by r1p_dist from a CLIP model of open_clip; holds {updates}.",
+        f"Made by r1p_dist from {_MADE_FROM[kind]}; holds {updates}.",
         *notes,
         "## How to load it",
         f"```python\n{usage}\n```",
@@ -50,7 +55,7 @@ def write_card(
     ]
     write_atomically(folder / "README.md", "\n\n".join(lines) + "\n")
     if run.config.backbone.name == "tiny":
-        shutil.copyfile(weights_file("tiny", None).parents[1] / "NOTICE.md", folder / "NOTICE.md")
+        shutil.copyfile(ASSETS / "NOTICE.md", folder / "NOTICE.md")
 
 
 def _results(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> list[str]:
@@ -63,11 +68,13 @@ def _results(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> list[str]:
         else "These figures are those of the run with all of its tasks; this folder holds other updates."
     )
     figures = [f"| {meaning} | {_number(metrics.get(key))} |" for key, meaning in _FIGURES.items()]
-    table = ["| Task | Zero-shot | After the last task |", "| --- | ---: | ---: |"]
-    for i, name in enumerate(metrics["tasks"]):
-        table.append(f"| {name} | {_number(rows[0][i])} | {_number(rows[-1][i])} |")
+    table = ["| Task | Metric | Zero-shot | After the last task |", "| --- | --- | ---: | ---: |"]
+    kinds = metrics.get("metric") or ["accuracy"] * len(metrics["tasks"])
+    for name, kind, before, after in zip(metrics["tasks"], kinds, rows[0], rows[-1], strict=True):
+        scale = SCALE.get(kind, "percent")
+        table.append(f"| {name} | {kind}, {scale} | {_number(before)} | {_number(after)} |")
     return [
-        "## Accuracy, percent",
+        "## Scores",
         measured,
         "\n".join(["| Figure | |", "| --- | ---: |", *figures]),
         "\n".join(table),
@@ -89,8 +96,8 @@ def _stream_name(run: FinishedRun) -> str:
 
 
 def _model_name(config: BackboneConfig) -> str:
-    is_folder = config.name.startswith("local-dir:")
-    return Path(config.name.removeprefix("local-dir:")).name if is_folder else config.name
+    source = config.name.removeprefix("local-dir:")
+    return Path(source).name if Path(source).is_dir() else config.name
 
 
 def _weights_name(config: BackboneConfig) -> str:
@@ -100,7 +107,10 @@ def _weights_name(config: BackboneConfig) -> str:
 
 def _licence(config: BackboneConfig) -> str:
     if config.name == "tiny":
-        return "The weights keep the licences of what the base model was trained on: NOTICE.md, its section on tiny."
+        section = _TINY[config.kind]
+        return (
+            f"The weights keep the licences of what the base model was trained on: NOTICE.md, its section on {section}."
+        )
     return "The weights keep the licence of the base model; look it up where that comes from."
 
 

@@ -10,8 +10,9 @@ from open_clip.tokenizer import HFTokenizer
 
 from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import BackboneConfig
+from r1p_dist.errors import InputError
+from r1p_dist.export.clip_weights import TEMPERATURE
 from r1p_dist.export.finished_run import FinishedRun
-from r1p_dist.export.merged import TEMPERATURE
 from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import Entry, write_tensors
 from r1p_dist.files import write_atomically
@@ -20,8 +21,15 @@ WEIGHTS = "open_clip_model.safetensors"
 
 
 def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype) -> None:
-    """Writes weights, open_clip_config.json, the tokenizer where open_clip brings none, and the model card."""
+    """Writes weights, open_clip_config.json, the tokenizer where open_clip brings none, and the model card.
+
+    InputError: not a model of open_clip.
+    """
     config, backbone = run.config.backbone, run.base.backbone
+    if config.kind != "open_clip":
+        raise InputError(
+            f"backbone.kind={config.kind}: open_clip has no such model; export it with --to hf or --to peft"
+        )
     model_cfg = model_config(config)
     weights = run.merged_weights(run.deployed)
     # open_clip's plain CLIP class has the text tower's weights in the model itself

@@ -1,4 +1,4 @@
-"""The updates of a run's tasks as LoRA adapters for PEFT, on the pristine CLIPModel of transformers."""
+"""The updates of a run's tasks as LoRA adapters for PEFT, on the pristine model of transformers."""
 
 import json
 from collections.abc import Sequence
@@ -10,8 +10,7 @@ import torch
 from r1p_dist.adapters import Factors
 from r1p_dist.errors import InputError
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
-from r1p_dist.export.hf_clip import check_is_clip, hf_module
-from r1p_dist.export.hf_folder import write_hf
+from r1p_dist.export.hf_folder import HfModel, hf_model
 from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import Entry, write_tensors
 from r1p_dist.files import write_atomically
@@ -19,27 +18,30 @@ from r1p_dist.files import write_atomically
 ALL = "all"
 
 
-def write_peft(folder: Path, run: FinishedRun, dtype: torch.dtype, with_base: bool) -> None:
+def write_peft(folder: Path, run: FinishedRun, dtype: torch.dtype | None, with_base: bool) -> None:
     """Writes a folder per task, `all` for the model after them, and with `with_base` the pristine model as `base`.
 
-    InputError: nothing was trained, or CLIPModel cannot express the model.
+    dtype: of all weights; None: adapters in fp32, the base as HfModel.write has it. InputError: nothing was trained, or
+    transformers cannot express the model.
     """
-    check_is_clip(run.base.backbone.model)
+    model = hf_model(run)
     if not run.tasks:
-        raise InputError(f"{run.path}: method={run.config.method} trained nothing; use --to open_clip or hf")
+        raise InputError(f"{run.path}: method={run.config.method} trained nothing; use --to hf")
     for task in run.tasks:
-        _write_adapter(folder / task.folder, run, [task], dtype)
-    _write_adapter(folder / ALL, run, run.deployed, dtype)
+        _write_adapter(folder / task.folder, run, model, [task], dtype or torch.float32)
+    _write_adapter(folder / ALL, run, model, run.deployed, dtype or torch.float32)
     if with_base:
-        write_hf(folder / "base", run, [], dtype)
+        model.write(folder / "base", [], dtype)
     content = [f"- `{task.folder}`: the update of task {task.name} alone" for task in run.tasks]
     content.append(f"- `{ALL}`: the model after these tasks, the sum of {', '.join(t.name for t in run.deployed)}")
     if len(run.deployed) < len(run.tasks):
         content.append(f"\n{run.config.method} keeps one update: that of a task holds those of the tasks before it.")
-    write_card(folder, run, run.deployed, "peft", _usage(f"FOLDER/{ALL}"), ["\n".join(content)])
+    write_card(folder, run, run.deployed, "peft", _usage(model, f"FOLDER/{ALL}"), ["\n".join(content)])
 
 
-def _write_adapter(folder: Path, run: FinishedRun, tasks: Sequence[TaskUpdate], dtype: torch.dtype) -> None:
+def _write_adapter(
+    folder: Path, run: FinishedRun, model: HfModel, tasks: Sequence[TaskUpdate], dtype: torch.dtype
+) -> None:
     """Writes the sum of the tasks' updates as one adapter whose rank is the number of their experts.
 
     PEFT has one scaling (lora_alpha / r) for all of them: the first task's; what others differ by goes into their B.
@@ -49,25 +51,25 @@ def _write_adapter(folder: Path, run: FinishedRun, tasks: Sequence[TaskUpdate], 
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": model.base_name,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": scaling * rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [hf_module(layer) for layer in run.places],
+        "target_modules": [model.module(layer) for layer in run.places],
     }
     entries = []
     for layer in run.places:
         factors = [task.factors[layer] for task in tasks]
         A_shape, B_shape = (rank, factors[0].A.shape[1]), (len(factors[0].B), rank)
-        prefix = f"base_model.model.{hf_module(layer)}"
+        prefix = f"base_model.model.{model.module(layer)}"
         entries.append(Entry(f"{prefix}.lora_A.weight", A_shape, dtype, partial(_joined_A, factors)))
         entries.append(Entry(f"{prefix}.lora_B.weight", B_shape, dtype, partial(_joined_B, factors, scaling)))
     folder.mkdir()
     write_tensors(folder / "adapter_model.safetensors", entries)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_card(folder, run, tasks, "peft", _usage("FOLDER"))
+    write_card(folder, run, tasks, "peft", _usage(model, "FOLDER"))
 
 
 def _joined_A(factors: Sequence[Factors]) -> torch.Tensor:
@@ -78,13 +80,14 @@ def _joined_B(factors: Sequence[Factors], scaling: float) -> torch.Tensor:
     return torch.cat([update.scaling / scaling * update.B for update in factors], dim=1)
 
 
-def _usage(adapter: str) -> str:
+def _usage(model: HfModel, adapter: str) -> str:
+    base = f'{model.model_class}.from_pretrained("{model.base_name or "BASE"}")'
     return "\n".join(
         [
             "from peft import PeftModel",
-            "from transformers import CLIPModel",
+            f"from transformers import {model.model_class}",
             "",
-            'base = CLIPModel.from_pretrained("BASE")  # the base model\'s own weights, as --with-base writes them',
+            f"base = {base}  # the base model's own weights, as --with-base writes them",
             f'model = PeftModel.from_pretrained(base, "{adapter}")',
         ]
     )

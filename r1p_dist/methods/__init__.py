@@ -2,7 +2,7 @@
 
 import difflib
 
-from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones import Backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.methods.dac import Dac
@@ -23,6 +23,6 @@ def method_class(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def make_method(config: RunConfig, backbone: ClipBackbone) -> Method:
+def make_method(config: RunConfig, backbone: Backbone) -> Method:
     """Puts the method that a run's configuration names on the backbone. InputError: an unknown one."""
     return method_class(config.method)(config, backbone)

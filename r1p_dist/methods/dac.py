@@ -6,7 +6,7 @@ import torch
 
 from r1p_dist.adapters import AdaptedLinear, Factors, Routing
 from r1p_dist.adapters.pool import share_votes
-from r1p_dist.backbones import Slot, attach
+from r1p_dist.backbones import Slot
 from r1p_dist.methods.method import Method
 
 
@@ -39,7 +39,7 @@ class Dac(Method):
                 routing=routing,
             )
 
-        return attach(self.backbone, make, targets.towers, targets.layers)
+        return self.backbone.attach(make, targets.towers, targets.layers)
 
     def begin_task(self, index: int) -> None:
         for i, adapter in enumerate(self.adapters):

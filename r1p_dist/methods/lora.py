@@ -1,7 +1,7 @@
 """Plain LoRA on the stream: kept going from task to task, merged and begun anew, or on all tasks jointly."""
 
 from r1p_dist.adapters import Factors, LoRALinear, Routing
-from r1p_dist.backbones import Slot, attach
+from r1p_dist.backbones import Slot
 from r1p_dist.data import Stream
 from r1p_dist.methods.method import Method, Stage
 
@@ -18,7 +18,7 @@ class Lora(Method):
         def make(slot: Slot, routing: Routing) -> LoRALinear:
             return LoRALinear(slot.linear, lora.rank, lora.alpha, lora.dropout, rows=slot.rows)
 
-        return attach(self.backbone, make, targets.towers, targets.layers)
+        return self.backbone.attach(make, targets.towers, targets.layers)
 
     def begin_task(self, index: int) -> None:
         for i, adapter in enumerate(self.adapters):

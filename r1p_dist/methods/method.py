@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters import Factors, LowRankLinear
-from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones import Backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, Task
 
@@ -30,7 +30,7 @@ class Method:
 
     sections: tuple[str, ...] = ()
 
-    def __init__(self, config: RunConfig, backbone: ClipBackbone):
+    def __init__(self, config: RunConfig, backbone: Backbone):
         self.config, self.backbone = config, backbone
         self.adapters: list[LowRankLinear] = self.attach()
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import random
 import signal
 import subprocess
@@ -119,7 +118,7 @@ def test_train_and_test_make_a_stream_that_trains(folder: Path, tmp_path: Path, 
     (task,) = stream.tasks
     assert task.name == "insects" and task.class_names == CLASSES and task.sizes == {"train": 18, "test": 18}
     dataset = ShardDataset(task.train, task.class_names)
-    assert len(dataset) == 18 and all(dataset.read(i)[0].size == (24, 16) for i in range(18))
+    assert len(dataset) == 18 and all(dataset.read(i).images[0].size == (24, 16) for i in range(18))
     assert "18 samples in 4 shards, 3 classes" in capsys.readouterr().out
 
 
@@ -173,7 +172,7 @@ def test_a_shard_whose_pictures_were_all_left_out_harms_no_other(folder: Path, t
     assert sorted(shard["samples"] for shard in index["shards"]) == [0] + [1] * 17
     shards = [tmp_path / "out/train" / shard["name"] for shard in index["shards"] if shard["samples"]]
     dataset = ShardDataset(shards, CLASSES)
-    assert len(dataset) == 17 and all(dataset.read(i)[0].size == (24, 16) for i in range(17))
+    assert len(dataset) == 17 and all(dataset.read(i).images[0].size == (24, 16) for i in range(17))
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
@@ -250,23 +249,6 @@ def test_converted_shards_and_others_layouts_convert_again(folder: Path, tmp_pat
     index = run(open_source(str(img2dataset), None, SourceOptions()), tmp_path / "third")
     names = {Path(name).suffix for name, _ in members(tmp_path / "third")}
     assert index["samples"] == 3 and index["classes"] is None and names == {".jpg", ".txt", ".json"}
-
-
-def test_llava_conversations_keep_their_record_without_the_picture(folder: Path, tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Eine Käferin."}]
-    records = [
-        {"id": f"q{i}", "image": f"ant/a.{i:02d}.{'jpg png webp'.split()[i % 3]}", "conversations": turns}
-        for i in range(3)
-    ]
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    source = open_source(str(tmp_path / "train.json"), None, SourceOptions(image_folder=folder))
-    assert run(source, tmp_path / "out")["samples"] == 3
-    texts = [json.loads(content) for name, content in members(tmp_path / "out") if name.endswith(".json")]
-    assert sorted(text["id"] for text in texts) == ["q0", "q1", "q2"]
-    assert all(text["conversations"] == turns and "image" not in text for text in texts)
-    (tmp_path / "train.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
-    with pytest.raises(InputError, match="record 0: needs one picture path `image`"):
-        open_source(str(tmp_path / "train.json"), None, SourceOptions())
 
 
 def test_help_names_every_command_and_kind(tool: ModuleType, capsys) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from r1p_dist.data.convert.sources import Source, SourceOptions, open_source
 from r1p_dist.errors import InputError
 from tests.data.converting import CLASSES, contents, load_tool, picture, pixels, run, samples, write_photos
+from tests.data.toy_conversations import turns
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 NUMBERS = [3, 10, 2, 10, 3, 2]
@@ -368,8 +369,7 @@ def test_the_licences_of_shards_and_conversations(photos: list[Path], tmp_path: 
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     assert open_source(str(tmp_path), "shards", SourceOptions()).licences == ["cc-by"] + ["unknown"] * 5
-    turns = [{"from": "human", "value": "<image>\nWhat?"}]
-    record = {"id": "q", "image": str(photos[0]), "conversations": turns}
+    record = {"id": "q", "image": str(photos[0]), "conversations": turns("<image>\nWhat?", "That.")}
     (tmp_path / "a.json").write_text(json.dumps([record, {**record, "license": "CC0"}]))
     assert open_source(str(tmp_path / "a.json"), None, SourceOptions()).licences == ["unknown", "CC0"]
     (tmp_path / "a.json").write_text(json.dumps([record]))

@@ -125,9 +125,9 @@ class _Payload:
 def test_members_with_code_are_never_opened(tmp_path: Path, suffix: str):
     payload = pickle.dumps(_Payload(tmp_path / "ran"))
     shard = write_tar(tmp_path / "a.tar", [*sample_files(0, 1), (f"s00000.{suffix}", payload)])
-    image, label = ShardDataset([shard], CLASSES).read(0)
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(picture(0)))))
-    assert label == 1
+    sample = ShardDataset([shard], CLASSES).read(0)
+    np.testing.assert_array_equal(np.asarray(sample.images[0]), np.asarray(Image.open(io.BytesIO(picture(0)))))
+    assert sample.label == 1
     assert set(split_sample(shard.read_bytes(), "s00000", "")) == {"png", "cls"}
     (tmp_path / "classnames.txt").write_text("ant\nbee\ncat\n")
     convert(open_source(str(tmp_path), "shards", SourceOptions()), tmp_path / "out", ConvertOptions(), name="x")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from r1p_dist.data.encoders import PictureEncoder
 from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader
 from r1p_dist.data.order import SampleOrder
 from r1p_dist.data.shards import ShardDataset
@@ -20,6 +21,7 @@ from tests.data.toy_task import make_task, picture, write_tar
 
 PREPROCESS = {"size": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
 TRANSFORM = train_transform(PREPROCESS, True)
+AUGMENTING, FIXED = (PictureEncoder(PREPROCESS, augment) for augment in (True, False))
 COUNT = 22
 
 
@@ -35,7 +37,7 @@ def load(tasks: list[Task], **options) -> TrainLoader:
         "gradient_accumulation_steps": 1,
         "rank": 0,
         "world_size": 1,
-        "transform": TRANSFORM,
+        "encoder": AUGMENTING,
         "seed": 3,
         "shots": None,
         "include_validation": False,
@@ -62,9 +64,10 @@ def reference_samples(task: Task, seed: int, start: int, stop: int) -> tuple[tor
     """The samples start .. stop - 1 of a task, each from its own dataset, generator and transform call."""
     images, labels = [], []
     for g in range(start, stop):
-        image, label = ShardDataset(task.train, task.class_names).read(reference_index(COUNT, seed, task.name, g))
-        images.append(TRANSFORM(image, torch.Generator().manual_seed(digest("augment", seed, task.name, g))))
-        labels.append(label)
+        sample = ShardDataset(task.train, task.class_names).read(reference_index(COUNT, seed, task.name, g))
+        generator = torch.Generator().manual_seed(digest("augment", seed, task.name, g))
+        images.append(TRANSFORM(sample.images[0], generator))
+        labels.append(sample.label)
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -100,7 +103,7 @@ def test_all_ranks_and_workers_see_the_same_sequence(task: Task, world_size: int
             assert loader.micro_batch_size == share
             for number, batch in enumerate(batches):
                 start = number * micro + rank * share
-                assert set(batch) == {"image", "label"}
+                assert set(batch) == {"image", "label", "sample"}
                 assert batch["image"].dtype == torch.float32 and batch["label"].dtype == torch.int64
                 assert torch.equal(batch["image"], images[start : start + share])
                 assert torch.equal(batch["label"], labels[start : start + share])
@@ -133,7 +136,7 @@ def test_a_resumed_run_goes_on_at_the_next_sample(task: Task, workers: int):
 
 def test_no_sample_is_dropped_or_repeated_within_an_epoch(task: Task):
     # 11 steps of 8 are exactly 4 epochs of 22; without augmentation a picture is the same in each epoch.
-    loader = load([task], iterations=11, transform=train_transform(PREPROCESS, False))
+    loader = load([task], iterations=11, encoder=FIXED)
     images = torch.cat([batch["image"] for batch in loader])
     counts = torch.unique(images.flatten(1), dim=0, return_counts=True)[1]
     assert counts.tolist() == [4] * 22
@@ -158,20 +161,20 @@ def test_shots_and_validation_choose_the_samples(task: Task):
     expected = ShardDataset(task.train, task.class_names, shots=2, seed=3)
     few = load([task], shots=2).dataset
     assert few.labels == expected.labels and len(few) == 6
-    assert few.read(4)[0].tobytes() == expected.read(4)[0].tobytes()
+    assert few.read(4).images[0].tobytes() == expected.read(4).images[0].tobytes()
 
 
 def test_joint_training_labels_the_prompts_of_all_tasks(task: Task, tmp_path: Path):
     tools = make_task(tmp_path, "tools", [1, 0, 1, 1, 0], ["saw", "axe"], first=100)
-    loader = load([task, tools], iterations=1, global_batch_size=27, transform=train_transform(PREPROCESS, False))
+    loader = load([task, tools], iterations=1, global_batch_size=27, encoder=FIXED)
     assert loader.prompts == [f"a photo of a {name}." for name in ("apple", "fig", "pear", "saw", "axe")]
     (batch,) = loader
     pairs = [(task, index) for index in range(22)] + [(tools, index) for index in range(5)]
     for position, joint_index in enumerate(sample_order(27, 3, "fruit+tools", 0, 27)):
         source, index = pairs[joint_index]
-        image, label = ShardDataset(source.train, source.class_names).read(index)
-        assert loader.prompts[batch["label"][position]] == source.prompt(label)
-        assert torch.equal(batch["image"][position], evaluation_transform(PREPROCESS)(image))
+        sample = ShardDataset(source.train, source.class_names).read(index)
+        assert loader.prompts[batch["label"][position]] == source.prompt(sample.label)
+        assert torch.equal(batch["image"][position], evaluation_transform(PREPROCESS)(sample.images[0]))
 
 
 @pytest.mark.parametrize(
@@ -217,15 +220,15 @@ def test_a_bad_picture_is_replaced_by_the_next_alike_on_all_world_sizes(
         files += [(f"s{index}.png", content), (f"s{index}.cls", str(index % 3).encode())]
     shard = write_tar(tmp_path / "bad.tar", files)
     bad = replace(task, train=(shard,), sizes={})
-    fixed = train_transform(PREPROCESS, False)
     lenient = {"max_bad_fraction": 0.5}
     images = {
-        index: evaluation_transform(PREPROCESS)(ShardDataset([shard], "abc").read(index)[0]) for index in (0, 1, 4)
+        index: evaluation_transform(PREPROCESS)(ShardDataset([shard], "abc").read(index).images[0])
+        for index in (0, 1, 4)
     }
     stand_in = {0: 0, 1: 1, 2: 4, 3: 4, 4: 4, 5: 0}
 
     for world_size in (1, 2):
-        options = {"iterations": 4, "global_batch_size": 6, "world_size": world_size, "transform": fixed, **lenient}
+        options = {"iterations": 4, "global_batch_size": 6, "world_size": world_size, "encoder": FIXED, **lenient}
         with caplog.at_level(logging.WARNING, "r1p_dist.data.loader"):
             loaders = [load([bad], rank=rank, workers=workers, **options) for rank in range(world_size)]
             ranks = [list(loader) for loader in loaders]
@@ -299,14 +302,14 @@ def test_evaluation_leaves_bad_pictures_out_and_keeps_the_others_places(
     assert sorted(seen) == [0, 2, 3, 5, 6] and left_out == {1, 4}
     reference = ShardDataset(bad.test, bad.class_names)
     for position, (image, label) in seen.items():
-        expected, expected_label = reference.read(position)
-        assert torch.equal(image, transform(expected)) and label == expected_label
+        expected = reference.read(position)
+        assert torch.equal(image, transform(expected.images[0])) and label == expected.label
     assert "key s4" in caplog.text and "left out of the evaluation" in caplog.text
 
 
 def evaluate(task: Task, **options) -> EvaluationLoader:
     defaults = {"split": "test", "batch_size": 4, "rank": 0, "world_size": 1, "workers": 0}
-    return EvaluationLoader(task, transform=evaluation_transform(PREPROCESS), **(defaults | options))
+    return EvaluationLoader(task, encoder=FIXED, **(defaults | options))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (3, 0), (3, 1), (5, 0)])
@@ -322,8 +325,8 @@ def test_evaluation_has_each_sample_once_over_all_ranks(task: Task, world_size: 
         images = torch.cat([batch["image"] for batch in batches])
         labels = torch.cat([batch["label"] for batch in batches])
         share = [dataset.read(index) for index in range(rank, 22, world_size)]
-        assert torch.equal(images, torch.stack([evaluation_transform(PREPROCESS)(image) for image, _ in share]))
-        assert labels.tolist() == [label for _, label in share]
+        assert torch.equal(images, torch.stack([evaluation_transform(PREPROCESS)(s.images[0]) for s in share]))
+        assert labels.tolist() == [sample.label for sample in share]
         seen += len(labels)
     assert seen == 22
     assert len(lengths) == 1  # a forward pass may be collective
@@ -352,7 +355,7 @@ def test_any_ranks_and_workers_see_every_sample_once(task: Task, world_size: int
             rank=rank,
             workers=workers,
             shuffle_shards=window,
-            transform=train_transform(PREPROCESS, False),
+            encoder=FIXED,
         )
         batches = list(loader)
         assert len(batches) == 11
@@ -361,7 +364,7 @@ def test_any_ranks_and_workers_see_every_sample_once(task: Task, world_size: int
     sequence = sum(seen, [])
     transform = evaluation_transform(PREPROCESS)
     everything = ShardDataset(task.train, task.class_names)
-    pixels = [transform(everything.read(index)[0]).numpy().tobytes() for index in range(COUNT)]
+    pixels = [transform(everything.read(index).images[0]).numpy().tobytes() for index in range(COUNT)]
     assert len(set(pixels)) == COUNT
     for epoch in range(6):
         assert sorted(sequence[COUNT * epoch : COUNT * (epoch + 1)]) == sorted(pixels)
@@ -404,9 +407,8 @@ def test_replay_has_its_share_of_every_block_and_its_own_order(task: Task, tmp_p
     tools = make_task(tmp_path, "tools", [1, 0, 1, 1, 0], ["saw", "axe"], first=100)
     birds = make_task(tmp_path, "birds", [0, 1, 0], ["owl", "tit"], first=200)
     extras = [Extra("replay", [tools, birds], 0.25)]
-    fixed = train_transform(PREPROCESS, False)
     ranks = [
-        list(load([task], extras=extras, iterations=10, world_size=2, rank=rank, transform=fixed)) for rank in (0, 1)
+        list(load([task], extras=extras, iterations=10, world_size=2, rank=rank, encoder=FIXED)) for rank in (0, 1)
     ]
     batches = [torch.cat([one["label"], other["label"]]) for one, other in zip(*ranks, strict=True)]
     images = torch.cat([torch.cat([one["image"], other["image"]]) for one, other in zip(*ranks, strict=True)])
@@ -420,9 +422,9 @@ def test_replay_has_its_share_of_every_block_and_its_own_order(task: Task, tmp_p
     assert [prompt.split()[-1] for prompt in prompts] == ["apple.", "fig.", "pear.", "saw.", "axe.", "owl.", "tit."]
     for image, label in zip(images, labels, strict=True):
         source, index = past[next(past_order)] if label >= 3 else (task, next(own_order))
-        expected, expected_label = ShardDataset(source.train, source.class_names).read(index)
-        assert prompts[label] == source.prompt(expected_label)
-        assert torch.equal(image, evaluation_transform(PREPROCESS)(expected))
+        expected = ShardDataset(source.train, source.class_names).read(index)
+        assert prompts[label] == source.prompt(expected.label)
+        assert torch.equal(image, evaluation_transform(PREPROCESS)(expected.images[0]))
     places = [[position for position, label in enumerate(batch.tolist()) if label >= 3] for batch in batches]
     assert len({tuple(place) for place in places}) > 3, "at random places of a block"
 

@@ -48,7 +48,7 @@ def test_shipped_splits_share_no_sample(shipped: Stream):
         for split in ("train", "validation", "test"):
             dataset = ShardDataset(getattr(task, split), task.class_names)
             keys[split] = {sample.key for shard in getattr(task, split) for sample in index_shard(shard)}
-            pictures[split] = {dataset.read(index)[0].tobytes() for index in range(len(dataset))}
+            pictures[split] = {dataset.read(index).images[0].tobytes() for index in range(len(dataset))}
         for first, second in [("train", "validation"), ("train", "test"), ("validation", "test")]:
             assert not keys[first] & keys[second]
             assert not pictures[first] & pictures[second]
@@ -63,7 +63,7 @@ def test_shipped_shards_are_plain_webdataset_with_source_and_licence(shipped: St
             facts = json.loads(sample["json"])
             assert facts["class"] == task.class_names[int(sample["cls"])]
             assert facts["source"] and facts["license"]
-        assert {dataset.read(0)[0].size} == {(64, 64)}
+        assert {dataset.read(0).images[0].size} == {(64, 64)}
 
 
 def test_shipped_orders_and_domains(shipped: Stream):

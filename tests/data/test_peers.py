@@ -188,7 +188,7 @@ def test_we_read_and_convert_clip_benchmarks_shards(
     dataset = ShardDataset(shards, CLASSES)
     read = [dataset.read(index) for index in range(len(dataset))]
     assert len(shards) == 3
-    assert sorted([hashlib.sha256(image.tobytes()).hexdigest(), n] for image, n in read) == labels_of(photos)
+    assert sorted([hashlib.sha256(s.images[0].tobytes()).hexdigest(), s.label] for s in read) == labels_of(photos)
 
     source = open_source(str(root), None, SourceOptions(split=split))
     assert source.class_names == CLASSES and source.templates == (TWO_TEMPLATES[:1] if name == "files" else None)

@@ -20,10 +20,10 @@ import yaml
 from r1p_dist.data import Stream, Task
 from r1p_dist.data.convert.sources import SourceOptions, open_source
 from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.encoders import PictureEncoder
 from r1p_dist.data.loader import TrainLoader
 from r1p_dist.data.remote import NotThereError, ShardCache, is_url, read_remote
 from r1p_dist.data.shards import ShardDataset
-from r1p_dist.data.transforms import train_transform
 from r1p_dist.errors import InputError
 from tests.data.toy_task import picture
 
@@ -120,7 +120,7 @@ def shards(base: str | Path) -> list:
 
 
 def identity(dataset: ShardDataset) -> list[tuple[bytes, int]]:
-    return [(image.tobytes(), label) for image, label in (dataset.read(index) for index in range(len(dataset)))]
+    return [(sample.images[0].tobytes(), sample.label) for sample in map(dataset.read, range(len(dataset)))]
 
 
 def test_addresses_are_told_from_paths():
@@ -223,7 +223,7 @@ from r1p_dist.data.shards import ShardDataset
 shards = [f"{sys.argv[1]}/train/{number:06d}.tar" for number in range(8)]
 dataset = ShardDataset(shards, ("ant", "bee", "cat"), cache=ShardCache(Path(sys.argv[2])))
 print("ready", flush=True)
-print(hashlib.sha256(b"".join(dataset.read(i)[0].tobytes() for i in range(len(dataset)))).hexdigest())
+print(hashlib.sha256(b"".join(dataset.read(i).images[0].tobytes() for i in range(len(dataset)))).hexdigest())
 """
 
 
@@ -258,7 +258,7 @@ def load(tasks: Sequence[Task], cache: Path, iterations: int, workers: int) -> T
         gradient_accumulation_steps=1,
         rank=0,
         world_size=1,
-        transform=train_transform(PREPROCESS, True),
+        encoder=PictureEncoder(PREPROCESS, True),
         seed=1,
         shots=None,
         include_validation=False,

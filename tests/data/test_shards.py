@@ -44,10 +44,11 @@ def test_reading_equals_plain_tarfile_and_webdataset(tmp_path: Path):
     dataset = ShardDataset([shard], CLASSES)
     assert (len(dataset), dataset.labels) == (3, [2, 0, 1])
     for index, name in [(2, "c.png"), (0, "sub/a.JPG"), (1, "b.webp"), (0, "sub/a.JPG")]:
-        image, label = dataset.read(index)
+        sample = dataset.read(index)
+        (image,) = sample.images
         with tarfile.open(shard) as tar:
             expected = pixels(tar.extractfile(name).read())
-        assert image.mode == "RGB" and label == dataset.labels[index]
+        assert image.mode == "RGB" and sample.label == dataset.labels[index]
         np.testing.assert_array_equal(np.asarray(image), expected)
 
     plain = read_webdataset(shard)
@@ -85,8 +86,9 @@ def test_links_are_not_followed(tmp_path: Path):
 
 def test_a_pickled_dataset_reads_the_same(tmp_path: Path):
     dataset = ShardDataset([write_tar(tmp_path / "a.tar", sample_files(0, 0) + sample_files(1, 1))], CLASSES)
-    before = np.asarray(dataset.read(1)[0])
-    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(dataset)).read(1)[0]), before)
+    before, after = dataset.read(1), pickle.loads(pickle.dumps(dataset)).read(1)
+    np.testing.assert_array_equal(np.asarray(after.images[0]), np.asarray(before.images[0]))
+    assert after.number == before.number
 
 
 def test_few_open_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -94,12 +96,12 @@ def test_few_open_files_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shards = [write_tar(tmp_path / f"{number}.tar", sample_files(number, 0)) for number in range(5)]
     dataset = ShardDataset(shards, CLASSES)
     for index in (0, 1, 2, 3, 4, 0, 3):
-        np.testing.assert_array_equal(np.asarray(dataset.read(index)[0]), pixels(picture(index)))
+        np.testing.assert_array_equal(np.asarray(dataset.read(index).images[0]), pixels(picture(index)))
     assert len(dataset._files) == 2
 
 
 def identity(dataset: ShardDataset) -> list[tuple[bytes, int]]:
-    return [(image.tobytes(), label) for image, label in (dataset.read(index) for index in range(len(dataset)))]
+    return [(sample.images[0].tobytes(), sample.label) for sample in map(dataset.read, range(len(dataset)))]
 
 
 def test_few_shots_are_fixed_by_the_seed_whatever_the_shards(tmp_path: Path):
@@ -228,7 +230,7 @@ def test_a_bad_picture_is_named_when_read(tmp_path: Path, content: bytes, reason
     check_message(lambda: dataset.read(0), [f"{shard}: key k", reason])
     with pytest.raises(BadSampleError):
         dataset.read(0)
-    np.testing.assert_array_equal(np.asarray(dataset.read(1)[0]), pixels(picture(0)))
+    np.testing.assert_array_equal(np.asarray(dataset.read(1).images[0]), pixels(picture(0)))
 
 
 def test_a_shard_that_shrinks_during_the_run(tmp_path: Path):
@@ -300,12 +302,13 @@ def test_flipped_and_cut_bytes_never_pass_for_another_picture(tmp_path: Path, ha
         for index in range(len(dataset)):
             key = dataset._keys[index]
             try:
-                image, label = dataset.read(index)
+                sample = dataset.read(index)
             except BadSampleError:
                 outcomes["bad"] += 1
                 continue
             touched = any(start <= place < stop for start, stop in spans.get(key, []))
             if has_index or (key in originals and not touched):
-                assert image.tobytes() == originals[key][0].tobytes() and label == originals[key][1]
+                original = originals[key]
+                assert sample.images[0].tobytes() == original.images[0].tobytes() and sample.label == original.label
                 outcomes["compared"] += 1
     assert outcomes["refused"] > 100 and outcomes["bad"] > 100 and outcomes["compared"] > 1000, outcomes

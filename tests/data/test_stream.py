@@ -170,7 +170,9 @@ def test_a_fault_in_a_text_names_file_and_line(folder: Path, file: str, text: st
 
 
 def test_a_missing_stream_names_those_shipped(tmp_path: Path):
-    check_message(lambda: Stream.load("mini_mtill"), ["mini_mtill", "nearest: mini_mtil", "one of: mini_mtil"])
+    check_message(
+        lambda: Stream.load("mini_mtill"), ["mini_mtill", "nearest: mini_mtil", "one of: mini_instruct, mini_mtil"]
+    )
     check_message(lambda: Stream.load(tmp_path / "no.yaml"), [str(tmp_path / "no.yaml")])
 
 
@@ -186,6 +188,74 @@ def check_message(call, words: list[str]) -> None:
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == [], message
+
+
+INSTRUCTION = {"name": "charts", "train": ["fruit/train-000000.tar"], "test": ["fruit/test-000000.tar"]}
+INSTRUCTION |= {"metric": "vqa_accuracy"}
+
+
+def write_instructions(folder: Path, *tasks: dict) -> None:
+    write(folder, {"name": "toy", "tasks": list(tasks or [INSTRUCTION])})
+
+
+def test_a_task_of_instructions_has_a_metric_in_the_place_of_classes(folder: Path):
+    own = {"name": "own", "max_new_tokens": 5, "format": "[0-9]+|yes|no", "sizes": {"test": 2}, "domain": "unseen"}
+    write_instructions(folder, INSTRUCTION, INSTRUCTION | own)
+    charts, named = Stream.load(folder).tasks
+    assert charts.is_instruction and (charts.class_names, charts.templates) == ((), ())
+    assert (charts.metric, charts.max_new_tokens, charts.format) == ("vqa_accuracy", 64, None)
+    assert (named.max_new_tokens, named.format) == (5, "[0-9]+|yes|no")
+    assert (named.sizes, named.domain) == ({"test": 2}, "unseen")
+    write(folder, content())
+    fruit = Stream.load(folder).tasks[0]
+    assert not fruit.is_instruction and fruit.metric == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metric": "accuracy"}, "charts.metric: must be one of exact_match, vqa_accuracy, multiple_choice, rouge_l, "),
+        ({"metric": ["cider"]}, r"charts.metric: must be one of .*, got \['cider'\]"),
+        ({"metric": None}, r"tasks\[0\]: key 'class_names' is missing; a task of conversations needs 'metric' instead"),
+        ({"class_names": "c.txt"}, r"tasks\[0\]: has both 'class_names' and 'metric'; leave out 'class_names' if its"),
+        ({"templates": "t.txt"}, r"tasks\[0\]: has both 'templates' and 'metric'"),
+        ({"max_new_tokens": 0}, "charts.max_new_tokens: must be a number of tokens from 1 to 4096, got 0"),
+        ({"max_new_tokens": 4097}, "charts.max_new_tokens: .* got 4097"),
+        ({"max_new_tokens": True}, "charts.max_new_tokens: .* got True"),
+        ({"max_new_tokens": "64"}, "charts.max_new_tokens: .* got '64'"),
+        ({"format": "(a"}, r"charts.format: '\(a' is no regular expression: missing \)"),
+        ({"format": 7}, "charts.format: must be text"),
+    ],
+)
+def test_a_fault_in_a_task_of_instructions(folder: Path, fields: dict, message: str):
+    write_instructions(folder, INSTRUCTION | fields)
+    with pytest.raises(InputError, match=message) as caught:
+        Stream.load(folder)
+    assert str(caught.value).startswith(str(folder / "stream.yaml")) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["max_new_tokens", "format"])
+def test_keys_of_answers_are_not_for_classes(folder: Path, key: str):
+    mapping = content()
+    mapping["tasks"][1][key] = 7
+    write(folder, mapping)
+    with pytest.raises(InputError, match=rf"tasks\[1\]: '{key}' is for tasks of conversations, which have a 'metric'"):
+        Stream.load(folder)
+
+
+def test_all_tasks_of_a_stream_are_of_one_kind(folder: Path, tmp_path: Path):
+    mapping = content()
+    mapping["tasks"].append(INSTRUCTION)
+    del mapping["orders"]
+    write(folder, mapping)
+    fault = "task fruit has classes and task charts conversations; the tasks of a run must be of one kind"
+    with pytest.raises(InputError, match=f"stream.yaml: {fault}"):
+        Stream.load(folder)
+    assert [task.name for task in Stream.load(folder, tasks=["charts"]).tasks] == ["charts"]
+    with pytest.raises(InputError, match=f"extend: .*:charts: {fault}"):
+        Stream.load(folder, tasks=["fruit"]).extended([f"{folder}:charts"])
+    with pytest.raises(InputError, match=f"extend: .*:fruit: {fault}"):
+        Stream.load(folder, tasks=["charts"]).extended([f"{folder}:fruit"])
 
 
 def test_shards_may_be_remote_and_braces_count(folder: Path):

@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.measure import interleaved, medians, processor, ratio
 from r1p_dist.config import RunConfig
-from r1p_dist.data import ShardDataset, Stream, TrainLoader
+from r1p_dist.data import PictureEncoder, ShardDataset, Stream, TrainLoader
 from r1p_dist.data.convert import ConvertOptions, convert, open_source
 from r1p_dist.data.convert.sources import SourceOptions
 from r1p_dist.data.samples import decode_picture
@@ -72,10 +72,10 @@ def _write_task(folder: Path, arguments: argparse.Namespace) -> Any:
     shipped = Stream.load("mini_mtil", tasks=[TASK]).tasks[0]
     pictures = ShardDataset(shipped.train, shipped.class_names)
     for index in range(arguments.samples):
-        picture, label = pictures.read(index % len(pictures))
-        path = folder / "photos" / f"{label:03d}" / f"{index:06d}.jpg"
+        sample = pictures.read(index % len(pictures))
+        path = folder / "photos" / f"{sample.label:03d}" / f"{index:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.resize(arguments.size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
+        sample.images[0].resize(arguments.size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=90)
     for split in ("train", "test"):
         source = open_source(str(folder / "photos"), "folder", SourceOptions())
         convert(source, folder / "shards", ConvertOptions(split=split, shard_samples=100), name="photos")
@@ -91,7 +91,7 @@ def _readers(task: Any, arguments: argparse.Namespace) -> dict[str, Callable[[],
         gradient_accumulation_steps=1,
         rank=0,
         world_size=1,
-        transform=transform,
+        encoder=PictureEncoder(_preprocess(arguments.input), augment=True),
         seed=0,
         shots=None,
         include_validation=False,

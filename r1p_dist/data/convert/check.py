@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r1p_dist.data.index import INDEX, index_shard
-from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
+from r1p_dist.data.samples import BadSampleError, decode_picture, is_picture
 from r1p_dist.errors import InputError
 
 
@@ -52,7 +52,7 @@ def _verify_samples(path: Path, content: bytes, shard: dict[str, Any]) -> Iterat
         yield f"{path}: holds other samples than the index says, or at other places"
     for sample in samples:
         for suffix, (offset, size) in sample.files.items():
-            if suffix in IMAGE_SUFFIXES:
+            if is_picture(suffix):
                 try:
                     decode_picture(content[offset : offset + size], f"{path}: key {sample.key}")
                 except BadSampleError as error:

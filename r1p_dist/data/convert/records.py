@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1p_dist.data.samples import IMAGE_SUFFIXES
+from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError
 from r1p_dist.errors import InputError
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file", "filename", "path", "img")
@@ -34,6 +34,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether its records are conversations, which make a task of instructions."""
+        return self.kind == "llava"
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,28 @@ class Files:
     texts: Sequence[dict[str, bytes]] | None = None
 
     def __call__(self, index: int) -> dict[str, bytes]:
-        path = self.paths[index]
-        return {shard_suffix(path.name): content_of(path)} | (self.texts[index] if self.texts else {})
+        return dict([_stored_picture(self.paths[index])]) | (self.texts[index] if self.texts else {})
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Reads record i as its conversation and the pictures at paths[i], which are numbered where there are several."""
+
+    paths: Sequence[tuple[Path, ...]]
+    texts: Sequence[bytes]
+
+    def __call__(self, index: int) -> dict[str, bytes]:
+        pictures = [_stored_picture(path) for path in self.paths[index]]
+        if len(pictures) > 1:
+            pictures = [(f"{number}.{suffix}", content) for number, (suffix, content) in enumerate(pictures)]
+        return dict(pictures) | {"json": self.texts[index]}
+
+
+def _stored_picture(path: Path) -> tuple[str, bytes]:
+    """Returns a picture's suffix in a shard, and its bytes. BadSampleError: of no format that shards have."""
+    if not is_image(path.name):
+        raise BadSampleError(f"{path}: no picture that shards can have (.{', .'.join(IMAGE_SUFFIXES)})")
+    return shard_suffix(path.name), content_of(path)
 
 
 def content_of(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from r1p_dist.data.convert.records import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     LICENCE_COLUMNS,
+    Conversations,
     Files,
     Source,
     SourceOptions,
@@ -30,13 +31,12 @@ from r1p_dist.data.convert.records import (
     shard_suffix,
 )
 from r1p_dist.data.index import IndexedSample, index_shard
-from r1p_dist.data.samples import IMAGE_SUFFIXES, LABEL_BYTES, parse_label
+from r1p_dist.data.samples import IMAGE_SUFFIXES, JSON_BYTES, LABEL_BYTES, parse_label, read_conversation
 from r1p_dist.data.stream import read_class_names, read_templates
 from r1p_dist.errors import InputError
 
 TEMPLATES = "zeroshot_classification_templates.txt"  # clip_benchmark's name
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_METADATA_BYTES = 1 << 20  # a longer .json is no sample's metadata: do not read it
 
 
 def open_source(path: str, kind: str | None, options: SourceOptions) -> Source:
@@ -63,7 +63,7 @@ def _recognise(path: str) -> str:
     if not place.exists():
         raise InputError(f"{path}: no such file or folder")
     if place.is_file():
-        kinds = {".csv": "table", ".tsv": "table", ".parquet": "table", ".json": "llava"}
+        kinds = {".csv": "table", ".tsv": "table", ".parquet": "table", ".json": "llava", ".jsonl": "llava"}
         if place.suffix in kinds:
             return kinds[place.suffix]
     elif (place / "dataset_info.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -195,7 +195,7 @@ def _shards(path: str, options: SourceOptions) -> Source:
 def _member_licence(shard: Path, sample: IndexedSample) -> Any:
     """Returns the licence in a sample's .json, where img2dataset puts the columns that it was asked to keep."""
     offset, size = sample.files.get("json", (0, 0))
-    if not 0 < size <= _METADATA_BYTES:
+    if not 0 < size <= JSON_BYTES:
         return None
     with open(shard, "rb") as file:
         file.seek(offset)
@@ -216,29 +216,62 @@ def _label(shard: Path, sample: IndexedSample, classes: int) -> int:
 
 
 def _llava(path: str, options: SourceOptions) -> Source:
-    """LLaVA's conversation JSON: a list of {"id", "image", "conversations"}; pictures relative to --image-folder."""
+    """LLaVA's conversations: records {"id", "image", "conversations"}; pictures relative to --image-folder.
+
+    image: a path, a list of paths, or nothing. A .json file has a list of records, a .jsonl file one in each line.
+    """
     place = Path(path)
-    try:
-        records = json.loads(place.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{place}: not a JSON file: {error}") from error
-    if not isinstance(records, list):
-        raise InputError(f"{place}: must be a list of conversations")
+    records = _json_lines(place) if place.suffix == ".jsonl" else _json_list(place)
     folder = options.image_folder or place.parent
     paths, texts, names = [], [], []
     for number, record in enumerate(records):
         where = f"{place}: record {number}"
-        if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-            raise InputError(f"{where}: needs a list `conversations`")
-        if not isinstance(record.get("image"), str):
-            raise InputError(
-                f"{where}: needs one picture path `image`; text-only and multi-picture records are not shards yet"
-            )
-        paths.append(folder / record["image"])
-        rest = {key: value for key, value in record.items() if key != "image"}
-        texts.append({"json": json.dumps(rest, ensure_ascii=False, sort_keys=True).encode()})
+        pictures = _picture_names(record, where)
+        read_conversation(record, len(pictures), where)
+        paths.append(tuple(folder / name for name in pictures))
+        texts.append(_conversation_text(record, where))
         names.append(str(record.get("id", number)))
-    return Source("llava", names, Files(paths, texts), licences=all_licences(map(licence_of, records)))
+    return Source("llava", names, Conversations(paths, texts), licences=all_licences(map(licence_of, records)))
+
+
+def _json_list(place: Path) -> list[Any]:
+    try:
+        records = json.loads(place.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not a JSON file: {error}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{place}: must be a list of conversations")
+    return records
+
+
+def _json_lines(place: Path) -> list[Any]:
+    records = []
+    for number, line in enumerate(place.read_bytes().split(b"\n"), 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place}: line {number}: not JSON: {error}") from error
+    return records
+
+
+def _picture_names(record: Any, where: str) -> list[str]:
+    value = record.get("image") if isinstance(record, dict) else None
+    names = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: `image` must be a picture's path or a list of paths, is {repr(value)[:40]}")
+    return names
+
+
+def _conversation_text(record: dict[str, Any], where: str) -> bytes:
+    """Returns what the shards have of a record: all but its pictures' paths."""
+    rest = {key: value for key, value in record.items() if key != "image"}
+    try:
+        text = json.dumps(rest, ensure_ascii=False, sort_keys=True).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds what is no Unicode text: {error.reason}") from error
+    if len(text) > JSON_BYTES:
+        raise InputError(f"{where}: {len(text)} bytes, no conversation has over {JSON_BYTES}; shorten or remove it")
+    return text
 
 
 SOURCES: dict[str, Callable[[str, SourceOptions], Source]] = {

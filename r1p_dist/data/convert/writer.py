@@ -1,10 +1,12 @@
 """Writes a source as WebDataset shards: the same bytes for the same input, whatever the number of workers.
 
-    OUTPUT/classnames.txt, zeroshot_classification_templates.txt, stream.yaml      classification only
+    OUTPUT/classnames.txt, zeroshot_classification_templates.txt      classification only
+    OUTPUT/stream.yaml          classification and conversations
     OUTPUT/SPLIT/000000.tar …   samples in order of their keys
     OUTPUT/SPLIT/0.tar …, nshards.txt, OUTPUT/dataset_type.txt      clip_benchmark's names
     OUTPUT/SPLIT/sizes.json     open_clip's number of samples per shard
-    OUTPUT/SPLIT/index.json     per shard: samples, bytes, sha256, and each sample's key, offset, crc32 and label
+    OUTPUT/SPLIT/index.json     per shard: samples, bytes, sha256, and each sample's key, offset, crc32 and label, or
+                                without classes the length of its text in bytes
 
 Which records go into which shard depends on the source and the options alone, so workers write whole shards in any
 order. A shard gets its name when it is complete, then a record beside it; a conversion that was killed goes on with the
@@ -29,14 +31,15 @@ import yaml
 from PIL import Image
 
 from r1p_dist.data.convert.sources import TEMPLATES, Source
-from r1p_dist.data.index import INDEX, ShardRecord, index_shard, sample_stops
-from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError, decode_picture
+from r1p_dist.data.index import INDEX, IndexedSample, ShardRecord, index_shard, sample_stops
+from r1p_dist.data.samples import BadSampleError, decode_picture, is_picture
 from r1p_dist.data.stream import Stream
 from r1p_dist.errors import InputError
 from r1p_dist.files import atomic_file, sha256_of, write_atomically
 
 _PARTS = ".parts"
 _FORMAT = 2
+_METRIC = "exact_match"
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,22 @@ def convert(
     options: ConvertOptions,
     *,
     name: str,
+    metric: str | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, all_: None,
 ) -> dict[str, Any]:
     """Writes the source and returns its index; progress is called with (shards done, shards).
 
-    A picture that cannot be decoded is left out and listed in the index (`skipped`). InputError: options that do not
-    fit the source, or an output that was written from another one.
+    name: of the task in the stream file. metric: that of conversations, exact_match unless another is given. A picture
+    that cannot be decoded is left out and listed in the index (`skipped`). InputError: options that do not fit the
+    source or another split, or an output that was written from another one.
     """
     order = choose_records(source, options)
+    if source.has_conversations:
+        metric = metric or _METRIC
+        _check_metric(output, metric)
+    elif metric is not None:
+        raise InputError(f"--metric {metric}: is for conversations, and {source.kind} has none; leave it out")
     folder = output / options.split
     plan = {"format": _FORMAT, "kind": source.kind, "options": asdict(options), "records": _fingerprint(source, order)}
     finished = folder / INDEX
@@ -93,9 +103,11 @@ def convert(
         "samples": sum(record["samples"] for record in records),
         "classes": len(source.class_names) if source.class_names else None,
         "licences": sum((Counter(record["licences"]) for record in records), Counter()),
-        "shards": [{key: record[key] for key in ShardRecord.model_fields} for record in records],
+        "shards": [{key: record[key] for key in ShardRecord.model_fields if key in record} for record in records],
         "skipped": [fault for record in records for fault in record["skipped"]],
     }
+    if metric is not None:
+        index["metric"] = metric
     if not index["samples"]:
         raise InputError(f"{folder}: not one picture could be decoded; the first fault: {index['skipped'][0]}")
     for number in range(len(jobs)):
@@ -107,9 +119,17 @@ def convert(
     write_atomically(folder / "sizes.json", json.dumps(sizes) + "\n")
     write_atomically(finished, json.dumps(index, separators=(",", ":")) + "\n")
     shutil.rmtree(parts)
-    if source.class_names is not None:
-        write_stream(output, name)
+    if source.class_names is not None or source.has_conversations:
+        write_stream(output, name, metric)
     return index
+
+
+def _check_metric(output: Path, metric: str) -> None:
+    """All splits of a task have its one metric, which stands in the stream file once train and test are there."""
+    for path in sorted(output.glob(f"*/{INDEX}")):
+        written = json.loads(path.read_text(encoding="utf-8")).get("metric", metric)
+        if written != metric:
+            raise InputError(f"{path}: was written for --metric {written}, not {metric}; give that one here as well")
 
 
 def choose_records(source: Source, options: ConvertOptions) -> list[int]:
@@ -153,7 +173,7 @@ def _begin(parts: Path, plan: dict[str, Any]) -> None:
 def _write_texts(source: Source, output: Path) -> None:
     """Writes the class names and prompt templates; all splits of a data set must have the same classes."""
     if source.class_names is None:
-        if source.kind != "llava":
+        if not source.has_conversations:
             write_atomically(output / "dataset_type.txt", "retrieval\n")  # clip_benchmark's word for captions
         return
     if wrong := [name for name in source.class_names if not name.strip() or "\n" in name]:
@@ -218,10 +238,15 @@ def write_shard_of(
         "offsets": starts,
         "crc32": _checksums(path, starts),
         "labels": None if source.labels is None else [source.labels[index] for index in written],
+        **({"lengths": [_text_length(sample) for sample in samples]} if source.labels is None else {}),
         "licences": Counter(source.licences[index] for index in written) if source.licences else {},
         "skipped": skipped,
     }
     write_atomically(folder / _PARTS / f"{number:06d}.json", json.dumps(record))
+
+
+def _text_length(sample: IndexedSample) -> int:
+    return next((sample.files[suffix][1] for suffix in ("json", "txt") if suffix in sample.files), 0)
 
 
 def _checksums(path: Path, starts: Sequence[int]) -> list[int]:
@@ -262,24 +287,33 @@ def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
 
 
 def _prepare(files: dict[str, bytes], resize: int | None, where: str) -> dict[str, bytes]:
-    """Checks that the picture can be decoded, and makes it smaller where that is asked for."""
-    suffix = next(suffix for suffix in files if suffix in IMAGE_SUFFIXES)
-    picture = decode_picture(files[suffix], where)
+    """Checks that every picture can be decoded, and makes it smaller where that is asked for."""
+    return {
+        suffix: _prepare_picture(content, suffix.rpartition(".")[2], resize, where) if is_picture(suffix) else content
+        for suffix, content in files.items()
+    }
+
+
+def _prepare_picture(content: bytes, kind: str, resize: int | None, where: str) -> bytes:
+    picture = decode_picture(content, where)
     if resize is None or min(picture.size) <= resize:
-        return files
+        return content
     scale = resize / min(picture.size)
     size = tuple(max(resize, round(side * scale)) for side in picture.size)
     buffer = io.BytesIO()
     smaller = picture.resize(size, Image.Resampling.BICUBIC)
-    if suffix == "jpg":
+    if kind == "jpg":
         smaller.save(buffer, "JPEG", quality=95)
     else:
-        smaller.save(buffer, "PNG" if suffix == "png" else "WEBP", **({"lossless": True} if suffix == "webp" else {}))
-    return {**files, suffix: buffer.getvalue()}
+        smaller.save(buffer, "PNG" if kind == "png" else "WEBP", **({"lossless": True} if kind == "webp" else {}))
+    return buffer.getvalue()
 
 
-def write_stream(output: Path, name: str) -> None:
-    """Writes OUTPUT/stream.yaml, a stream of this one task, once its train and test split are there."""
+def write_stream(output: Path, name: str, metric: str | None) -> None:
+    """Writes OUTPUT/stream.yaml, a stream of this one task, once its train and test split are there.
+
+    metric: that of conversations; None: a task of classes.
+    """
     entry: dict[str, Any] = {"name": name}
     sizes = {}
     for split in ("train", "validation", "test"):
@@ -290,7 +324,8 @@ def write_stream(output: Path, name: str) -> None:
             sizes[split] = index["samples"]
     if not {"train", "test"} <= sizes.keys():
         return
-    entry |= {"class_names": "classnames.txt", "templates": TEMPLATES, "sizes": sizes}
+    entry |= {"class_names": "classnames.txt", "templates": TEMPLATES} if metric is None else {"metric": metric}
+    entry["sizes"] = sizes
     content = {"name": name, "tasks": [entry]}
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     write_atomically(output / "stream.yaml", text)

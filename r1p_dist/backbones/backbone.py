@@ -1,0 +1,52 @@
+"""The protocol between a run and its backbone: the training loop and the methods know this, never a model by name."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from r1p_dist.adapters import LowRankLinear, Routing
+from r1p_dist.backbones.slots import Slot
+from r1p_dist.config import DataConfig, TrainConfig
+from r1p_dist.data import Encoder, Stream
+
+Batch = dict[str, torch.Tensor]
+
+
+class Backbone(Protocol):
+    """A frozen model, an nn.Module, whose linears adapters can serve."""
+
+    routing: dict[str, Routing]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def attach(
+        self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
+    ) -> list[LowRankLinear]:
+        """Puts `make(slot, routing)` on the chosen linears; returns the adapters in a fixed order."""
+
+    def check(self, stream: Stream) -> None:
+        """Raises InputError for a stream or a model that `loss` does not fit, before any training."""
+
+    def encoder(self, data: DataConfig) -> Encoder:
+        """Returns what makes batches of samples."""
+
+    def set_prompts(self, prompts: Sequence[str]) -> None:
+        """Sets the prompt of each label of the coming batches; of classification tasks alone."""
+
+    def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
+        """Is told the micro batches of the coming optimizer step, before the loss of any."""
+
+    def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Returns this rank's part of a micro batch's loss: the mean over ranks and micro batches is the global loss.
+
+        model: the backbone, or the DeepSpeed engine around it.
+        """
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+    def parameters(self) -> Sequence[nn.Parameter]: ...

@@ -1,0 +1,155 @@
+"""From a sample of an instruction task to a LLaVA model's input: chat template, image tokens, which tokens are answers.
+
+Legend: t tokens of one conversation, n conversations of a batch, m pictures of a batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import ProcessorMixin
+
+from r1p_dist.data.samples import BadSampleError, Sample, Turn
+from r1p_dist.errors import InputError
+
+IGNORED = -100  # the label of a token that carries no loss
+_MARK = "<image>"
+
+
+class ConversationEncoder:
+    """Encodes samples with a model's own processor and chat template.
+
+    An example holds input_ids (t,), labels (t,) or None, prompt_length, pixel_values (pictures, …) or None, and
+    image_sizes (pictures, 2) where the family needs them. Training examples hold the whole conversation; those for
+    evaluation end where the last answer begins. image_token: its id; max_length: most tokens of an example; is_blind:
+    every picture is black, which shows what the questions alone give away.
+    """
+
+    def __init__(self, processor: ProcessorMixin, image_token: int, max_length: int, is_blind: bool = False):
+        self.processor, self.image_token, self.max_length = processor, image_token, max_length
+        self.is_blind = is_blind
+        self._blank = self._encode(Sample("blank", (Image.new("RGB", (32, 32)),), turns=(Turn("user", _MARK),)), None)
+
+    def train(self, sample: Sample, generator: torch.Generator) -> dict[str, Any]:
+        """Returns the example of a whole conversation. BadSampleError: longer than max_length."""
+        return self._encode(sample, self._answers(sample))
+
+    def evaluate(self, sample: Sample) -> dict[str, Any]:
+        """Returns the example of a conversation up to its last answer. BadSampleError: longer than max_length."""
+        return self._encode(sample, None)
+
+    def blank(self) -> dict[str, Any]:
+        """Returns an example that asks about an empty picture."""
+        return self._blank
+
+    def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Returns a batch: input_ids, attention_mask, labels (n, t), prompt_length and image_counts (n,), pixel_values
+        (m, …) and, where the family needs it, image_sizes (m, 2).
+
+        Training examples are padded on the right, those for evaluation (no labels) on the left. A batch without any
+        picture has a blank one, which belongs to no conversation: the image tower runs on every rank or on none.
+        """
+        is_training = examples[0]["labels"] is not None
+        length = max(len(example["input_ids"]) for example in examples)
+        padding = self.processor.tokenizer.pad_token_id
+
+        def pad(values: torch.Tensor, value: int) -> torch.Tensor:
+            rest = length - len(values)
+            return torch.nn.functional.pad(values, (0, rest) if is_training else (rest, 0), value=value)
+
+        batch = {
+            "input_ids": torch.stack([pad(example["input_ids"], padding) for example in examples]),
+            "attention_mask": torch.stack([pad(torch.ones_like(example["input_ids"]), 0) for example in examples]),
+            "prompt_length": torch.tensor([example["prompt_length"] for example in examples]),
+            "image_counts": torch.tensor([len(example["pixel_values"]) for example in examples]),
+        }
+        if is_training:
+            batch["labels"] = torch.stack([pad(example["labels"], IGNORED) for example in examples])
+        seen = [example for example in examples if len(example["pixel_values"])] or [self._blank]
+        batch["pixel_values"] = _stack_pictures([picture for example in seen for picture in example["pixel_values"]])
+        if "image_sizes" in self._blank:
+            batch["image_sizes"] = torch.cat([example["image_sizes"] for example in seen])
+        return batch
+
+    def _encode(self, sample: Sample, answers: tuple[str, list[tuple[int, int]]] | None) -> dict[str, Any]:
+        """answers: the conversation's text and where its answers stand; None: the text ends before the last one."""
+        text, spans = answers or (self._render(_without_last_answer(sample.turns), True), [])
+        tokenizer = self.processor.tokenizer
+        # a template may write the first token itself
+        options = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
+        pictures = [Image.new("RGB", picture.size) for picture in sample.images] if self.is_blind else sample.images
+        images = {"images": [list(pictures)]} if pictures else {}
+        encoded = self.processor(text=[text], **images, return_tensors="pt", **options)
+        ids = encoded["input_ids"][0]
+        if len(ids) > self.max_length:
+            raise BadSampleError(
+                f"key {sample.key}: its conversation has {len(ids)} tokens, more than the model takes "
+                f"({self.max_length}); shorten it"
+            )
+        example = {"input_ids": ids, "labels": None, "prompt_length": len(ids), "pixel_values": ()}
+        if sample.images:
+            example["pixel_values"] = encoded["pixel_values"]
+        if "image_sizes" in encoded:
+            example["image_sizes"] = encoded["image_sizes"]
+        if answers is not None:
+            is_answer = self._spread(ids, text, spans, options)
+            example["labels"] = torch.where(is_answer, ids, IGNORED)
+            example["prompt_length"] = int(is_answer.int().argmax())
+        return example
+
+    def _answers(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
+        """Returns a conversation's text, and where each answer begins and ends in it, its end token included."""
+        spans = []
+        for number, turn in enumerate(sample.turns):
+            if turn.role == "assistant":
+                before = self._render(sample.turns[:number], True)
+                after = self._render(sample.turns[: number + 1], False)
+                if not after.startswith(before):
+                    raise InputError(
+                        "backbone: its chat template writes an answer elsewhere than behind the prompt for it; use "
+                        "another chat_template.jinja"
+                    )
+                spans.append((len(before), len(after)))
+        return after, spans
+
+    def _render(self, turns: Sequence[Turn], asks_for_answer: bool) -> str:
+        messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=asks_for_answer)
+
+    def _spread(
+        self, ids: torch.Tensor, text: str, spans: Sequence[tuple[int, int]], options: dict[str, bool]
+    ) -> torch.Tensor:
+        """Returns which of the tokens (t,) belong to answers.
+
+        The processor writes each picture's mark many times; all other tokens are those of the text as it stands.
+        """
+        tokens = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
+        is_answer = [
+            any(first <= start and stop <= last and start < stop for first, last in spans)
+            for start, stop in tokens["offset_mapping"]
+        ]
+        plain = torch.tensor(tokens["input_ids"]) != self.image_token
+        found = torch.zeros(len(ids), dtype=torch.bool)
+        found[ids != self.image_token] = torch.tensor(is_answer)[plain]
+        return found
+
+
+def _without_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
+    return turns[:-1] if turns[-1].role == "assistant" else turns
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """Returns a turn as the chat templates take it: its pictures and texts, in their order."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate(text.split(_MARK)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
+    return parts
+
+
+def _stack_pictures(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stacks pictures (3, H, W) or (crops, 3, H, W); fewer crops than others are filled up with zeros."""
+    if pictures[0].ndim == 3:
+        return torch.stack(list(pictures))
+    return torch.nn.utils.rnn.pad_sequence(list(pictures), batch_first=True)

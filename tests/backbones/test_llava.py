@@ -1,0 +1,285 @@
+"""LLaVA-style models: loss and answers of transformers, the guide of each conversation, kept features, files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.backbones import LlavaBackbone, load_llava
+from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
+from r1p_dist.backbones.llava_weights import read_config
+from r1p_dist.config import DataConfig, RunConfig, TrainConfig
+from r1p_dist.data import Stream
+from r1p_dist.data.samples import BadSampleError, Sample, Turn
+from r1p_dist.errors import InputError
+from tests.small_llava import make_backbone, make_model, make_processor
+
+FAMILIES = ("llava", "llava_next", "llava_onevision")
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def talk(*texts: str, pictures: tuple = (), number: int = 0) -> Sample:
+    roles = ("user", "assistant") * len(texts)
+    turns = tuple(Turn(role, text) for role, text in zip(roles, texts, strict=False))
+    return Sample(f"key{number}", pictures, turns=turns, answers=(texts[-1],), number=number)
+
+
+SAMPLES = (
+    talk("<image>\nwhat is this?", "a cat", pictures=(picture(20, 20, 0),), number=1),
+    talk(
+        "<image>\n<image>\nwhich is it?",
+        "the second one",
+        "are you sure?",
+        "yes",
+        pictures=(picture(20, 40, 1), picture(40, 20, 2)),
+        number=2,
+    ),
+    talk("two plus two", "four", number=3),
+)
+
+
+def encoder_of(backbone: LlavaBackbone, **options) -> ConversationEncoder:
+    return backbone.encoder(DataConfig(**options))
+
+
+def training_batch(backbone: LlavaBackbone, samples: tuple[Sample, ...] = SAMPLES) -> dict[str, torch.Tensor]:
+    encoder = encoder_of(backbone)
+    batch = encoder.collate([encoder.train(sample, torch.Generator()) for sample in samples])
+    return batch | {"sample": torch.tensor([sample.number for sample in samples])}
+
+
+def plain_inputs(family: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "image_sizes", "labels")
+              if name in batch}  # fmt: skip
+    return inputs | ({"batch_num_images": torch.tensor([1, 2])} if family == "llava_onevision" else {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mean_loss_is_that_of_transformers(family: str) -> None:
+    backbone, plain = make_backbone(family).eval(), make_model(family).eval()
+    batch = training_batch(backbone)
+    losses, conversations = backbone(batch)
+    torch.testing.assert_close(losses.mean(), plain(**plain_inputs(family, batch)).loss)
+    answers = [" a cat</s>", " the second one</s> yes</s>", " four</s>"]
+    # one token per letter, one for the end
+    assert conversations.bincount().tolist() == [len(answer.replace("</s>", "E")) for answer in answers]
+    decode = backbone.processor.tokenizer.decode
+    assert [decode(row[row != IGNORED]) for row in batch["labels"]] == answers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_in_a_batch_are_those_of_each_alone(family: str) -> None:
+    backbone, plain = make_backbone(family).eval(), make_model(family).eval()
+    encoder = encoder_of(backbone)
+    together = backbone.answer(backbone, encoder.collate([encoder.evaluate(sample) for sample in SAMPLES]), 6)
+    for sample, (text, is_finished) in zip(SAMPLES, together, strict=True):
+        alone = encoder.collate([encoder.evaluate(sample)])
+        inputs = {name: alone[name] for name in ("input_ids", "attention_mask")}
+        if sample.images:
+            inputs |= {name: alone[name] for name in ("pixel_values", "image_sizes") if name in alone}
+            if family == "llava_onevision":
+                inputs["batch_num_images"] = torch.tensor([len(sample.images)])
+        ids = plain.generate(**inputs, do_sample=False, max_new_tokens=6)[0, alone["input_ids"].shape[1] :]
+        assert text == backbone.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert is_finished == (2 in ids.tolist())
+
+
+def attach(backbone: LlavaBackbone, guide: str, towers: tuple[str, ...] = ("language",)) -> list[AdaptedLinear]:
+    def make(slot, routing) -> AdaptedLinear:
+        return AdaptedLinear(slot.linear, rank=4, active=2, merged=1, guide=guide, routing=routing)
+
+    return backbone.attach(make, towers, ("q", "v", "o", "gate", "up", "down", "fc1"))
+
+
+def test_the_guide_is_the_pictures_cls_and_for_texts_the_mean_of_the_prompt() -> None:
+    backbone = make_backbone()
+    adapters = attach(backbone, "cls_image")
+    batch = training_batch(backbone)
+    backbone(batch)
+    tower = make_model().model.vision_tower
+    states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 0]
+    expected = torch.zeros(3, 24 + 32)
+    expected[0, :24], expected[1, :24] = states[0], (states[1] + states[2]) / 2
+    prompt = backbone.model.get_input_embeddings()(batch["input_ids"][2, : batch["prompt_length"][2]])
+    expected[2, 24:] = prompt.mean(0)
+    torch.testing.assert_close(backbone.routing["language"].guide, expected)
+    for adapter in adapters:
+        ballots = (expected @ adapter.router.weight.T + adapter.router.bias).topk(2).indices
+        assert torch.equal(adapter.activation_counts, ballots.flatten().bincount(minlength=4))
+
+
+def test_each_guide_reads_its_token() -> None:
+    for guide in ("first", "last_prompt", "mean"):
+        backbone = make_backbone()
+        adapter = attach(backbone, guide)[0]
+        seen = []
+        adapter.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
+        batch = training_batch(backbone)
+        backbone(batch)
+        lengths = batch["prompt_length"].tolist()
+        expected = {
+            "first": seen[0][:, 0],
+            "last_prompt": torch.stack([row[length - 1] for row, length in zip(seen[0], lengths, strict=True)]),
+            "mean": torch.stack([row[:length].mean(0) for row, length in zip(seen[0], lengths, strict=True)]),
+        }[guide]
+        torch.testing.assert_close(adapter.guide_vector(seen[0]), expected)
+        # the answer begins behind the prompt
+        assert all((batch["labels"][row, :length] == IGNORED).all() for row, length in enumerate(lengths))
+
+
+def test_a_batch_without_pictures_has_gradients_everywhere_and_no_vote_of_the_blank_one() -> None:
+    backbone = make_backbone()
+    adapters = attach(backbone, "cls_image", ("language", "projector"))
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.B)
+    losses, _ = backbone(training_batch(backbone, SAMPLES[2:]))
+    losses.sum().backward()
+    by_tower = {tower: [a for a in adapters if a.name.startswith(tower)] for tower in ("language", "projector")}
+    assert all(adapter.B.grad.abs().sum() > 0 for adapter in by_tower["language"])
+    assert all(not adapter.B.grad.any() and not adapter.activation_counts.any() for adapter in by_tower["projector"])
+
+
+def test_features_of_a_tower_without_adapters_are_computed_once() -> None:
+    backbone, plain = make_backbone(cache_bytes=1 << 20).eval(), make_backbone().eval()
+    looks = []
+    backbone.model.model.vision_tower.pre_layrnorm.register_forward_hook(lambda *args: looks.append(len(args[1][0])))
+    batch = training_batch(backbone)
+    for _ in range(2):
+        assert torch.equal(backbone(batch)[0], plain(batch)[0])
+    assert looks == [3]
+    assert torch.equal(backbone(training_batch(backbone, SAMPLES[1:]))[0], plain(training_batch(plain, SAMPLES[1:]))[0])
+    assert looks == [3]
+    other = talk("<image>\nwhat?", "a dog", pictures=(picture(16, 16, 9),), number=9)
+    backbone(training_batch(backbone, (*SAMPLES, other)))
+    assert looks == [3, 1]
+
+
+def test_the_cache_keeps_to_its_limit() -> None:
+    one_picture = 5 * 24 * 4  # tokens, width, fp32
+    backbone = make_backbone(cache_bytes=2 * one_picture).eval()
+    backbone(training_batch(backbone))
+    assert len(backbone._cache._kept) == 2 and backbone._cache._bytes == 2 * one_picture
+    assert torch.equal(backbone(training_batch(backbone))[0], make_backbone().eval()(training_batch(backbone))[0])
+
+
+def test_a_tower_with_adapters_is_looked_at_each_time_and_learns() -> None:
+    backbone = make_backbone(cache_bytes=1 << 20)
+    adapters = attach(backbone, "first", ("image",))
+    assert {adapter.name.split(".")[1] for adapter in adapters} == {"0", "1"}, "the projector never sees the last block"
+    for adapter in adapters:
+        torch.nn.init.normal_(adapter.B)
+    losses, _ = backbone(training_batch(backbone))
+    losses.sum().backward()
+    assert all(adapter.B.grad.abs().sum() > 0 for adapter in adapters) and not backbone._cache._kept
+
+
+@pytest.mark.parametrize("average_over", ["tokens", "samples"])
+def test_the_loss_of_several_micro_batches_is_one_mean(average_over: str) -> None:
+    backbone = make_backbone().eval()
+    batches = [training_batch(backbone, SAMPLES[:1]), training_batch(backbone, SAMPLES[1:2])]
+    backbone.begin_step(batches, TrainConfig(average_over=average_over))
+    loss = sum(backbone.loss(backbone, batch) for batch in batches) / 2
+    parts = [backbone(batch)[0] for batch in batches]
+    expected = torch.cat(parts).mean() if average_over == "tokens" else sum(part.mean() for part in parts) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_blind_runs_see_black_pictures() -> None:
+    backbone = make_backbone()
+    seen, blind = (encoder_of(backbone, blind=is_blind).evaluate(SAMPLES[0]) for is_blind in (False, True))
+    assert torch.equal(seen["input_ids"], blind["input_ids"])
+    assert blind["pixel_values"].flatten(2).std(-1).max() == 0 and seen["pixel_values"].flatten(2).std(-1).min() > 0
+    with pytest.raises(InputError, match="data.blind=true needs backbone.kind=llava, got open_clip"):
+        RunConfig.load("mini_mtil", ["data.blind=true"])
+
+
+def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:
+    encoder = encoder_of(make_backbone())
+    with pytest.raises(BadSampleError, match=r"key key5: its conversation has 3\d\d tokens, more than .* \(256\)"):
+        encoder.train(talk("why? " * 60, "so", number=5), torch.Generator())
+
+
+def test_streams_of_classes_are_refused() -> None:
+    with pytest.raises(InputError, match="has classes, backbone.kind=llava learns conversations"):
+        make_backbone().check(Stream.load("mini_mtil"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_are_read_as_transformers_reads_them(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")  # by the names that were first published
+    make_processor(family).save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    backbone = load_llava(str(tmp_path))
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    for (name, value), (_, expected) in zip(
+        backbone.model.state_dict().items(), plain.state_dict().items(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+    for (name, value), (_, expected) in zip(backbone.model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(value, expected), name
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def set_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_wrong_folders_are_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-100])
+    with pytest.raises(InputError, match="model.safetensors: not a safetensors file"):
+        load_llava(str(folder))
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"has pytorch_model.bin and no \*\.safetensors; pickles are never read"):
+        load_llava(str(folder))
+    weights.write_bytes(content)
+    set_config(
+        folder, text_config=json.loads((folder / "config.json").read_text())["text_config"] | {"vocab_size": 280}
+    )
+    with pytest.raises(InputError, match=r"has the shape \(272, 32\) in its file, \(280, 32\) by its config.json"):
+        load_llava(str(folder))
+    set_config(folder, model_type="qwen2_vl")
+    with pytest.raises(
+        InputError, match="is of type qwen2_vl; backbone.kind=llava takes llava, llava_next, llava_onev"
+    ):
+        load_llava(str(folder))
+    with pytest.raises(InputError, match="nothing-there: neither a folder nor a model of the hub"):
+        load_llava("nothing-there")
+
+
+def test_code_in_a_folder_is_never_run(folder: Path) -> None:
+    marker = folder / "was-run"
+    for name in ("configuration_evil", "processing_evil", "tokenization_evil"):
+        (folder / f"{name}.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    set_config(folder, auto_map={"AutoConfig": "configuration_evil.Evil", "AutoModel": "configuration_evil.Evil"})
+    for file in ("processor_config.json", "tokenizer_config.json"):
+        path = folder / file
+        maps = {"AutoProcessor": "processing_evil.Evil", "AutoTokenizer": ["tokenization_evil.Evil", None]}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": maps}))
+    load_llava(str(folder))
+    assert not marker.exists()
+
+
+def test_shapes_have_the_size_of_the_published_models() -> None:
+    from r1p_dist.backbones.llava_weights import build_on_meta
+
+    for name, billions in (("llava-1.5-7b", 7.06), ("llava-1.5-13b", 13.35)):
+        model = build_on_meta(read_config(name))
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
