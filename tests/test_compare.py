@@ -4,6 +4,7 @@ import importlib.util
 import json
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from r1p_dist.config import RunConfig
 from r1p_dist.evaluation import continual_metrics
 from r1p_dist.evaluation.comparison import Result, last_interval, read_correct
 
@@ -262,6 +264,8 @@ def test_tuning_runs_every_value_on_the_validation_split(bench: Bench, capsys: p
         (["--seeds", "0,one"], "--seeds 0,one: not whole numbers"),
         (["--tune", "train.lr"], "--tune train.lr: has to be KEY=V1,V2,..."),
         (["--settings", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["--recipe", "dac_paper"], "compare_dac_paper.yaml: no such file"),
+        (["--recipe", "mini_mtil", "train.lr=fast"], "train.lr"),
     ],
 )
 def test_wrong_input_is_named_before_any_run(
@@ -272,7 +276,7 @@ def test_wrong_input_is_named_before_any_run(
     assert bench.calls() == []
 
 
-@pytest.mark.parametrize("text", ["- a\n", "lora: train.lr=1\n", "lora: [train.lr]\n", "lora: [\n"])
+@pytest.mark.parametrize("text", ["", "- a\n", "lora: train.lr=1\n", "lora: [train.lr]\n", "lora: [\n"])
 def test_malformed_settings_are_refused(bench: Bench, capsys: pytest.CaptureFixture[str], text: str) -> None:
     path = bench.folder / "settings.yaml"
     path.write_text(text)
@@ -280,15 +284,113 @@ def test_malformed_settings_are_refused(bench: Bench, capsys: pytest.CaptureFixt
     assert str(path) in capsys.readouterr().err
 
 
-def test_shipped_settings_are_valid() -> None:
-    settings = compare.read_settings(compare.SETTINGS)
-    assert "method=lora" in settings["lora_restart"]
+def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
+    expected = {
+        "mini_mtil": ["zero_shot", "lora", "lora_restart", "joint", "dac"],
+        "mini_instruct": ["zero_shot", "blind", "lora", "dac", "joint"],
+    }
+    for recipe, labels in expected.items():
+        settings = compare.read_settings(compare.settings_path(recipe))
+        assert list(settings) == labels
+        for label, overrides in settings.items():
+            RunConfig.load(recipe, [f"method={label}", *overrides])
+    assert "method=lora" in compare.read_settings(compare.settings_path("mini_mtil"))["lora_restart"]
 
 
-# Bootstrap over test pictures
+def test_methods_are_by_default_those_of_the_settings_file(bench: Bench) -> None:
+    settings = bench.folder / "settings.yaml"
+    settings.write_text("dac: []\nlora: []\n")
+    assert bench.compare("--settings", str(settings), "--seeds", "0") == 0
+    assert [Path(call["argv"][-1]).name for call in bench.calls()] == ["dac-seed0", "lora-seed0"]
 
 
-def correct_jsonl(rows: list[tuple[int, str, str]]) -> str:
+# Instruction tasks
+
+SCORES = {
+    "zero_shot": {0: [2.0, 4.0, 6.0, 50.0, 20.0, 30.0]},
+    "dac": {0: [40.0, 50.0, 60.0, 70.0, 80.0, 150.0], 1: [44.0, 52.0, 60.0, 70.0, 80.0, 174.0]},
+}
+TASKS = ["name_object", "read_digit", "read_card", "yes_no", "which_flag", "caption"]
+# Of the shipped test splits: one class in 14, 10 and 13, half the questions, 31 letters A of 126.
+MAJORITY = {
+    "name_object": 100 / 14,
+    "read_digit": 10.0,
+    "read_card": 100 / 13,
+    "yes_no": 50.0,
+    "which_flag": 3100 / 126,
+}
+
+
+@pytest.fixture
+def instruct(bench: Bench) -> Bench:
+    """The bench with runs of mini_instruct's six tasks, whose last row alone matters."""
+    for method, seeds in SCORES.items():
+        for seed, row in seeds.items():
+            metrics = {"tasks": TASKS, "accuracy": [row] * 7, "method": method}
+            bench.answer(f"{method}-seed{seed}", metrics | continual_metrics([row] * 7))
+    return bench
+
+
+def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) -> None:
+    assert instruct.compare("--recipe", "mini_instruct", "--methods", "zero_shot,dac", "--seeds", "0,1") == 0
+    page = (instruct.output / "comparison.md").read_text()
+    assert (
+        "| Method | name_object (exact_match) | read_digit (exact_match) | read_card (exact_match) "
+        "| yes_no (exact_match) | which_flag (multiple_choice) | caption (cider) |\n"
+    ) in page
+    assert "exact_match: percent; multiple_choice: percent; cider: CIDEr x 100, can exceed 100" in page
+    assert "Points of each task's metric, mean ±" in page and "Percent" not in page
+    assert instruct.table_row("zero_shot", table=1) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0"]
+    assert instruct.table_row("dac", table=1) == [
+        f"42.0 ± {stdev([40, 44]):.1f}",
+        f"51.0 ± {stdev([50, 52]):.1f}",
+        *("60.0 ± 0.0", "70.0 ± 0.0", "80.0 ± 0.0"),
+        f"162.0 ± {stdev([150, 174]):.1f}",
+    ]
+    tasks = json.loads((instruct.output / "comparison.json").read_text())["tasks"]
+    assert tasks["dac-seed1"] == dict(zip(TASKS, SCORES["dac"][1], strict=True))
+
+
+def test_majority_answers_are_a_row_without_seeds(instruct: Bench) -> None:
+    assert instruct.compare("--recipe", "mini_instruct", "--methods", "dac", "--seeds", "0") == 0
+    majority = json.loads((instruct.output / "comparison.json").read_text())["majority"]
+    values = {task: entry["value"] for task, entry in majority.items()}
+    assert {task: values[task] for task in MAJORITY} == pytest.approx(MAJORITY)
+    assert majority["yes_no"]["answer"] == "no" and majority["read_card"]["answer"] == "ace"
+    assert instruct.table_row("majority answer", table=1) == [f"{values[task]:.1f}" for task in TASKS]
+    seen = sum(values[task] for task in ("name_object", "which_flag", "caption")) / 3
+    unseen = sum(values[task] for task in ("read_digit", "read_card", "yes_no")) / 3
+    assert instruct.table_row("majority answer") == [
+        *("–", "–", f"{(seen + unseen) / 2:.1f}", f"{seen:.1f}", f"{unseen:.1f}"),
+        *("–", "–", "–", "–", "–"),
+    ]
+
+
+def test_majority_answers_that_cannot_be_had_do_not_stop_the_table(instruct: Bench) -> None:
+    stream = instruct.folder / "stream.yaml"
+    entries = [
+        {"name": task, "train": ["s3://bucket/train.tar"], "test": ["s3://bucket/test.tar"], "metric": "exact_match"}
+        for task in TASKS
+    ]
+    stream.write_text(json.dumps({"name": "remote", "tasks": entries}))
+    arguments = ("--methods", "dac", "--seeds", "0", f"stream={stream}")
+    assert instruct.compare("--recipe", "mini_instruct", *arguments) == 0
+    page = (instruct.output / "comparison.md").read_text()
+    assert "- majority answer: missing, s3://bucket/train.tar: majority answers are counted in local shards" in page
+    assert instruct.table_row("dac", table=1) == ["40.0", "50.0", "60.0", "70.0", "80.0", "150.0"]
+
+
+def test_classification_has_neither_majority_answers_nor_a_table_of_tasks(bench: Bench) -> None:
+    assert bench.compare("--methods", "dac", "--seeds", "0") == 0
+    page = (bench.output / "comparison.md").read_text()
+    assert page.count("| --- |") == 1 and "majority" not in page and "Percent, mean ±" in page
+    assert set(json.loads((bench.output / "comparison.json").read_text())) & {"tasks", "majority"} == set()
+
+
+# Bootstrap over test samples
+
+
+def correct_jsonl(rows: Sequence[tuple[int, str, str | list[float]]]) -> str:
     return "".join(json.dumps({"row": row, "task": task, "correct": marks}) + "\n" for row, task, marks in rows)
 
 
@@ -328,6 +430,22 @@ def test_interval_is_in_the_table_when_every_run_has_its_answers(bench: Bench) -
     assert bench.table_row("lora", table=1)[3] == "-37.5 to +37.5"
 
 
+def test_interval_of_graded_scores(tmp_path: Path) -> None:
+    def result(name: str, digits: list[float], captions: list[float]) -> Result:
+        (tmp_path / name).mkdir()
+        lines = correct_jsonl([(0, "caption", [0.0] * 4), (1, "digits", digits), (1, "caption", captions)])
+        (tmp_path / name / "correct.jsonl").write_text(lines)
+        row = [100 * sum(scores) / len(scores) for scores in (digits, captions)]
+        return Result(tmp_path / name, {"tasks": ["digits", "caption"], "accuracy": [[0.0, 0.0], row]})
+
+    dac = read_correct(result("dac", [0.3, 0.9], [1.2, 2.0, 0.4, 1.6]))
+    lora = read_correct(result("lora", [0.1, 0.7], [0.4, 1.2, 0.4, 1.6]))
+    assert dac["caption"].tolist() == [1.2, 2.0, 0.4, 1.6]
+    # digits: +0.2 always, 10 points of Last. caption: +0.8 for each drawn of two pictures of four, B of them at
+    # Binomial(4, 1/2), P(B = 0) = P(B = 4) = 6.25 %: both bounds are the ends, 0 and 0.8, half of it in Last.
+    assert last_interval([(dac, lora)]) == pytest.approx([10.0, 50.0])
+
+
 @pytest.mark.parametrize(
     ("answers", "reason"),
     [
@@ -348,5 +466,5 @@ def test_answers_that_cannot_be_used_are_said_to_be(
 
 
 def test_runs_on_different_pictures_have_no_interval() -> None:
-    with pytest.raises(Exception, match="not evaluated on the same pictures of fashion"):
+    with pytest.raises(Exception, match="not evaluated on the same samples of fashion"):
         last_interval([({"fashion": np.ones(3)}, {"fashion": np.ones(4)})])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation import continual_metrics
-from r1p_dist.figures import AccuracyRows, curves_figure, matrix_figure, merge_figure
+from r1p_dist.figures import ScoreMatrix, curves_figure, matrix_figure, merge_figure
 from r1p_dist.report import plot_matrix, write_report
 
 ROWS = [[30.0, 20.0, 10.0], [61.5, 22.25, 9.0], [55.0, 71.0, 12.0], [52.0, 66.0, 80.0]]
@@ -58,11 +58,17 @@ def metrics_of(rows: list[Any], tasks: int = 3, **more: Any) -> dict[str, Any]:
     return metrics | continual_metrics(rows) | more
 
 
-def write_run(folder: Path, metrics: dict[str, Any], log: list[dict[str, Any]] | None = None) -> Path:
+def write_run(
+    folder: Path,
+    metrics: dict[str, Any],
+    log: list[dict[str, Any]] | None = None,
+    answers: list[dict[str, Any]] | None = None,
+) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    if log is not None:
-        (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    for name, records in (("log.jsonl", log), ("answers.jsonl", answers)):
+        if records is not None:
+            (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
 
@@ -106,7 +112,7 @@ def test_report_of_a_finished_run_shows_every_part(tmp_path: Path) -> None:
     assert ["Transfer", "16.4"] in [row[:2] for row in page.cells]
     assert ["Last", "66.0"] in [row[:2] for row in page.cells]
     assert ["Zero-shot", "20.0"] in [row[:2] for row in page.cells]
-    assert ["flags", "accuracy", "seen", "20.0", "75.0", "71.0", "66.0", "+46.0"] in page.cells
+    assert ["flags", "accuracy, percent", "seen", "20.0", "75.0", "71.0", "66.0", "+46.0"] in page.cells
     assert ["seen", "2", "25.0", "59.0", "+34.0"] in [row[:5] for row in page.cells]
     assert ["unseen", "1", "10.0", "80.0", "+70.0"] in [row[:5] for row in page.cells]
     assert "method: dac" in text and "details" in page.tags
@@ -129,29 +135,32 @@ def test_report_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
 def test_every_text_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>"
     metrics = metrics_of(ROWS, before_merge=[70.0, 75.0, 81.0], domains=[evil] * 3, method=evil)
-    metrics |= {"tasks": [evil, "a & $b$", "$"], "metric": [evil] * 3, "seed": evil}
-    run = write_run(tmp_path / "run", metrics, log_of(metrics["tasks"]))
+    metrics |= {"tasks": [evil, "a & $b$", "$"], "metric": [evil] * 3, "seed": evil, "instruction_following": ROWS}
+    answers = [{"row": 3, "task": evil, "answers": [evil]}]
+    run = write_run(tmp_path / "run", metrics, log_of(metrics["tasks"]), answers)
     (run / "config.yaml").write_text(f"stream: {evil}\n")
     write_report(run)
     page = read_page(run)
     assert "script" not in page.tags
-    assert [evil, evil, evil, "30.0", "70.0", "61.5", "52.0", "+22.0"] in page.cells
+    assert [evil, f"{evil}, percent", evil, "30.0", "70.0", "61.5", "52.0", "+22.0"] in page.cells
+    assert [evil, "30.0", "61.5", "52.0"] in page.cells
+    assert [evil, f"“{evil}”"] in page.cells
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
         # Nothing trained yet.
-        (ROWS[:1], ["flags", "accuracy", "–", "20.0", "–", "–", "–", "–"]),
+        (ROWS[:1], ["flags", "accuracy, percent", "–", "20.0", "–", "–", "–", "–"]),
         # After the first of three tasks, written with and without the rows to come.
-        ([*ROWS[:2], None, None], ["flags", "accuracy", "–", "20.0", "–", "–", "22.2", "+2.2"]),
-        (ROWS[:3], ["flags", "accuracy", "–", "20.0", "–", "71.0", "71.0", "+51.0"]),
+        ([*ROWS[:2], None, None], ["flags", "accuracy, percent", "–", "20.0", "–", "–", "22.2", "+2.2"]),
+        (ROWS[:3], ["flags", "accuracy, percent", "–", "20.0", "–", "71.0", "71.0", "+51.0"]),
         # Joint training: one row for all tasks.
-        ([ROWS[0], ROWS[3]], ["flags", "accuracy", "–", "20.0", "–", "66.0", "66.0", "+46.0"]),
+        ([ROWS[0], ROWS[3]], ["flags", "accuracy, percent", "–", "20.0", "–", "66.0", "66.0", "+46.0"]),
         # Zero-shot as a method.
-        ([ROWS[0]] * 4, ["flags", "accuracy", "–", "20.0", "–", "20.0", "20.0", "+0.0"]),
+        ([ROWS[0]] * 4, ["flags", "accuracy, percent", "–", "20.0", "–", "20.0", "20.0", "+0.0"]),
         # Evaluated on some tasks only.
-        ([None, [50.0, None, None], None, None], ["flags", "accuracy", "–", "–", "–", "–", "–", "–"]),
+        ([None, [50.0, None, None], None, None], ["flags", "accuracy, percent", "–", "–", "–", "–", "–", "–"]),
     ],
 )
 def test_report_of_runs_with_undefined_figures(tmp_path: Path, rows: list[Any], expected: list[str]) -> None:
@@ -178,6 +187,107 @@ def test_cut_off_log_line_and_values_that_are_no_number_do_not_stop_the_report(t
     assert "loss and learning rate per task" in read_page(run).images
 
 
+# Instruction tasks
+
+SCORES = [[5.0, 20.0, 30.0], [60.0, 18.0, 41.5], [55.0, 70.0, 44.5], [50.0, 66.0, 180.0]]
+METRICS = ["exact_match", "multiple_choice", "cider"]
+FOLLOWING = [[40.0, 0.0, 90.0], [100.0, 2.5, 91.0], [98.0, 99.0, 92.0], [97.0, 98.0, 99.5]]
+
+
+def answering(rows: list[Any] = SCORES, **more: Any) -> dict[str, Any]:
+    evaluated = sum(row is not None for row in rows)
+    return metrics_of(rows, metric=METRICS, instruction_following=FOLLOWING[:evaluated], **more)
+
+
+def test_report_of_instruction_tasks_names_metrics_and_scales_and_never_accuracy(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", answering(before_merge=[70.0, 75.0, 190.0]))
+    write_report(run)
+    page = read_page(run)
+    scales = ["exact_match, percent", "multiple_choice, percent", "cider, CIDEr x 100, can exceed 100"]
+    assert ["fashion", scales[0], "–", "5.0", "70.0", "60.0", "50.0", "+45.0"] in page.cells
+    assert ["digits", scales[2], "–", "30.0", "190.0", "180.0", "180.0", "+150.0"] in page.cells
+    text = " ".join(page.words)
+    assert f"Results on the test sets ({'; '.join(scales)})" in text
+    assert "accuracy" not in text.lower()
+    assert page.images == ["score matrix", "score before and after each merge"]
+    # CIDEr x 100 is no percentage, so the figures over all tasks are none either.
+    assert ["", "points", ""] in page.cells
+    assert ["Last", f"{(50 + 66 + 180) / 3:.1f}"] in [row[:2] for row in page.cells]
+
+
+def test_instruction_following_at_three_moments(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", answering())
+    write_report(run)
+    cells = read_page(run).cells
+    assert ["fashion", "40.0", "100.0", "97.0"] in cells
+    assert ["flags", "0.0", "99.0", "98.0"] in cells
+    assert ["digits", "90.0", "99.5", "99.5"] in cells
+    assert ["mean", f"{130 / 3:.1f}", f"{298.5 / 3:.1f}", f"{294.5 / 3:.1f}"] in cells
+
+
+def test_instruction_following_of_joint_training_and_before_any(tmp_path: Path) -> None:
+    joint = write_run(tmp_path / "joint", answering([SCORES[0], SCORES[3]]))
+    write_report(joint)
+    assert ["flags", "0.0", "2.5", "2.5"] in read_page(joint).cells
+    begun = write_run(tmp_path / "begun", answering([SCORES[0], None, None, None]))
+    write_report(begun)
+    assert ["flags", "0.0", "–", "–"] in read_page(begun).cells
+
+
+def test_examples_are_spread_answers_of_each_tasks_last_row(tmp_path: Path) -> None:
+    answers = [
+        {"row": 0, "task": "fashion", "answers": ["old"] * 7},
+        {"row": 3, "task": "fashion", "answers": [f"a {i}" for i in range(7)]},
+        {"row": 3, "task": "flags", "answers": ["", "line\none\x00" + 300 * "x"]},
+        # An evaluation that metrics.json does not have yet.
+        {"row": 4, "task": "flags", "answers": ["later"]},
+    ]
+    run = write_run(tmp_path / "run", answering(), answers=answers)
+    with open(run / "answers.jsonl", "a") as file:
+        file.write('{"row": 3, "task": "digits", "ans')
+    write_report(run)
+    cells = read_page(run).cells
+    first = cells.index(["task", "answer"])
+    assert cells[first + 1 :] == [
+        ["fashion", "“a 0”"],
+        ["fashion", "“a 2”"],
+        ["fashion", "“a 4”"],
+        ["flags", "“”"],
+        ["flags", "“line one\ufffd" + (200 - 9) * "x" + "…”"],
+    ]
+
+
+def test_metrics_of_before_there_were_instructions_are_accuracies(tmp_path: Path) -> None:
+    metrics = metrics_of(ROWS)
+    del metrics["metric"]
+    run = write_run(tmp_path / "run", metrics)
+    write_report(run)
+    page = read_page(run)
+    assert ["flags", "accuracy, percent", "–", "20.0", "–", "71.0", "66.0", "+46.0"] in page.cells
+    assert ["", "percent", ""] in page.cells
+    text = " ".join(page.words)
+    assert "Instruction following" not in text and "Example answers" not in text
+
+
+def test_figures_have_room_for_values_over_100() -> None:
+    matrix = ScoreMatrix.read(answering())
+    axes = merge_figure(matrix, [70.0, 75.0, 190.0]).axes[0]
+    low, high = axes.get_xlim()
+    points = [x for points in axes.collections for x, _ in points.get_offsets().tolist()]
+    assert max(points) == 190 and low < min(points) and high > 190
+    assert axes.get_xlabel() == "score (points)"
+    axes = matrix_figure(matrix).axes[0]
+    assert "180.0" in [text.get_text() for text in axes.texts]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["fashion (exact_match)", "flags (multiple_choice)", "digits (cider)", "mean"]
+
+
+def test_merge_figure_of_accuracies_ends_at_100() -> None:
+    axes = merge_figure(ScoreMatrix.read(metrics_of(ROWS)), [70.0, None, 81.0]).axes[0]
+    assert axes.get_xlim() == (-2, 102)
+    assert axes.get_xlabel() == "accuracy (percent)"
+
+
 def test_report_is_replaced_whole(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", metrics_of(ROWS[:1]))
     write_report(run)
@@ -188,7 +298,7 @@ def test_report_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_matrix_figure_prints_every_entry_and_frames_own_tasks() -> None:
-    axes = matrix_figure(AccuracyRows.read(metrics_of(ROWS))).axes[0]
+    axes = matrix_figure(ScoreMatrix.read(metrics_of(ROWS))).axes[0]
     printed = [text.get_text() for text in axes.texts]
     expected = [f"{value:.1f}" for row in ROWS for value in [*row, sum(row) / 3]]
     assert printed == expected
@@ -198,7 +308,7 @@ def test_matrix_figure_prints_every_entry_and_frames_own_tasks() -> None:
 
 
 def test_merge_figure_places_points_at_their_accuracies() -> None:
-    axes = merge_figure(AccuracyRows.read(metrics_of(ROWS)), [70.0, None, 81.0]).axes[0]
+    axes = merge_figure(ScoreMatrix.read(metrics_of(ROWS)), [70.0, None, 81.0]).axes[0]
     zero_shot, before, after = (points.get_offsets().tolist() for points in axes.collections)
     assert zero_shot == [[30, 0], [20, 1], [10, 2]]
     assert before == [[70, 0], [81, 2]]

@@ -330,14 +330,11 @@ def instruction_tasks(
     by_run = last_by_task(results)
     page = f"\nEach task at the end of the stream; {scales}:\n\n"
     page += tasks_table(labels, metric_of_task, by_run, scores) + missing
-    return (
-        figures,
-        page,
-        {
-            "tasks": {f"{label}-seed{seed}": values for (label, seed), values in by_run.items()},
-            "majority": {task: {"answer": answer, "value": value} for task, (answer, value) in majority.items()},
-        },
-    )
+    data = {
+        "tasks": {f"{label}-seed{seed}": values for (label, seed), values in by_run.items()},
+        "majority": {task: {"answer": answer, "value": value} for task, (answer, value) in majority.items()},
+    }
+    return figures, page, data
 
 
 def unit_of(stream: Stream) -> str:

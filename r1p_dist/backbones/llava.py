@@ -316,8 +316,8 @@ def load_llava(
 ) -> LlavaBackbone:
     """Loads `tiny`, a folder or a hub's name of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision model, or a shape of SHAPES.
 
-    A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on the CPU in fp32 by default. Raises InputError for a model that cannot be had or
-    used.
+    A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
+    the CPU in fp32 by default. Raises InputError for a model that cannot be had or used.
     """
     placement = placement or Placement()
     config = read_config(name)

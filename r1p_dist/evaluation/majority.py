@@ -18,9 +18,9 @@ from r1p_dist.evaluation.answers import Answer, score
 def majority_baselines(stream: Stream, split: str = "test") -> dict[str, tuple[str, float]]:
     """Return per task the most frequent answer of its training split, and what it scores on another split.
 
-    stream: of instruction tasks with local shards. split: test or validation. Of equally frequent answers the first one in the order of their
-    letters. The value is in the scale of the task's metric, as in metrics.json. InputError: a shard that is remote,
-    missing or unusable, a split without any conversation.
+    stream: of instruction tasks with local shards. split: test or validation. Of equally frequent answers it is the
+    first one in the order of their letters. The value is in the scale of the task's metric, as in metrics.json.
+    InputError: a shard that is remote, missing or unusable, a split without any conversation.
     """
     baselines = {}
     for task in stream.tasks:
