@@ -1,4 +1,4 @@
-"""The collectives of a step and of a task boundary: which, how often, with how many bytes; and what they cost.
+"""The collectives of a step and of a task boundary: which, how often, with how many bytes.
 
 Bytes are those of the whole tensor, the larger of input and output, padding included, as `CollectiveCounter` counts
 them. The rules are those of DeepSpeed 0.19.8 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py and
@@ -8,34 +8,22 @@ ZeRO-3 also compare their order of modules among ranks.
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from r1p_dist.errors import InputError
 from r1p_dist.interrupts import STOP_SIGNALS
-from r1p_dist.planner.model import Batch, ModelShape
+from r1p_dist.planner.model import ModelShape
+from r1p_dist.planner.network import Collective, Collectives
 from r1p_dist.planner.zero import Zero
 from r1p_dist.planner.zero3 import Coordinator
 
 _ENGINE_BUCKET = 500_000_000  # numbers in one all-reduce at stage 0, fixed in DeepSpeed's engine
-_VOTE_BYTES = _LABEL_BYTES = 8  # int64
+_VOTE_BYTES = 8  # int64
 _BARRIER_BYTES = 1
 
 
-@dataclass(frozen=True)
-class Collective:
-    """kind: all_reduce, all_gather, reduce_scatter, broadcast or barrier. bytes: of the whole tensor."""
-
-    kind: str
-    bytes: int
-    purpose: str
-
-
-Collectives = Counter[Collective]
-
-
-def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int, batch: Batch) -> Collectives:
+def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:
     """Returns what one rank takes part in during one optimizer step.
 
     InputError: a bucket smaller than a trained tensor, which ZeRO would split.
@@ -46,8 +34,9 @@ def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
             if shape.vote == "global":
                 found.update(_votes(shape))
             found.update(_gates(shape))
-            found.update(_contrast(shape, ranks * batch.pictures))
+            found.update(shape.loss.micro_step(zero.stage, ranks))
             found[Collective("all_reduce", 4 * (len(STOP_SIGNALS) + 1), "signals and faults")] += 1
+        found.update(shape.loss.step())
         if shape.vote in ("lagged", "local"):
             votes = sum(adapted.rank for adapted in shape.adapted) * _VOTE_BYTES
             found[Collective("all_reduce", votes, "votes")] += 1
@@ -62,7 +51,7 @@ def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
 
 
 def _votes(shape: ModelShape) -> list[Collective]:
-    """One sum per group of layers that share an input."""
+    """One sum per group of layers that vote together."""
     sizes: Counter[int] = Counter()
     for adapted in shape.adapted:
         sizes[adapted.group] += adapted.rank
@@ -73,18 +62,12 @@ def _gates(shape: ModelShape) -> list[Collective]:
     """The mean probabilities of a trained router, forward and backward, and again in a second forward."""
     if shape.vote == "local":
         return []
-    times = 3 if shape.is_checkpointed else 2
     return [
-        Collective("all_reduce", a.gate_bytes, "gates") for a in shape.adapted if a.gate_bytes for _ in range(times)
+        Collective("all_reduce", a.gate_bytes, "gates")
+        for a in shape.adapted
+        if a.gate_bytes
+        for _ in range(3 if a.is_recomputed else 2)
     ]
-
-
-def _contrast(shape: ModelShape, samples: int) -> list[Collective]:
-    """Features of both towers are gathered with their labels; the backward sums the gradients of trained towers."""
-    features = samples * shape.features * 4
-    gathers = 2 * [Collective("all_gather", features, "features")]
-    sums = shape.trace.outputs_with_gradient * [Collective("reduce_scatter", features, "feature gradients")]
-    return [*gathers, *sums, Collective("all_gather", samples * _LABEL_BYTES, "labels")]
 
 
 def _reductions(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:

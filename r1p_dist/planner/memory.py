@@ -7,7 +7,7 @@ errs on the safe side.
 
 from dataclasses import asdict, dataclass
 
-from r1p_dist.planner.model import Batch, ModelShape
+from r1p_dist.planner.model import ModelShape
 from r1p_dist.planner.zero import Zero
 from r1p_dist.planner.zero3 import Coordinator
 
@@ -35,7 +35,7 @@ class Memory:
         return sum(asdict(self).values()) - self.pristine
 
 
-def training_memory(shape: ModelShape, zero: Zero, ranks: int, batch: Batch, touches_buffers: bool) -> Memory:
+def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: bool) -> Memory:
     """Returns the memory of a rank at the peak of a step.
 
     touches_buffers: only what is written of a buffer counts, as on a CPU; an accelerator reserves all of it.
@@ -44,7 +44,7 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, batch: Batch, tou
     parameters = shape.trace.parameters
     trained = shape.count("adapter")
     held = [p for p in parameters if not p.is_trained]
-    loss = contrast_bytes(batch.pictures, ranks * batch.pictures, shape.features)
+    loss = shape.loss.bytes(ranks)
     activations = max(shape.trace.peak, shape.trace.forward_live + loss)
     gathered = 0
     pristine = shape.pristine_numel * size
@@ -94,15 +94,6 @@ def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) 
             highest = max(highest, min(numel + ahead, everything + gathered) * size + activations)
         before = whole
     return max(highest, min(before + ahead, everything) * size + trace.tail)
-
-
-def contrast_bytes(samples: int, all_samples: int, width: int) -> int:
-    """Returns the bytes of the contrastive loss and its backward at their highest, fp32.
-
-    Of all samples: both towers' gathered features and the gradient of one; of (samples, all samples): targets, two
-    matrices of log probabilities, the gradient of one and a temporary.
-    """
-    return _FP32 * (3 * all_samples * width + 5 * samples * all_samples)
 
 
 def checkpoint_bytes(shape: ModelShape) -> dict[str, int]:

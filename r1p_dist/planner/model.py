@@ -1,36 +1,53 @@
-"""The model that a run would train: on the meta device, with its adapters, traced for one micro step."""
+"""What the planner knows of a model: the trace of a micro step, its adapters, and what its loss exchanges.
 
-import difflib
+Each kind of model has a module of its own (clip.py, llava.py) that builds the model on the meta device, runs its
+forward on one rank's micro batch, and says what its loss needs of the other ranks.
+"""
+
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
-import open_clip
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear
-from r1p_dist.backbones import ClipBackbone
-from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
-from r1p_dist.backbones.weights import model_source
+from r1p_dist.backbones import Backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.methods import make_method
-from r1p_dist.planner.trace import Trace, trace_step
+from r1p_dist.planner.network import Collective
+from r1p_dist.planner.trace import Trace
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One rank's micro batch: pictures, distinct prompts among them, and the tokens of the longest of these."""
+class Batch(Protocol):
+    """One rank's micro batch; `str` describes it. kind: as backbone.kind. sample: what one is called."""
 
-    pictures: int
-    prompts: int
-    prompt_tokens: int
+    kind: ClassVar[str]
+    sample: ClassVar[str]
+
+    @property
+    def samples(self) -> int: ...
+
+
+class Loss(Protocol):
+    """What a loss takes beside the forward that is traced."""
+
+    def bytes(self, ranks: int) -> int:
+        """Returns the memory of the loss and its backward at their highest."""
+
+    def micro_step(self, stage: int, ranks: int) -> list[Collective]:
+        """Returns the collectives of a micro step on several ranks; stage: of ZeRO."""
+
+    def step(self) -> list[Collective]:
+        """Returns the further collectives of an optimizer step on several ranks."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted linear. group: those of equal number share an input. merged: rank-1 experts that a task leaves.
+    """One adapted linear. group: those of equal number vote together. merged: rank-1 experts that a task leaves.
 
-    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0.
+    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0. is_recomputed:
+    activation checkpointing runs it a second time.
     """
 
     name: str
@@ -40,19 +57,18 @@ class Adapted:
     merged: int
     group: int
     gate_bytes: int
+    is_recomputed: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelShape:
-    """What the rest of the planner knows of a model. features: width of what is contrasted. vote: as pool.vote."""
+    """What the rest of the planner knows of a model. vote: as pool.vote, None without a pool."""
 
-    name: str
     dtype: torch.dtype
     trace: Trace
     adapted: list[Adapted]
-    features: int
     vote: str | None
-    is_checkpointed: bool
+    loss: Loss
 
     def count(self, kind: str) -> int:
         """Returns the numbers in parameters of a kind: frozen, router or adapter."""
@@ -69,31 +85,11 @@ class ModelShape:
         return sum(adapted.inputs * adapted.outputs for adapted in self.adapted)
 
 
-def describe_clip(config: RunConfig, batch: Batch, dtype: torch.dtype) -> ModelShape:
-    """Returns the shape of the run's backbone with the adapters of its method.
+def attach_adapters(config: RunConfig, backbone: Backbone, dtype: torch.dtype) -> list[LowRankLinear]:
+    """Puts the method's adapters on a backbone and makes it ready for its trace; returns them.
 
-    InputError: a model that open_clip has not, or more prompt tokens than it reads.
+    InputError: a method that trains nothing.
     """
-    name = config.backbone.name
-    source = model_source(name)
-    if ":" not in source and open_clip.get_model_config(name) is None:
-        nearest = difflib.get_close_matches(name, ["tiny", *open_clip.list_models()], n=3)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise InputError(f"--model {name}: open_clip has no such model{hint}")
-    with explain_faults(name, None):
-        model = build_on_meta(source, None, config.backbone.force_quick_gelu)
-    backbone = ClipBackbone(model, open_clip.tokenize, open_clip.get_model_preprocess_cfg(model))
-    return describe_backbone(config, backbone, batch, dtype)
-
-
-def describe_backbone(config: RunConfig, backbone: ClipBackbone, batch: Batch, dtype: torch.dtype) -> ModelShape:
-    """Returns the shape of a CLIP backbone whose parameters are on the meta device; it gets the method's adapters."""
-    clip = backbone.model
-    context = clip.text.context_length
-    if batch.prompt_tokens > context:
-        raise InputError(
-            f"--prompt-tokens {batch.prompt_tokens}: {config.backbone.name} reads {context}; use at most that"
-        )
     adapters = make_method(config, backbone).adapters
     if not adapters:
         raise InputError(f"method={config.method}: trains nothing, so there is nothing to plan; use dac or lora")
@@ -102,46 +98,38 @@ def describe_backbone(config: RunConfig, backbone: ClipBackbone, batch: Batch, d
     backbone.to(device="meta", dtype=dtype).train()
     if config.backbone.gradient_checkpointing:
         backbone.checkpoint_blocks()
+    return adapters
 
-    def forward() -> list[torch.Tensor]:
-        size = clip.visual.image_size
-        height, width = size if isinstance(size, tuple | list) else (size, size)
-        image = clip.visual(torch.empty(batch.pictures, 3, height, width, dtype=dtype, device="meta"))
-        tokens = torch.empty(batch.prompts, batch.prompt_tokens, dtype=torch.int64, device="meta")
-        routing = backbone.routing["text"]
-        routing.weights = routing.end = tokens[:, 0]
-        routing.padding = tokens > 0
-        return [F.normalize(features.float(), dim=-1) for features in (image, clip.text(tokens))]
 
-    trace = trace_step(backbone, forward)
-    return ModelShape(
-        config.backbone.name,
-        dtype,
-        trace,
-        _adapted(adapters),
-        clip.visual.output_dim,
-        config.pool.vote if isinstance(adapters[0], AdaptedLinear) else None,
-        config.backbone.gradient_checkpointing,
+def make_shape(
+    config: RunConfig, backbone: nn.Module, adapters: list[LowRankLinear], trace: Trace, loss: Loss
+) -> ModelShape:
+    """Returns the shape of a model after its trace, whose forward has left its marks on the adapters' routing."""
+    index = {parameter: i for i, parameter in enumerate(backbone.parameters())}
+    recomputed = {i for visit in trace.visits if visit.is_recompute for i in trace.parameters_of[visit.module]}
+    groups: dict[int, int] = {}
+    adapted = [_describe(adapter, groups, index[adapter.A] in recomputed) for adapter in adapters]
+    vote = config.pool.vote if isinstance(adapters[0], AdaptedLinear) else None
+    return ModelShape(adapters[0].A.dtype, trace, adapted, vote, loss)
+
+
+def _describe(adapter: LowRankLinear, groups: dict[int, int], is_recomputed: bool) -> Adapted:
+    rank, gate_bytes = len(adapter.A), 0
+    merged, voters = rank, adapter.linear
+    if isinstance(adapter, AdaptedLinear):
+        merged = adapter.merge_count
+        # the parts of a fused projection share its linear and its input; a whole tower can vote ahead
+        voters = adapter.routing if adapter.routing.has_voted else adapter.linear
+        if adapter.router_grad != "none":
+            # samples without counts have ones that are fp32
+            gate_bytes = rank * (4 if adapter.routing.weights is None else adapter.A.element_size())
+    return Adapted(
+        adapter.name,
+        adapter.in_features,
+        adapter.out_features,
+        rank,
+        merged,
+        groups.setdefault(id(voters), len(groups)),
+        gate_bytes,
+        is_recomputed,
     )
-
-
-def _adapted(adapters: list[LowRankLinear]) -> list[Adapted]:
-    groups: dict[int, int] = {}  # the parts of a fused projection share its linear and its input
-    found = []
-    for adapter in adapters:
-        is_pool = isinstance(adapter, AdaptedLinear)
-        rank = len(adapter.A)
-        gates = rank * adapter.A.element_size() if is_pool and adapter.router_grad != "none" else 0
-        found.append(
-            Adapted(
-                adapter.name,
-                adapter.in_features,
-                adapter.out_features,
-                rank,
-                adapter.merge_count if is_pool else rank,
-                groups.setdefault(id(adapter.linear), len(groups)),
-                # pictures have no counts, and those that stand for them are fp32
-                gates and (rank * 4 if adapter.name.startswith("image") else gates),
-            )
-        )
-    return found

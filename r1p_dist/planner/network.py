@@ -1,4 +1,4 @@
-"""Networks, and what a collective costs on one: bytes over bandwidth, steps times latency.
+"""Collectives, networks, and what one costs on the other: bytes over bandwidth, steps times latency.
 
 Bandwidths are public specifications per direction and accelerator; one network adapter per accelerator is assumed.
 InfiniBand HDR, NDR and XDR: 200, 400 and 800 Gb/s per port (InfiniBand Trade Association roadmap). NVLink of the third
@@ -8,10 +8,22 @@ step are assumptions.
 
 import difflib
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from r1p_dist.errors import InputError
-from r1p_dist.planner.communication import Collective
+
+
+@dataclass(frozen=True)
+class Collective:
+    """kind: all_reduce, all_gather, reduce_scatter, broadcast or barrier. bytes: of the whole tensor."""
+
+    kind: str
+    bytes: int
+    purpose: str
+
+
+Collectives = Counter[Collective]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ import torch
 from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import InputError
-from r1p_dist.planner.communication import Collectives, boundary_collectives, step_collectives
+from r1p_dist.planner.clip import build_clip, describe_clip
+from r1p_dist.planner.communication import boundary_collectives, step_collectives
+from r1p_dist.planner.llava import build_llava, describe_llava
 from r1p_dist.planner.memory import Memory, checkpoint_bytes, training_memory
-from r1p_dist.planner.model import Batch, ModelShape, describe_clip
-from r1p_dist.planner.network import Network, cost
+from r1p_dist.planner.model import Batch, ModelShape
+from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.timing import Accelerator, StepTime, boundary_time, step_time
 from r1p_dist.planner.zero import Zero
 
@@ -42,13 +44,14 @@ class Question:
     def config(self, ranks: int, stage: int, checkpointing: bool) -> RunConfig:
         """Returns the run configuration of one setting. InputError: as `RunConfig.load`."""
         own = [
+            f"backbone.kind={self.batch.kind}",
             f"backbone.name={self.model}",
             "backbone.pretrained=null",
             f"backbone.gradient_checkpointing={str(checkpointing).lower()}",
             f"deepspeed.config=zero{stage}",
             f"train.precision={self.precision}",
             f"train.gradient_accumulation_steps={self.micro_steps}",
-            f"train.global_batch_size={ranks * self.batch.pictures * self.micro_steps}",
+            f"train.global_batch_size={ranks * self.batch.samples * self.micro_steps}",
         ]
         return RunConfig.load(self.recipe, [*self.overrides, *own])
 
@@ -84,7 +87,7 @@ def make_plan(question: Question) -> Plan:
     dtype = torch.bfloat16 if question.precision == "bf16" else torch.float32
     ranks, stage = question.ranks[0], question.stages[0]
     shapes = {
-        checkpointing: describe_clip(question.config(ranks, stage, checkpointing), question.batch, dtype)
+        checkpointing: _describe(question.config(ranks, stage, checkpointing), question.batch, dtype)
         for checkpointing in (False, True)
     }
     settings = [
@@ -101,11 +104,17 @@ def make_plan(question: Question) -> Plan:
     return Plan(question, shapes, settings, best)
 
 
+def _describe(config: RunConfig, batch: Batch, dtype: torch.dtype) -> ModelShape:
+    if config.backbone.kind == "llava":
+        return describe_llava(config, build_llava(config.backbone), batch, dtype)
+    return describe_clip(config, build_clip(config.backbone), batch, dtype)
+
+
 def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, checkpointing: bool) -> Setting:
     zero = Zero.of(resolve_deepspeed(question.config(ranks, stage, checkpointing), ranks))
-    batch, micro_steps, network = question.batch, question.micro_steps, question.network
-    memory = training_memory(shape, zero, ranks, batch, touches_buffers=False)
-    step = step_collectives(shape, zero, ranks, micro_steps, batch)
+    micro_steps, network = question.micro_steps, question.network
+    memory = training_memory(shape, zero, ranks, touches_buffers=False)
+    step = step_collectives(shape, zero, ranks, micro_steps)
     boundary = boundary_collectives(shape, zero, ranks)
     time = step_time(shape, zero, step, ranks, micro_steps, network, question.accelerator, question.utilisation)
     return Setting(
@@ -118,7 +127,7 @@ def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, chec
         boundary,
         time,
         boundary_time(boundary, ranks, network),
-        ranks * batch.pictures * micro_steps / time.total,
+        ranks * question.batch.samples * micro_steps / time.total,
     )
 
 

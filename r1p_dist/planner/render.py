@@ -22,17 +22,16 @@ def _head(plan: Plan) -> str:
     counts, saved = parameters(shape), checkpoint_bytes(shape)
     batch = question.batch
     flops = [
-        (plan.shapes[key].trace.forward_flops + plan.shapes[key].trace.backward_flops) / batch.pictures / 1e12
+        (plan.shapes[key].trace.forward_flops + plan.shapes[key].trace.backward_flops) / batch.samples / 1e12
         for key in (False, True)
     ]
     return "\n".join(
         [
             f"{question.model}, {question.precision}, {question.accelerator.name}, {question.network.name}; per GPU "
-            f"and micro step {batch.pictures} pictures and {batch.prompts} prompts of {batch.prompt_tokens} tokens; "
-            f"{question.micro_steps} micro steps",
+            f"and micro step {batch}; {question.micro_steps} micro steps",
             f"parameters: {_millions(counts['frozen'])} frozen, {_millions(counts['routers'])} in fixed routers, "
             f"{_millions(counts['trained'])} trained, {_millions(counts['merged'])} merged per task",
-            f"operations per picture: {flops[0]:.2f} TFLOP, {flops[1]:.2f} with activation checkpointing",
+            f"operations per {batch.sample}: {flops[0]:.2f} TFLOP, {flops[1]:.2f} with activation checkpointing",
             f"saved: {saved['step'] / 1e6:.0f} MB per checkpoint, {saved['task'] / 1e6:.0f} MB per finished task",
         ]
     )

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from r1p_dist.errors import InputError
-from r1p_dist.planner.communication import Collectives
 from r1p_dist.planner.model import ModelShape
-from r1p_dist.planner.network import Network, cost
+from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.zero import Zero
 
 OVERLAP = 0.8

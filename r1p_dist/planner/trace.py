@@ -1,8 +1,8 @@
 """One micro step on the meta device: what it computes, keeps and asks ZeRO-3 for, from shapes alone.
 
 Forward and backward really run, on tensors without content, so the order of modules, the order in which gradients
-arrive and the life of every activation are those of the code that trains. Another kind of model is described by the
-same two things: a model on the meta device with its adapters, and a function that runs its forward.
+arrive and the life of every activation are those of the code that trains. Every kind of model is described by the same
+two things: a model on the meta device with its adapters, and a function that runs its forward.
 """
 
 import weakref
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
 
+_INDEXING = ("index", "index_put")
 _MATRIX_PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 
 
@@ -131,7 +132,10 @@ def _borrowed(module: nn.Module) -> list[nn.Parameter]:
 
 
 class _Meter(TorchDispatchMode):
-    """Counts floating-point operations and the bytes of all storages that live, as they come and go."""
+    """Counts floating-point operations and the bytes of all storages that live, as they come and go.
+
+    Tensors on the CPU have content, for code that reads it, and become meta tensors where they meet those.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,8 +153,9 @@ class _Meter(TorchDispatchMode):
         return peak
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
+        args, kwargs = _without_content(name, args, kwargs or {})
+        output = function(*args, **kwargs)
         if name in _MATRIX_PRODUCTS:
             left, right = (args[place] for place in _MATRIX_PRODUCTS[name])
             self.flops += 2 * left.numel() * right.shape[-1]
@@ -173,6 +178,17 @@ class _Meter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _without_content(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Returns an operation's arguments, all on the meta device where one is; not a mask whose sum decides a shape."""
+    if not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
+        return args, kwargs
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if name in _INDEXING and tensor.dtype == torch.bool else tensor.to("meta")
+
+    return tree_map_only(torch.Tensor, move, (args, kwargs))
 
 
 @contextmanager
