@@ -10,15 +10,18 @@ import open_clip
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones import Backbone, ClipBackbone, LlavaBackbone
+from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
-from tests.small_clip import CONFIG, TEXT, VISION, tokenize
+from tests import small_clip, small_llava
 
+IMAGE_TOKEN = 3
 PROMPTS = ["cat", "tall tree", "sea", "a red flag", "boat"]
 KINDS = {
     "allreduce": "all_reduce",
@@ -47,18 +50,34 @@ class Recorder(TorchDispatchMode):
         return [[*key, count] for key, count in sorted(self.found.items())]
 
 
-def make_backbone(sizes: dict, device: str = "cpu") -> ClipBackbone:
-    """Returns a CLIP with random weights. sizes: those that differ from tests/small_clip.py's."""
-    vision, text = VISION | sizes.get("vision", {}), TEXT | sizes.get("text", {})
+def make_backbone(config: RunConfig, sizes: dict, device: str = "cpu") -> Backbone:
+    """Returns a model with random weights. sizes: those that differ from tests/small_clip.py's or small_llava.py's."""
+    is_llava = config.backbone.kind == "llava"
     torch.manual_seed(0)
     with torch.device(device):
-        model = open_clip.model.CustomTextCLIP(
-            embed_dim=sizes.get("embed_dim", CONFIG["embed_dim"]),
-            vision_cfg=vision,
-            text_cfg=text,
-            nonscalar_logit_scale=True,
-        )
-    return ClipBackbone(model, tokenize, {"size": 16})
+        model = _make_llava(sizes) if is_llava else _make_clip(sizes)
+    if not is_llava:
+        return ClipBackbone(model, small_clip.tokenize, {"size": 16})
+    cache_bytes = int(config.backbone.feature_cache_gb * 1e9)
+    is_sharded = config.deepspeed.config == "zero3"
+    return LlavaBackbone(model, small_llava.make_processor(), cache_bytes, is_sharded)
+
+
+def _make_clip(sizes: dict) -> torch.nn.Module:
+    return open_clip.model.CustomTextCLIP(
+        embed_dim=sizes.get("embed_dim", small_clip.CONFIG["embed_dim"]),
+        vision_cfg=small_clip.VISION | sizes.get("vision", {}),
+        text_cfg=small_clip.TEXT | sizes.get("text", {}),
+        nonscalar_logit_scale=True,
+    )
+
+
+def _make_llava(sizes: dict) -> torch.nn.Module:
+    vision = {"model_type": "clip_vision_model", **small_llava.VISION, **sizes.get("vision", {})}
+    text = {"model_type": "llama", **small_llava.TEXT, **sizes.get("text", {})}
+    config = LlavaConfig(vision_config=vision, text_config=text)
+    config.image_token_id = IMAGE_TOKEN
+    return LlavaForConditionalGeneration(config)
 
 
 def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
@@ -140,8 +159,8 @@ class _Run:
 
     def __init__(self, rank: int, sizes: dict, overrides: list[str]) -> None:
         self.config = RunConfig.load("mini_mtil", overrides)
-        self.backbone = make_backbone(sizes)
-        self.image_size = self.backbone.model.visual.image_size
+        self.sizes, self.rank, self.seen = sizes, rank, 0
+        self.backbone = make_backbone(self.config, sizes)
         if self.config.backbone.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
         self.method = make_method(self.config, self.backbone)
@@ -158,13 +177,38 @@ class _Run:
     def step(self) -> None:
         micro_steps = self.config.train.gradient_accumulation_steps
         count = self.config.train.global_batch_size // micro_steps // world_size()
-        for _ in range(micro_steps):
-            batch = {
-                "image": torch.randn(count, 3, *self.image_size, generator=self.generator),
-                "label": torch.randint(len(PROMPTS), (count,), generator=self.generator),
-            }
+        make = self._conversations if self.config.backbone.kind == "llava" else self._pictures
+        batches = [make(count) for _ in range(micro_steps)]
+        self.backbone.begin_step(batches, self.config.train)
+        for batch in batches:
             loss, _ = self.method.loss(self.engine, batch)
             self.agreement.begin(loss)
             self.engine.step(loss)
             self.agreement.end()
         self.method.end_step()
+
+    def _pictures(self, count: int) -> dict[str, torch.Tensor]:
+        return {
+            "image": torch.randn(count, 3, *self.backbone.model.visual.image_size, generator=self.generator),
+            "label": torch.randint(len(PROMPTS), (count,), generator=self.generator),
+        }
+
+    def _conversations(self, count: int) -> dict[str, torch.Tensor]:
+        """Conversations of equal length, with a picture each on rank 0 and without any on the others."""
+        vision, pictures = self.backbone.config.vision_config, int(self.rank == 0)
+        tokens, answer_tokens = self.sizes["tokens"]
+        ids = torch.randint(IMAGE_TOKEN + 1, 100, (count, tokens), generator=self.generator)
+        ids[:, : pictures * (vision.image_size // vision.patch_size) ** 2] = IMAGE_TOKEN
+        labels = ids.clone()
+        labels[:, :-answer_tokens] = IGNORED
+        size = (max(1, count * pictures), 3, vision.image_size, vision.image_size)
+        self.seen += count  # samples are never the same, so their features are always missing
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "attention_mask": torch.ones_like(ids),
+            "prompt_length": torch.full((count,), tokens - answer_tokens),
+            "image_counts": torch.full((count,), pictures),
+            "pixel_values": torch.randn(size, generator=self.generator),
+            "sample": torch.arange(self.seen - count, self.seen),
+        }

@@ -1,4 +1,4 @@
-"""The planner's memory is within a tenth of what a rank really takes, for a cut of ViT-B-32 on a CPU."""
+"""The planner's memory is within a tenth of what a rank really takes, for cuts of ViT-B-32 and LLaVA on a CPU."""
 
 import pytest
 
@@ -14,23 +14,36 @@ SIZES = {
 }
 
 
+# a quarter of llava-1.5-7b's widths
+LLAVA_SIZES = {
+    "vision": {"image_size": 112, "patch_size": 14, "hidden_size": 256, "intermediate_size": 1024},
+    "text": {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_key_value_heads": 8},
+    "tokens": (128, 16),
+}
+LLAVA = ["backbone.kind=llava", "backbone.feature_cache_gb=0"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, pictures, overrides",
+    "sizes, ranks, samples, overrides",
     [
-        (1, 16, ["deepspeed.config=zero0"]),
-        (1, 24, ["deepspeed.config=zero1", CHECKPOINTING]),
-        (1, 24, ["deepspeed.config=zero2", "train.precision=bf16"]),
-        (2, 16, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL]),
+        (SIZES, 1, 16, ["deepspeed.config=zero0"]),
+        (SIZES, 1, 24, ["deepspeed.config=zero1", CHECKPOINTING]),
+        (SIZES, 1, 24, ["deepspeed.config=zero2", "train.precision=bf16"]),
+        (SIZES, 2, 16, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL]),
+        (LLAVA_SIZES, 1, 6, ["deepspeed.config=zero2", "train.precision=bf16", *LLAVA]),
+        (LLAVA_SIZES, 2, 3, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL, CHECKPOINTING, *LLAVA]),
     ],
 )
-def test_memory_is_within_a_tenth(run_distributed, monkeypatch, ranks: int, pictures: int, overrides: list) -> None:
+def test_memory_is_within_a_tenth(
+    run_distributed, monkeypatch, sizes: dict, ranks: int, samples: int, overrides: list
+) -> None:
     # freed memory must go back at once, or the peak is that of the allocator; a rank reads these when it starts
     for name, value in (("TRIM_THRESHOLD_", "1048576"), ("MMAP_THRESHOLD_", "524288"), ("ARENA_MAX", "1")):
         monkeypatch.setenv(f"MALLOC_{name}", value)
-    overrides = [*overrides, f"train.global_batch_size={ranks * pictures}"]
-    measured = max(run_distributed(measure_memory, ranks, SIZES, overrides))
-    shape, zero, _, batch = describe(SIZES, overrides, ranks)
-    predicted = training_memory(shape, zero, ranks, batch, touches_buffers=True)
+    overrides = [*overrides, f"train.global_batch_size={ranks * samples}"]
+    measured = max(run_distributed(measure_memory, ranks, sizes, overrides))
+    shape, zero, _ = describe(sizes, overrides, ranks)
+    predicted = training_memory(shape, zero, ranks, touches_buffers=True)
     print(f"measured {measured / 1e6:.0f} MB, predicted {predicted.total / 1e6:.0f} MB: {predicted}")
     assert predicted.total == pytest.approx(measured, rel=0.1), predicted

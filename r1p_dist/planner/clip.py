@@ -1,0 +1,110 @@
+"""CLIP models: their micro batch, their forward, and what the contrastive loss exchanges."""
+
+import difflib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import open_clip
+import torch
+import torch.nn.functional as F
+
+from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
+from r1p_dist.backbones.weights import model_source
+from r1p_dist.config import BackboneConfig, RunConfig
+from r1p_dist.errors import InputError
+from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
+from r1p_dist.planner.network import Collective
+from r1p_dist.planner.trace import trace_step
+
+_FP32 = 4
+_LABEL_BYTES = 8  # int64
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One rank's micro batch: pictures, distinct prompts among them, and the tokens of the longest of these."""
+
+    kind: ClassVar[str] = "open_clip"
+    sample: ClassVar[str] = "picture"
+    pictures: int
+    prompts: int
+    prompt_tokens: int
+
+    @property
+    def samples(self) -> int:
+        return self.pictures
+
+    def __str__(self) -> str:
+        return f"{self.pictures} pictures and {self.prompts} prompts of {self.prompt_tokens} tokens"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The contrastive loss over the pictures of all ranks. samples: of one rank. width: of a feature.
+
+    trained_towers: whose features have a gradient.
+    """
+
+    samples: int
+    width: int
+    trained_towers: int
+
+    def bytes(self, ranks: int) -> int:
+        """Returns the memory of the loss and its backward at their highest, fp32.
+
+        Of all samples: both towers' gathered features and the gradient of one; of (samples, all samples): targets, two
+        matrices of log probabilities, the gradient of one and a temporary.
+        """
+        everything = ranks * self.samples
+        return _FP32 * (3 * everything * self.width + 5 * self.samples * everything)
+
+    def micro_step(self, stage: int, ranks: int) -> list[Collective]:
+        """Features of both towers are gathered with their labels; the backward sums the gradients of trained towers."""
+        features = ranks * self.samples * self.width * _FP32
+        gathers = 2 * [Collective("all_gather", features, "features")]
+        sums = self.trained_towers * [Collective("reduce_scatter", features, "feature gradients")]
+        return [*gathers, *sums, Collective("all_gather", ranks * self.samples * _LABEL_BYTES, "labels")]
+
+    def step(self) -> list[Collective]:
+        return []
+
+
+def build_clip(config: BackboneConfig) -> ClipBackbone:
+    """Returns a CLIP model on the meta device. InputError: open_clip has none of that name."""
+    source = model_source(config.name)
+    if ":" not in source and open_clip.get_model_config(config.name) is None:
+        nearest = difflib.get_close_matches(config.name, ["tiny", *open_clip.list_models()], n=3)
+        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
+        raise InputError(f"--model {config.name}: open_clip has no such model{hint}")
+    with explain_faults(config.name, None):
+        model = build_on_meta(source, None, config.force_quick_gelu)
+    return ClipBackbone(model, open_clip.tokenize, open_clip.get_model_preprocess_cfg(model))
+
+
+def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dtype: torch.dtype) -> ModelShape:
+    """Returns the shape of a CLIP backbone on the meta device; it gets the method's adapters.
+
+    InputError: more prompt tokens than it reads.
+    """
+    clip = backbone.model
+    context = clip.text.context_length
+    if batch.prompt_tokens > context:
+        raise InputError(
+            f"--prompt-tokens {batch.prompt_tokens}: {config.backbone.name} reads {context}; use at most that"
+        )
+    adapters = attach_adapters(config, backbone, dtype)
+
+    def forward() -> list[torch.Tensor]:
+        size = clip.visual.image_size
+        height, width = size if isinstance(size, tuple | list) else (size, size)
+        image = clip.visual(torch.empty(batch.pictures, 3, height, width, dtype=dtype, device="meta"))
+        tokens = torch.empty(batch.prompts, batch.prompt_tokens, dtype=torch.int64, device="meta")
+        routing = backbone.routing["text"]
+        routing.weights = routing.end = tokens[:, 0]
+        routing.padding = tokens > 0
+        return [F.normalize(features.float(), dim=-1) for features in (image, clip.text(tokens))]
+
+    trace = trace_step(backbone, forward)
+    loss = Contrast(batch.pictures, clip.visual.output_dim, trace.outputs_with_gradient)
+    return make_shape(config, backbone, adapters, trace, loss)
