@@ -331,10 +331,10 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _check_targets(self) -> RunConfig:
         targets = self.targets.of_kind(self.backbone.kind)
-        if self.pool.router_grad != "none" and "projector" in targets.towers:
+        if self.backbone.kind == "llava" and self.pool.router_grad != "none" and targets.towers != ["language"]:
             raise ValueError(
-                f"pool.router_grad={self.pool.router_grad}: not for the projector, whose ranks have unlike numbers of "
-                "pictures; set targets.towers=[language]"
+                f"pool.router_grad={self.pool.router_grad}: only for the language model of a llava backbone, because "
+                "ranks have unlike numbers of pictures; set targets.towers=[language]"
             )
         object.__setattr__(self, "targets", targets)  # what null stands for depends on another section
         return self

@@ -2,6 +2,8 @@
 
     python tools/plan.py --model ViT-bigG-14 --gpus 8,64,512,4096 --gpu-memory 80 --batch 32 --zero 1,2,3
     python tools/plan.py --model ViT-L-14 --gpus 16 --batch 64 --network bandwidth=12.5,latency=20 pool.vote=lagged
+    python tools/plan.py --model llava-1.5-13b --gpus 8,64,512,4096 --batch 8 --tokens 700 --answer-tokens 64
+    python tools/plan.py --model FOLDER --gpus 16 --batch 8 --recipe coin
 
 Everything comes from shapes on the meta device, the run configuration and the DeepSpeed configuration: nothing is
 downloaded, allocated or trained, and no counter of a run is read. Memory and bytes follow the code and were checked

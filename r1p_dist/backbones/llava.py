@@ -7,13 +7,13 @@ family cuts large pictures), d widths of the parts.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -244,7 +244,7 @@ class LlavaBackbone(nn.Module):
         self.routing["image"].weights = self.routing["projector"].weights = weights
         return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
 
-    def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> SimpleNamespace:
+    def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
         """Stands in for the image tower's forward: gives the hidden states that are asked for, kept or computed."""
         asked = options["output_hidden_states"]
         layers = [asked] if isinstance(asked, int) else list(asked)
@@ -261,7 +261,7 @@ class LlavaBackbone(nn.Module):
         last = states[:, -1]
         has_cls = self.config.vision_feature_select_strategy == "default"
         self.routing["projector"].guide = (last[:, 0] if has_cls else last.mean(1)).detach()
-        return SimpleNamespace(hidden_states=dict(zip(layers, states.unbind(1), strict=True)), pooler_output=None)
+        return BaseModelOutputWithPooling(hidden_states=dict(zip(layers, states.unbind(1), strict=True)))
 
     @cached_property
     def _tower_learns(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones.llava_weights import SHAPES
 from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
 from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import BackboneConfig, RunConfig
@@ -74,7 +75,7 @@ def build_clip(config: BackboneConfig) -> ClipBackbone:
     """Returns a CLIP model on the meta device. InputError: open_clip has none of that name."""
     source = model_source(config.name)
     if ":" not in source and open_clip.get_model_config(config.name) is None:
-        nearest = difflib.get_close_matches(config.name, ["tiny", *open_clip.list_models()], n=3)
+        nearest = difflib.get_close_matches(config.name, ["tiny", *open_clip.list_models(), *SHAPES], n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise InputError(f"--model {config.name}: open_clip has no such model{hint}")
     with explain_faults(config.name, None):

@@ -38,8 +38,8 @@ class Conversations:
 
     def __str__(self) -> str:
         return (
-            f"{self.conversations} conversations of {self.tokens} tokens, each with {self.pictures} pictures and "
-            f"{self.answer_tokens} tokens of answers"
+            f"{self.conversations} conversations of {self.tokens} tokens, {self.answer_tokens} of them answers; "
+            f"pictures in each: {self.pictures}"
         )
 
 

@@ -207,6 +207,14 @@ def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:
         encoder.train(talk("why? " * 60, "so", number=5), torch.Generator())
 
 
+def test_routers_learn_in_the_language_model_alone() -> None:
+    overrides = ["backbone.kind=llava", "pool.router_grad=gated"]
+    for towers in ("null", "[language, image]"):
+        with pytest.raises(InputError, match=r"only for the language model .*; set targets.towers=\[language\]"):
+            RunConfig.load("mini_instruct", [*overrides, f"targets.towers={towers}"])
+    assert RunConfig.load("mini_instruct", [*overrides, "targets.towers=[language]"]).targets.towers == ["language"]
+
+
 def test_streams_of_classes_are_refused() -> None:
     with pytest.raises(InputError, match="has classes, backbone.kind=llava learns conversations"):
         make_backbone().check(Stream.load("mini_mtil"))

@@ -75,7 +75,7 @@ def _make_clip(sizes: dict) -> torch.nn.Module:
 def _make_llava(sizes: dict) -> torch.nn.Module:
     vision = {"model_type": "clip_vision_model", **small_llava.VISION, **sizes.get("vision", {})}
     text = {"model_type": "llama", **small_llava.TEXT, **sizes.get("text", {})}
-    config = LlavaConfig(vision_config=vision, text_config=text)
+    config = LlavaConfig(vision_config=vision, text_config=text, tie_word_embeddings=sizes.get("tied", False))
     config.image_token_id = IMAGE_TOKEN
     return LlavaForConditionalGeneration(config)
 

@@ -41,8 +41,8 @@ def case(stage: int, *overrides: str, sizes: dict = SIZES, batch: int = 24) -> t
     return sizes, [*own, *([NO_PREFETCH] if stage == 3 else []), *overrides]
 
 
-def conversations(stage: int, *overrides: str) -> tuple[dict, list[str]]:
-    return case(stage, "backbone.kind=llava", *overrides, sizes=LLAVA_SIZES, batch=12)
+def conversations(stage: int, *overrides: str, sizes: dict = LLAVA_SIZES) -> tuple[dict, list[str]]:
+    return case(stage, "backbone.kind=llava", *overrides, sizes=sizes, batch=12)
 
 
 CASES = [case(stage, f"pool.vote={vote}") for stage in (0, 1, 2, 3) for vote in ("global", "lagged", "local")] + [
@@ -71,6 +71,7 @@ CASES += [conversations(stage, f"pool.vote={vote}") for stage in (0, 1, 2, 3) fo
     conversations(3, SHARD_ALL, TOWERS, f"{ZERO}.stage3_max_reuse_distance=9000", "backbone.feature_cache_gb=0"),
     conversations(2, CHECKPOINTING, "pool.router_grad=gated", "targets.towers=[language]"),
     conversations(3, "method=lora", "lora.rank=3", SHARD_ALL, "targets.layers=[q, down, fc1]"),
+    conversations(3, SHARD_ALL, sizes=LLAVA_SIZES | {"tied": True}),
     conversations(0, "train.precision=bf16", "pool.vote=local", "train.gradient_clipping=0.5"),
 ]
 

@@ -63,6 +63,23 @@ def test_nothing_fits_is_said(monkeypatch, capsys) -> None:
     assert "2 GPUs: nothing fits" in capsys.readouterr().out
 
 
+def test_llava_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
+    sizes = ["--tokens", "150", "--answer-tokens", "6", "--pictures", "2"]
+    words = ["--model", "tiny", "--gpus", "8", "--batch", "4", "--json", str(tmp_path / "plan.json"), *sizes]
+    assert run(monkeypatch, *words, "backbone.kind=llava", "pool.rank=6", "pool.active=4") == 0
+    printed = capsys.readouterr().out
+    assert "4 conversations of 150 tokens, 6 of them answers; pictures in each: 2" in printed
+    assert "operations per conversation" in printed
+    for setting in json.loads((tmp_path / "plan.json").read_text())["settings"]:
+        calls = {row["purpose"]: row["calls"] for row in setting["communication"]["step"]}
+        assert calls["votes"] == 3  # the language model's layers together, and the projector's two
+        assert calls["answer tokens"] == 1
+        assert ("pictures not kept" in calls) == (setting["zero"] == 3)
+
+
+LLAVA = "backbone.kind=llava"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -72,6 +89,16 @@ def test_nothing_fits_is_said(monkeypatch, capsys) -> None:
         (["--batch", "0"], "--batch 0: must be from 1"),
         (["--prompts", "9"], "--prompts 9: must be from 1 to --batch 8"),
         (["--prompt-tokens", "500"], "--prompt-tokens 500: tiny reads"),
+        (
+            ["--tokens", "90"],
+            "--tokens 90: not for tiny, of backbone.kind=open_clip; it has --prompts, --prompt-tokens",
+        ),
+        (["--prompts", "4", LLAVA], "--prompts 4: not for tiny, of backbone.kind=llava; it has --tokens"),
+        (["--answer-tokens", "0", LLAVA], "--answer-tokens 0: must be from 1"),
+        (["--pictures", "-1", LLAVA], "--pictures -1: must be from 0"),
+        (["--tokens", "80", LLAVA], "--tokens 80: must be above"),
+        (["--model", "nowhere/llava", LLAVA], "--model nowhere/llava: no such folder; use one, or tiny, llava-1.5-7b"),
+        (["--model", "llava-1.5-14b"], "open_clip has no such model; nearest: llava-1.5-13b"),
         (["--gpu-memory", "-1"], "--gpu-memory -1.0: must be a number of GB above zero"),
         (["--usable", "2"], "--usable 2.0: must be above 0 and at most 1"),
         (["--network", "infiniband-40"], "--network infiniband-40: did you mean infiniband-400?"),
