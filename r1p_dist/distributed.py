@@ -170,6 +170,11 @@ def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
         parameter.partition()
 
 
+def _collective_device() -> torch.device:
+    """Where the process group's backend wants tensors that do not belong to the model."""
+    return torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+
+
 def agree(action: Callable[[], Any]) -> Any:
     """Runs the action on rank 0 and returns its result, something that JSON can hold, on every rank.
 
@@ -183,7 +188,7 @@ def agree(action: Callable[[], Any]) -> Any:
             answer = {"error": str(error)}
     if world_size() > 1:
         content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8)
-        device = torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+        device = _collective_device()
         size = torch.tensor([len(content)], device=device)
         dist.broadcast(size, 0)
         content = content.to(device) if rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
@@ -198,10 +203,8 @@ def gather_bytes(content: bytes) -> list[bytes]:
     """Returns what each rank gives, in rank order, on every rank; lengths may differ."""
     if world_size() == 1:
         return [content]
-    device = torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+    device = _collective_device()
     sizes = gather(torch.tensor([len(content)], device=device)).tolist()
     padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
-    padded[: len(content)] = (
-        torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device) if content else padded[:0]
-    )
+    padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
     return [bytes(part[:size].tolist()) for part, size in zip(gather(padded).view(len(sizes), -1), sizes, strict=True)]

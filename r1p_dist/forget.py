@@ -11,7 +11,7 @@ from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
 from r1p_dist.engine import precision_type, start_process_group
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.evaluator import make_evaluator
+from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import make_method
 

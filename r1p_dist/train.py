@@ -19,7 +19,8 @@ from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_l
 from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError, Interrupted
-from r1p_dist.evaluation.evaluator import Evaluator, make_evaluator
+from r1p_dist.evaluation.evaluator import Evaluator
+from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.evaluation.metrics import continual_metrics
 from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.interrupts import StepAgreement, Watchdog, is_finite_on_all_ranks

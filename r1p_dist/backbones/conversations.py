@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 
-from r1p_dist.data.samples import BadSampleError, Sample, Turn
+from r1p_dist.data.samples import IMAGE_MARK, BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
 
 IGNORED = -100  # the label of a token that carries no loss
-_MARK = "<image>"
 
 
 class ConversationEncoder:
@@ -29,7 +28,9 @@ class ConversationEncoder:
     def __init__(self, processor: ProcessorMixin, image_token: int, max_length: int, is_blind: bool = False):
         self.processor, self.image_token, self.max_length = processor, image_token, max_length
         self.is_blind = is_blind
-        self._blank = self._encode(Sample("blank", (Image.new("RGB", (32, 32)),), turns=(Turn("user", _MARK),)), None)
+        self._blank = self._encode(
+            Sample("blank", (Image.new("RGB", (32, 32)),), turns=(Turn("user", IMAGE_MARK),)), None
+        )
 
     def train(self, sample: Sample, generator: torch.Generator) -> dict[str, Any]:
         """Returns the example of a whole conversation. BadSampleError: longer than max_length."""
@@ -142,7 +143,7 @@ def _without_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
 def _content(text: str) -> list[dict[str, str]]:
     """Returns a turn as the chat templates take it: its pictures and texts, in their order."""
     parts: list[dict[str, str]] = []
-    for number, piece in enumerate(text.split(_MARK)):
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
     return parts

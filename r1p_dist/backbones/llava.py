@@ -26,11 +26,11 @@ from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import DataConfig, TrainConfig
 from r1p_dist.data import Stream
+from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
 
 Batch = dict[str, torch.Tensor]
-_BLANK = -1  # the number of the picture that stands in where a batch has none
 _ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 _LAYERS = {
     "language": {
@@ -233,7 +233,7 @@ class LlavaBackbone(nn.Module):
             ]
         self._pictures = None
         if "sample" in batch:
-            owners = batch["sample"].tolist() if any(counts) else [_BLANK]
+            owners = batch["sample"].tolist() if any(counts) else [BLANK]
             self._pictures = [
                 (owner, number)
                 for owner, count in zip(owners, counts if any(counts) else [1], strict=True)

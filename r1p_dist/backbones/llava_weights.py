@@ -1,5 +1,6 @@
 """LLaVA models of transformers: their configuration, files and names of weights; no code of a hub is ever run."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -51,6 +52,7 @@ _RENAMED = (
 )
 
 
+@functools.cache  # a hub is asked once
 def model_folder(name: str) -> Path | None:
     """Returns where a model's files lie; None for one of SHAPES. A name of a hub is downloaded if need be.
 

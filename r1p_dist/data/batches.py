@@ -11,13 +11,12 @@ import torch
 
 from r1p_dist.data.encoders import Encoder
 from r1p_dist.data.order import GroupedOrder, MixtureOrder, SampleOrder, digest_number
-from r1p_dist.data.samples import BadSampleError, Sample
+from r1p_dist.data.samples import BLANK, BadSampleError, Sample
 from r1p_dist.data.shards import JointDataset, ShardDataset
 from r1p_dist.errors import InputError
 
 Batch = dict[str, Any]  # tensors, and in an evaluation of conversations a list of references
 Faults = list[tuple[int, str]]  # (sample of the data set, reason)
-_BLANK = -1  # the number of what stands in for a sample
 
 
 class Reference(NamedTuple):
@@ -155,6 +154,6 @@ class EvaluationBatches(torch.utils.data.Dataset):
         example = self.encoder.blank()
         if self.dataset.class_names is None:
             # A model that generates needs a row to do as many forward passes as on the other ranks.
-            return self._collate([Sample("blank", (), number=_BLANK)], [example]) | {"references": []}
-        batch = self._collate([Sample("blank", (), label=0, number=_BLANK)], [example])
+            return self._collate([Sample("blank", (), number=BLANK)], [example]) | {"references": []}
+        batch = self._collate([Sample("blank", (), label=0, number=BLANK)], [example])
         return {name: tensor[:0] for name, tensor in batch.items()}

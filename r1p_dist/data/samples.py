@@ -32,6 +32,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("cls", "txt", "json")
 LABEL_BYTES = 32  # a longer file is no label: do not read it
 JSON_BYTES = 1 << 20  # a longer file is no sample's conversation or metadata: do not read it
+BLANK = -1  # the number of what stands in for a sample
 IMAGE_MARK = "<image>"  # LLaVA's place of a picture in a text
 _PIXELS = 1 << 28  # of all pictures of a sample; PIL's own limit is per picture
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")

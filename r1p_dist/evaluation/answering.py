@@ -1,7 +1,7 @@
 """Evaluation of instruction tasks: answers are generated, shared among the ranks, and scored together."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,37 +11,16 @@ from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import gather_bytes
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.answers import Answer, follows_instruction, score
+from r1p_dist.evaluation.evaluator import Evaluator
 from r1p_dist.evaluation.results import TaskResult
 
 
-class Answerer:
-    """Lets a LLaVA-style model answer, greedily and in batches, and scores the answers by the tasks' metrics.
+class Answerer(Evaluator):
+    """Lets a LLaVA-style model answer, greedily and in batches, and scores the answers by the tasks' metrics."""
 
-    loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
-    each forward. before_task and on_batch are called before every task and after every batch: a place to look up.
-    """
+    backbone: LlavaBackbone
 
-    def __init__(
-        self,
-        backbone: LlavaBackbone,
-        loaders: Mapping[str, EvaluationLoader],
-        before_task: Callable[[], None] = lambda: None,
-        on_batch: Callable[[], None] = lambda: None,
-    ):
-        self.backbone, self.loaders = backbone, loaders
-        self.before_task, self.on_batch = before_task, on_batch
-
-    @torch.no_grad()
-    def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
-        """Returns one result per task, the same on every rank. model: the backbone, or the engine around it."""
-        self.backbone.eval()
-        results = [self._evaluate_task(model, task) for task in tasks]
-        self.backbone.train()
-        return results
-
-    def _evaluate_task(self, model: Callable, task: Task) -> TaskResult:
-        self.before_task()
-        loader = self.loaders[task.name]
+    def evaluate_task(self, model: Callable, task: Task, loader: EvaluationLoader) -> TaskResult:
         found: list[tuple[int, dict[str, Any]]] = []
         for batch in loader:
             references = batch.pop("references")

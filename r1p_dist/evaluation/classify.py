@@ -1,6 +1,6 @@
 """Zero-shot classification of whole tasks, shared among the ranks; every picture is counted exactly once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,15 +9,17 @@ from r1p_dist.backbones import ClipBackbone
 from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import sum_over_ranks
 from r1p_dist.errors import InputError
+from r1p_dist.evaluation.evaluator import Evaluator
 from r1p_dist.evaluation.results import TaskResult
 
 
-class Classifier:
+class Classifier(Evaluator):
     """Evaluates a CLIP model; a class's weight is the mean of its templates' unit-norm features, as in DAC's code.
 
-    loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
-    each forward. before_task and on_batch are called before every task and after every batch: a place to look up.
+    text_batch_size: prompts in one forward; the rest as in `Evaluator`.
     """
+
+    backbone: ClipBackbone
 
     def __init__(
         self,
@@ -27,21 +29,11 @@ class Classifier:
         before_task: Callable[[], None] = lambda: None,
         on_batch: Callable[[], None] = lambda: None,
     ):
-        self.backbone, self.loaders, self.text_batch_size = backbone, loaders, text_batch_size
-        self.before_task, self.on_batch = before_task, on_batch
+        super().__init__(backbone, loaders, before_task, on_batch)
+        self.text_batch_size = text_batch_size
 
-    @torch.no_grad()
-    def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
-        """Returns one result per task, the same on every rank. model: the backbone, or the engine around it."""
-        self.backbone.eval()
-        results = [self._evaluate_task(model, task) for task in tasks]
-        self.backbone.train()
-        return results
-
-    def _evaluate_task(self, model: Callable, task: Task) -> TaskResult:
-        self.before_task()
+    def evaluate_task(self, model: Callable, task: Task, loader: EvaluationLoader) -> TaskResult:
         weights = self._class_weights(model, task)
-        loader = self.loaders[task.name]
         # 0: not seen, 1: wrong, 2: right. Every picture is on one rank, so the sum over ranks has them all.
         found = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
         for batch in loader:

@@ -1,32 +1,42 @@
-"""Which evaluation a backbone's tasks get."""
+"""What every evaluation shares: whole tasks, one after another, each with its loader."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-from r1p_dist.backbones import Backbone, LlavaBackbone
-from r1p_dist.config import EvaluationConfig
+import torch
+
+from r1p_dist.backbones import Backbone
 from r1p_dist.data import EvaluationLoader, Task
-from r1p_dist.evaluation.answering import Answerer
-from r1p_dist.evaluation.classify import Classifier
 from r1p_dist.evaluation.results import TaskResult
 
 
-class Evaluator(Protocol):
-    """Evaluates whole tasks, shared among the ranks; every sample is counted exactly once."""
+class Evaluator:
+    """Evaluates whole tasks, shared among the ranks; every sample is counted exactly once.
 
+    loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
+    each forward. before_task and on_batch are called before every task and after every batch: a place to look up.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        loaders: Mapping[str, EvaluationLoader],
+        before_task: Callable[[], None] = lambda: None,
+        on_batch: Callable[[], None] = lambda: None,
+    ):
+        self.backbone, self.loaders = backbone, loaders
+        self.before_task, self.on_batch = before_task, on_batch
+
+    @torch.no_grad()
     def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
         """Returns one result per task, the same on every rank. model: the backbone, or the engine around it."""
+        self.backbone.eval()
+        results = []
+        for task in tasks:
+            self.before_task()
+            results.append(self.evaluate_task(model, task, self.loaders[task.name]))
+        self.backbone.train()
+        return results
 
-
-def make_evaluator(
-    config: EvaluationConfig,
-    backbone: Backbone,
-    loaders: Mapping[str, EvaluationLoader],
-    before_task: Callable[[], None] = lambda: None,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Evaluator:
-    """Returns the evaluator of a backbone's streams; before_task and on_batch are called before every task and after
-    every batch: places to look up."""
-    if isinstance(backbone, LlavaBackbone):
-        return Answerer(backbone, loaders, before_task, on_batch)
-    return Classifier(backbone, loaders, config.batch_size, before_task, on_batch)
+    def evaluate_task(self, model: Callable, task: Task, loader: EvaluationLoader) -> TaskResult:
+        """Returns the result of one task. InputError: no sample of it can be evaluated."""
+        raise NotImplementedError

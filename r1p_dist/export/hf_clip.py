@@ -18,14 +18,15 @@ from r1p_dist.export.safetensors_writer import Entry
 _ARGMAX = 2  # the end token's id that CLIPModel takes for "pool at the highest id of the prompt"
 _MODELS = {"visual": "vision_model", "text": "text_model"}
 _TOWERS = {"image": "vision_model", "text": "text_model"}
-_BLOCK = {
+# open_clip's names of weights, and those of transformers' CLIP: within a block, and outside of blocks
+BLOCK_NAMES = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "attn.out_proj": "self_attn.out_proj",
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_OUTSIDE = {
+OUTSIDE_NAMES = {
     "logit_scale": "logit_scale",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
@@ -84,8 +85,8 @@ def hf_entries(weights: MergedWeights, dtype: torch.dtype) -> list[Entry]:
 def _places(shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, _Place]]:
     """Yields each weight of a CLIPModel and where it comes from."""
     for name, shape in shapes.items():
-        if name in _OUTSIDE:
-            yield _OUTSIDE[name], _Place(name)
+        if name in OUTSIDE_NAMES:
+            yield OUTSIDE_NAMES[name], _Place(name)
         elif name in _PROJECTIONS:
             yield _PROJECTIONS[name], _Place(name, is_transposed=True)
         else:
@@ -99,7 +100,7 @@ def _places(shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, _Place]]:
                     rows = slice(i * width, (i + 1) * width)
                     yield f"{layer}.self_attn.{projection}_proj.{kind}", _Place(name, rows)
             else:
-                yield f"{layer}.{_BLOCK[part]}.{kind}", _Place(name)
+                yield f"{layer}.{BLOCK_NAMES[part]}.{kind}", _Place(name)
 
 
 def hf_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> CLIPConfig:

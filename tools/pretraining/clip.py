@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast
 
+from pretraining.log import open_log
 from pretraining.pairs import IMAGE_SIZE, normalise, read_held_out_pairs, read_training_pairs, without_tags
 
 CONTEXT_LENGTH = 32
@@ -153,12 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    log = (args.output / "pretrain.log").open("w")
-
-    def report(**values: object) -> None:
-        print(json.dumps(values), flush=True)
-        print(json.dumps(values), file=log, flush=True)
-
+    report = open_log(args.output)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     pixels, captions, _ = read_training_pairs(args.pairs)

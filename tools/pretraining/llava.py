@@ -9,7 +9,6 @@ A decoder that starts from nothing first learns the questions from captions that
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -42,7 +41,10 @@ from transformers import (
 
 from pretraining.clip import MODEL_CONFIG
 from pretraining.conversations import Facts, Questioner, Turn, read_facts
+from pretraining.log import open_log
 from pretraining.pairs import IMAGE_SIZE, normalise, read_held_out_pairs, read_training_pairs
+from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.export.hf_clip import BLOCK_NAMES, OUTSIDE_NAMES
 
 VOCABULARY = 5120
 CONTEXT_LENGTH = 512
@@ -51,23 +53,6 @@ PATCH_SIZE = MODEL_CONFIG["vision_cfg"]["patch_size"]
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 IMAGE_TOKEN = "<image>"
-IGNORED = -100  # the label of what is no answer
-_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_OUTSIDE_BLOCKS = {
-    "class_embedding": "embeddings.class_embedding",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "conv1.weight": "embeddings.patch_embedding.weight",
-    "ln_pre.weight": "pre_layrnorm.weight",
-    "ln_pre.bias": "pre_layrnorm.bias",
-    "ln_post.weight": "post_layernorm.weight",
-    "ln_post.bias": "post_layernorm.bias",
-}
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
     {%- if message['role'] != 'system' -%}{{- message['role'].upper() + ': ' -}}{%- endif -%}
@@ -201,9 +186,9 @@ def load_image_tower(tower: CLIPVisionModel, clip: torch.nn.Module) -> None:
                 for projection, rows in zip("qkv", weight.chunk(3), strict=True):
                     weights[f"encoder.layers.{number}.self_attn.{projection}_proj.{kind}"] = rows
             else:
-                weights[f"encoder.layers.{number}.{_BLOCK[part]}.{kind}"] = weight
+                weights[f"encoder.layers.{number}.{BLOCK_NAMES[part]}.{kind}"] = weight
         elif name != "proj":
-            weights[_OUTSIDE_BLOCKS[name]] = weight
+            weights[OUTSIDE_NAMES[f"visual.{name}"].removeprefix("vision_model.")] = weight
     tower.load_state_dict(weights)
     tower.requires_grad_(False)
 
@@ -410,12 +395,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    log = (args.output / "pretrain.log").open("w")
-
-    def report(**values: object) -> None:
-        print(json.dumps(values), flush=True)
-        print(json.dumps(values), file=log, flush=True)
-
+    report = open_log(args.output)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     pixels, captions, keys = read_training_pairs(args.pairs)

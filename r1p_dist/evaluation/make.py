@@ -1,0 +1,23 @@
+"""Which evaluation a backbone's tasks get."""
+
+from collections.abc import Callable, Mapping
+
+from r1p_dist.backbones import Backbone, LlavaBackbone
+from r1p_dist.config import EvaluationConfig
+from r1p_dist.data import EvaluationLoader
+from r1p_dist.evaluation.answering import Answerer
+from r1p_dist.evaluation.classify import Classifier
+from r1p_dist.evaluation.evaluator import Evaluator
+
+
+def make_evaluator(
+    config: EvaluationConfig,
+    backbone: Backbone,
+    loaders: Mapping[str, EvaluationLoader],
+    before_task: Callable[[], None] = lambda: None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Evaluator:
+    """Returns the evaluator of a backbone's streams; loaders, before_task and on_batch as in `Evaluator`."""
+    if isinstance(backbone, LlavaBackbone):
+        return Answerer(backbone, loaders, before_task, on_batch)
+    return Classifier(backbone, loaders, config.batch_size, before_task, on_batch)
