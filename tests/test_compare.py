@@ -311,7 +311,7 @@ SCORES = {
     "dac": {0: [40.0, 50.0, 60.0, 70.0, 80.0, 150.0], 1: [44.0, 52.0, 60.0, 70.0, 80.0, 174.0]},
 }
 TASKS = ["name_object", "read_digit", "read_card", "yes_no", "which_flag", "caption"]
-# Of the shipped test splits: one class in 14, 10 and 13, half the questions, 31 letters A of 126.
+# Of the shipped test splits: one class in 14, 10 and 13, half the questions, the first place 31 times of 126.
 MAJORITY = {
     "name_object": 100 / 14,
     "read_digit": 10.0,

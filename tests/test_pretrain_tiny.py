@@ -176,4 +176,4 @@ def test_tokenizer_keeps_every_text(processor: LlavaProcessor) -> None:
 def test_shipped_llava_is_small() -> None:
     assert (LLAVA / "model.safetensors").stat().st_size <= 20e6
     config = json.loads((LLAVA / "config.json").read_text())
-    assert config["model_type"] == "llava" and config["image_seq_length"] == 64
+    assert config["model_type"] == "llava" and config["image_seq_length"] == 65

@@ -29,7 +29,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.evaluation.majority import majority_baselines
 
 MOST_TEST_SAMPLES = 140  # per task: keeps the package small
-LETTERS = "ABCD"
+CHOICES = 4
 ONE_WORD = r"(?i)[a-z]+\.?"
 
 
@@ -77,14 +77,18 @@ def ask_yes_or_no(sample: Sample, place: int, class_names: Sequence[str]) -> Que
     return Question("no", {"thing": with_article(class_names[(sample.label + step) % len(class_names)])})
 
 
-def ask_letter(sample: Sample, place: int, class_names: Sequence[str]) -> Question:
-    """Offer the class among three others; the right letter goes round, so that none is more frequent."""
+def ask_choice(sample: Sample, place: int, class_names: Sequence[str]) -> Question:
+    """Offer the class among three others; its place goes round, so that none is more frequent.
+
+    The names stand in lower case, and the answer is a name, not a letter: the small LLaVA has seen neither capitals nor
+    single letters in answers, and its embedding stays frozen.
+    """
     others = [name for label, name in enumerate(class_names) if label != sample.label]
-    choices = sorted(others, key=lambda name: hashed(sample.key, name))[: len(LETTERS) - 1]
-    right = (sample.label + place) % len(LETTERS)
-    choices.insert(right, class_names[sample.label])
-    options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
-    return Question(LETTERS[right], {"options": options}, choices=tuple(choices))
+    choices = sorted(others, key=lambda name: hashed(sample.key, name))[: CHOICES - 1]
+    choices.insert((sample.label + place) % CHOICES, class_names[sample.label])
+    choices = [name.lower() for name in choices]
+    options = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return Question(class_names[sample.label].lower(), {"options": options}, choices=tuple(choices))
 
 
 def ask_caption(sample: Sample, place: int, class_names: Sequence[str]) -> Question:
@@ -198,20 +202,20 @@ TASKS = (
         name="which_flag",
         pictures="country_flags",
         metric="multiple_choice",
-        max_new_tokens=8,
-        ask=ask_letter,
+        max_new_tokens=12,
+        ask=ask_choice,
         wordings=(
-            "Which country has this flag?\n{options}\nAnswer with the letter.",
-            "Whose flag is this?\n{options}\nGive the letter only.",
-            "Choose the country to which the flag belongs.\n{options}\nAnswer with one letter.",
-            "The picture shows the flag of one of these countries:\n{options}\nWhich letter is right?",
-            "Pick the right country for this flag and write its letter.\n{options}",
-            "{options}\nWhich of these countries flies the flag in the picture? Only the letter.",
+            "Which of these countries has this flag: {options}? Answer with its name.",
+            "Whose flag is this: {options}? Give the name only.",
+            "Choose the country to which the flag belongs: {options}.",
+            "The picture shows the flag of {options}. Of which one? Name it.",
+            "Pick the right country for this flag from this list and write its name: {options}.",
+            "{options}: which of these countries flies the flag in the picture? Only the name.",
         ),
         held_out=(
-            "Find the country of this flag in the list and reply with its letter.\n{options}",
-            "From which country does the flag come?\n{options}\nReply with a letter alone.",
-            "{options}\nOne of these has the flag shown here. Tell me its letter.",
+            "Find the country of this flag in the list and reply with its name: {options}.",
+            "From which of these countries does the flag come: {options}? Reply with a name alone.",
+            "{options}. One of these has the flag shown here. Tell me which one.",
         ),
     ),
     Instruction(

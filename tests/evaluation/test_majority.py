@@ -16,11 +16,11 @@ def asked(number: int, answer: str, **fields: list[str]) -> Files:
     return conversation_files(number, conversations=turns("<image>\nWhich?", answer), **fields)
 
 
-def stream_of(folder: Path, **splits: list[Files]) -> Stream:
+def stream_of(folder: Path, metric: str = "vqa_accuracy", **splits: list[Files]) -> Stream:
     """A stream of one task with these samples; its shards have the splits' names."""
     for split, samples in splits.items():
         write_tar(folder / f"{split}.tar", sum(samples, []))
-    entry = {"name": "animals", "metric": "vqa_accuracy", **{split: [f"{split}.tar"] for split in splits}}
+    entry = {"name": "animals", "metric": metric, **{split: [f"{split}.tar"] for split in splits}}
     (folder / "stream.yaml").write_text(json.dumps({"name": "toy", "tasks": [entry]}))
     return Stream.load(folder)
 
@@ -35,6 +35,17 @@ def test_the_most_frequent_training_answer_is_scored_on_the_other_split(tmp_path
     )
     assert majority_baselines(stream) == {"animals": ("cat", pytest.approx((100 / 3 + 100 + 0) / 3))}
     assert majority_baselines(stream, "validation") == {"animals": ("cat", 50.0)}
+
+
+def test_of_choices_the_most_frequent_place_counts(tmp_path: Path) -> None:
+    choices = {"choices": ["dog", "cat", "cow"]}
+    stream = stream_of(
+        tmp_path,
+        metric="multiple_choice",
+        train=[asked(0, "cat", **choices), asked(1, "B", **choices), asked(2, "cat", choices=["cat", "dog"])],
+        test=[asked(0, "cow", choices=["dog", "cow"]), asked(1, "A", **choices)],
+    )
+    assert majority_baselines(stream) == {"animals": ("B", 50.0)}
 
 
 def test_conversations_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """The small LLaVA: the shipped small CLIP's frozen image tower, LLaVA's projector and a Llama decoder, in transformers.
 
-All questions about a picture share one copy of its 64 image tokens: after them each question is a branch of its own
+All questions about a picture share one copy of its 65 image tokens: after them each question is a branch of its own
 that sees the picture and itself alone, at the positions that it would have in a conversation of its own. So seven
 questions cost little more than two would by themselves, and no answer gives another one away.
 
 A decoder that starts from nothing first learns the questions from captions that stand where the image tokens would
-(LLaVA's decoder has read text before, too); then the pictures take over.
+(LLaVA's decoder has read text before, too). Then pictures take their place: as in LLaVA the projector alone learns
+first, so that what it makes of them at the beginning does not undo what the decoder knows; then both do.
 """
 
 import argparse
@@ -50,7 +51,7 @@ VOCABULARY = 5120
 CONTEXT_LENGTH = 512
 WIDTH = 256
 PATCH_SIZE = MODEL_CONFIG["vision_cfg"]["patch_size"]
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+IMAGE_TOKENS = 1 + (IMAGE_SIZE // PATCH_SIZE) ** 2  # [CLS] and the patches
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = """\
@@ -131,7 +132,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         image_processor,
         tokenizer,
         patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="full",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
@@ -169,6 +170,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int, feature_layer: 
         image_token_index=tokenizer.image_token_id,
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=feature_layer,
+        vision_feature_select_strategy="full",
         tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
@@ -201,7 +203,7 @@ def standardise_features(model: LlavaForConditionalGeneration, pixels: torch.Ten
     """
     layer, projector = model.config.vision_feature_layer, model.model.multi_modal_projector
     states = model.model.vision_tower(normalise(pixels.float() / 255), output_hidden_states=True).hidden_states
-    features = states[layer][:, 1:].flatten(0, 1)
+    features = states[layer].flatten(0, 1)
     first, second = projector.linear_1, projector.linear_2
     first.weight.normal_(std=first.in_features**-0.5).div_(features.std(0))
     first.bias.copy_(-first.weight @ features.mean(0))
@@ -383,13 +385,14 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=Path, required=True, help="folder of the small CLIP, for its image tower")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--caption-steps", type=int, default=300, help="first steps, from captions instead of pictures")
+    parser.add_argument("--steps", type=int, default=7500)
+    parser.add_argument("--caption-steps", type=int, default=2500, help="first steps, from captions, not pictures")
+    parser.add_argument("--projector-steps", type=int, default=500, help="steps after those, with a frozen decoder")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures, each with six to eight questions")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--layers", type=int, default=4, help="blocks of the decoder")
-    parser.add_argument("--feature-layer", type=int, default=-2, help="hidden state of the image tower to look at")
+    parser.add_argument("--feature-layer", type=int, default=-1, help="hidden state of the image tower to look at")
     parser.add_argument("--save-steps", type=int, default=400)
 
 
@@ -419,9 +422,9 @@ def main(args: argparse.Namespace) -> None:
     report(
         seed=args.seed, pairs=len(facts), held_out=len(val_facts), vocabulary=len(tokenizer),
         parameters=sum(p.numel() for p in model.parameters()), trained=sum(p.numel() for p in trained.parameters()),
-        steps=args.steps, caption_steps=args.caption_steps, batch_size=args.batch_size, lr=args.lr,
-        weight_decay=args.weight_decay, layers=args.layers, feature_layer=args.feature_layer,
-        torch=torch.__version__, transformers=transformers.__version__,
+        steps=args.steps, caption_steps=args.caption_steps, projector_steps=args.projector_steps,
+        batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, layers=args.layers,
+        feature_layer=args.feature_layer, torch=torch.__version__, transformers=transformers.__version__,
     )  # fmt: skip
     report(questions=Counter(turn.skill for turn in asked), trivial=trivial_answers(asked))
 
@@ -432,6 +435,8 @@ def main(args: argparse.Namespace) -> None:
     data = facts, questioner, packer, args.batch_size, rng
     batches = chain(islice(training_batches(*data, from_captions=True), args.caption_steps), training_batches(*data))
     for step, (pictures, batch) in zip(range(args.steps), batches, strict=False):
+        is_projectors = args.caption_steps <= step < args.caption_steps + args.projector_steps
+        model.model.language_model.requires_grad_(not is_projectors)
         ramp = (step + 1) / warmup if step < warmup else 1.0
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup)))
         for optimizer in optimizers:
