@@ -435,8 +435,8 @@ def main(args: argparse.Namespace) -> None:
     data = facts, questioner, packer, args.batch_size, rng
     batches = chain(islice(training_batches(*data, from_captions=True), args.caption_steps), training_batches(*data))
     for step, (pictures, batch) in zip(range(args.steps), batches, strict=False):
-        is_projectors = args.caption_steps <= step < args.caption_steps + args.projector_steps
-        model.model.language_model.requires_grad_(not is_projectors)
+        decoder_is_frozen = args.caption_steps <= step < args.caption_steps + args.projector_steps
+        model.model.language_model.requires_grad_(not decoder_is_frozen)
         ramp = (step + 1) / warmup if step < warmup else 1.0
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (args.steps - warmup)))
         for optimizer in optimizers:
