@@ -103,7 +103,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.model,
         "depth": arguments.depth,
         "ranks": arguments.ranks,
-        "command": [word.replace(str(ROOT), ".") for word in command[:5]],
+        "command": [word.replace(str(ROOT), ".") for word in command[:6]],
         "settings": settings[:-1] + arguments.settings,
         "trainable_parameters": metrics.get("trainable_parameters"),
         "accuracy": metrics.get("accuracy"),

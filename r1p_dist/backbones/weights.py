@@ -140,7 +140,8 @@ def _partitioner(placement: Placement) -> Callable[[nn.Parameter], None]:
 
     `deepspeed.zero.Init` would send every weight from rank 0 to all others; here each rank has read it already.
     """
-    shards = deepspeed.zero.Init(dtype=placement.dtype, config_dict_or_path=placement.zero3)
+    # Without `dtype`, which it takes for bf16 on a CPU without fp16 arithmetic; the configuration says it.
+    shards = deepspeed.zero.Init(config_dict_or_path=placement.zero3)
 
     def partition(parameter: nn.Parameter) -> None:
         shards._convert_to_deepspeed_param(parameter)
