@@ -54,8 +54,9 @@ class LlavaBackbone(nn.Module):
 
     The guide `cls_image` of a conversation is the vector [CLS; p]: the mean over its pictures of the image tower's
     [CLS] (in the layer that the projector reads; of the whole picture where there are crops; the mean of all tokens
-    for towers without [CLS]), and zeros; for a conversation without pictures zeros, and the mean of the input
-    embeddings of its prompt. The projector's pictures vote one by one, by their own [CLS].
+    where the projector sees all of them, which towers without [CLS] need), and zeros; for a conversation without
+    pictures zeros, and the mean of the input embeddings of its prompt. The projector's pictures vote one by one, by the
+    same vector of their own.
     """
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin, cache_bytes: int = 0, is_sharded: bool = False):
@@ -259,8 +260,8 @@ class LlavaBackbone(nn.Module):
             with torch.no_grad():
                 states = self._cache.fetch(self._pictures, self._crops, compute, self.device)
         last = states[:, -1]
-        has_cls = self.config.vision_feature_select_strategy == "default"
-        self.routing["projector"].guide = (last[:, 0] if has_cls else last.mean(1)).detach()
+        drops_cls = self.config.vision_feature_select_strategy == "default"
+        self.routing["projector"].guide = (last[:, 0] if drops_cls else last.mean(1)).detach()
         return BaseModelOutputWithPooling(hidden_states=dict(zip(layers, states.unbind(1), strict=True)))
 
     @cached_property
