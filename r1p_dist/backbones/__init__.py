@@ -12,14 +12,15 @@ from r1p_dist.backbones.weights import Placement as Placement
 from r1p_dist.config import BackboneConfig
 
 
-def load_backbone(config: BackboneConfig, placement: Placement | None = None) -> Backbone:
-    """Loads the backbone that a run's configuration names; placement and InputError as in `load_clip`."""
+def load_backbone(config: BackboneConfig, placement: Placement | None = None, compiles: bool = False) -> Backbone:
+    """Loads the backbone that a run's configuration names; placement, compiles and InputError as in `load_clip`."""
     if config.kind == "llava":
         return load_llava(
             config.name,
             gradient_checkpointing=config.gradient_checkpointing,
             feature_cache_gb=config.feature_cache_gb,
             placement=placement,
+            compiles=compiles,
         )
     return load_clip(
         config.name,
@@ -27,4 +28,5 @@ def load_backbone(config: BackboneConfig, placement: Placement | None = None) ->
         force_quick_gelu=config.force_quick_gelu,
         gradient_checkpointing=config.gradient_checkpointing,
         placement=placement,
+        compiles=compiles,
     )

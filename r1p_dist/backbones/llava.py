@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
+from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.feature_cache import FeatureCache
 from r1p_dist.backbones.llava_weights import build_on_meta, map_weights, model_folder, read_config, read_processor
@@ -346,11 +347,13 @@ def load_llava(
     gradient_checkpointing: bool = False,
     feature_cache_gb: float = 0.0,
     placement: Placement | None = None,
+    compiles: bool = False,
 ) -> LlavaBackbone:
     """Loads `tiny`, a folder or a hub's name of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision model, or a shape of SHAPES.
 
     A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
-    the CPU in fp32 by default. Raises InputError for a model that cannot be had or used.
+    the CPU in fp32 by default. compiles: the training forward of the language model's blocks, by torch.compile. Raises
+    InputError for a model that cannot be had or used.
     """
     placement = placement or Placement()
     config = read_config(name)
@@ -363,6 +366,8 @@ def load_llava(
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     place(model, placement)
     backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None)
+    if compiles:
+        compile_blocks(model.model.language_model.layers)
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone
