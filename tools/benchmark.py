@@ -20,7 +20,7 @@ from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
 from r1p_dist.files import write_atomically
 
-BENCHMARKS = ("step", "precision", "inference", "tasks", "scaling", "data", "checkpoint", "table")
+BENCHMARKS = ("step", "launches", "precision", "inference", "tasks", "scaling", "data", "checkpoint", "table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
