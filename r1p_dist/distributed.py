@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from r1p_dist.errors import InputError
 
+# The second name is that of torch before 2.14, which warns of it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -100,7 +103,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_single(own, gradient.contiguous())
+        _reduce_scatter(own, gradient.contiguous())
         return own, None
 
 

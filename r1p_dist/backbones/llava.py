@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
+from r1p_dist.backbones.blocks import checkpoint_forward
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.feature_cache import FeatureCache
 from r1p_dist.backbones.llava_weights import build_on_meta, map_weights, model_folder, read_config, read_processor
@@ -123,8 +124,8 @@ class LlavaBackbone(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
-        # no determinism check: it compares shapes, and ZeRO-3 has freed small weights by then
-        self.model.activation_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
+        for block in [*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers]:
+            checkpoint_forward(block)
 
     def check(self, stream: Stream) -> None:
         """Raises InputError for a stream that has no conversations, before any training."""
