@@ -106,10 +106,15 @@ class LlavaBackbone(nn.Module):
 
     def _seen_blocks(self) -> Sequence[nn.Module]:
         """Returns the image tower's blocks up to the last one whose output the projector reads."""
-        blocks, read = self.model.model.vision_tower.encoder.layers, self.config.vision_feature_layer
+        blocks = self.model.model.vision_tower.encoder.layers
         # hidden state 0 is the input of block 0
-        deepest = max(layer % (len(blocks) + 1) for layer in ([read] if isinstance(read, int) else read))
-        return blocks[:deepest]
+        return blocks[: max(layer % (len(blocks) + 1) for layer in self._read_layers)]
+
+    @property
+    def _read_layers(self) -> list[int]:
+        """The hidden states of the image tower that the projector reads."""
+        read = self.config.vision_feature_layer
+        return [read] if isinstance(read, int) else list(read)
 
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
@@ -247,9 +252,8 @@ class LlavaBackbone(nn.Module):
         return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
 
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        """Stands in for the image tower's forward: gives the hidden states that are asked for, kept or computed."""
-        asked = options["output_hidden_states"]
-        layers = [asked] if isinstance(asked, int) else list(asked)
+        """Stands in for the image tower's forward: gives the hidden states that are read, kept or computed."""
+        layers = self._read_layers
 
         def compute(crops: torch.Tensor) -> torch.Tensor:
             states = forward(pixel_values[crops], **options).hidden_states
