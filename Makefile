@@ -55,8 +55,11 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m 'not slow and not campaign' --ignore tests/slurm $(TESTS)
 
+# torch keeps compiled operations by the versions of Python and CUDA alone: here another torch compiles its own.
+test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions
+test-oldest: export PIP_CONSTRAINT := $(CURDIR)/$(OLDEST)/lower_bounds.txt
 test-oldest: $(OLDEST)/lower_bounds.txt
-	PIP_CONSTRAINT=$(CURDIR)/$< $(MAKE) VENV=$(OLDEST) test-quick smoke
+	$(MAKE) VENV=$(OLDEST) test-quick smoke
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
