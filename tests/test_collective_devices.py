@@ -16,7 +16,7 @@ from tests.test_resume import assert_equal, run_in_parts
 
 PACKAGE = Path(__file__).parents[1] / "r1p_dist"
 # Which argument of a collective has the data.
-DATA = {"all_reduce": 0, "reduce": 0, "broadcast": 0, "all_gather": 1, "reduce_scatter_tensor": 1}
+DATA = {"all_reduce": 0, "reduce": 0, "broadcast": 0, "all_gather": 1, distributed.REDUCE_SCATTER: 1}
 
 CALLS: dict[str, Callable[[], Any]] = {
     "sum_over_ranks": lambda: distributed.sum_over_ranks(torch.zeros(4)),

@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
+from r1p_dist.backbones.blocks import checkpoint_forward
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.feature_cache import FeatureCache
@@ -114,10 +115,15 @@ class LlavaBackbone(nn.Module):
 
     def _seen_blocks(self) -> Sequence[nn.Module]:
         """Returns the image tower's blocks up to the last one whose output the projector reads."""
-        blocks, read = self.model.model.vision_tower.encoder.layers, self.config.vision_feature_layer
+        blocks = self.model.model.vision_tower.encoder.layers
         # hidden state 0 is the input of block 0
-        deepest = max(layer % (len(blocks) + 1) for layer in ([read] if isinstance(read, int) else read))
-        return blocks[:deepest]
+        return blocks[: max(layer % (len(blocks) + 1) for layer in self._read_layers)]
+
+    @property
+    def _read_layers(self) -> list[int]:
+        """The hidden states of the image tower that the projector reads."""
+        read = self.config.vision_feature_layer
+        return [read] if isinstance(read, int) else list(read)
 
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
@@ -132,8 +138,8 @@ class LlavaBackbone(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
-        # no determinism check: it compares shapes, and ZeRO-3 has freed small weights by then
-        self.model.activation_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
+        for block in [*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers]:
+            checkpoint_forward(block)
 
     def check(self, stream: Stream) -> None:
         """Raises InputError for a stream that has no conversations, before any training."""
@@ -281,9 +287,8 @@ class LlavaBackbone(nn.Module):
         return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
 
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        """Stands in for the image tower's forward: gives the hidden states that are asked for, kept or computed."""
-        asked = options["output_hidden_states"]
-        layers = [asked] if isinstance(asked, int) else list(asked)
+        """Stands in for the image tower's forward: gives the hidden states that are read, kept or computed."""
+        layers = self._read_layers
 
         def compute(crops: torch.Tensor) -> torch.Tensor:
             states = forward(pixel_values[crops], **options).hidden_states

@@ -5,7 +5,6 @@ are replaced, by ones of the same weights whose linears are open to adapters (bl
 """
 
 import difflib
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
-from r1p_dist.backbones.blocks import Block
+from r1p_dist.backbones.blocks import Block, checkpoint_forward
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, draw, map_weights, model_source, place, weights_file
@@ -138,8 +136,7 @@ class ClipBackbone(nn.Module):
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
         for block in self.blocks:
-            # no determinism check: it compares shapes, and ZeRO-3 has freed the LayerNorm weights by then
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, determinism_check="none")
+            checkpoint_forward(block)
 
     @property
     def device(self) -> torch.device:
