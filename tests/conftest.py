@@ -19,7 +19,14 @@ import pytest
 
 # Ranks are forked from a server that imported these once: several CPU seconds per rank otherwise. None of them may
 # start a thread or touch an accelerator when it is imported (test_run_distributed.py looks).
-PRELOADED = ["r1p_dist.train", "tests.small_clip", "tests.small_llava", "torch._dynamo"]
+PRELOADED = [
+    "pytest",
+    "r1p_dist.train",
+    "tests.small_clip",
+    "tests.small_llava",
+    "torch.utils.cpp_extension",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed looks at it for any optimizer, and it compiles
+]
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
