@@ -43,9 +43,9 @@ from benchmarks.measure import (
 from r1p_dist import attach_pool, load_clip
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.config import TrainConfig
-from r1p_dist.engine import make_optimizer
 from r1p_dist.errors import InputError
 from r1p_dist.losses import contrastive_loss
+from r1p_dist.optimizer import make_optimizer
 
 RANK, ALPHA = 12, 1.0
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
@@ -165,7 +165,7 @@ class Step(Variant):
     def loss(self, end_to_end: bool) -> torch.Tensor:
         if not end_to_end:
             return super().loss(end_to_end)
-        return self.backbone.loss(self.backbone, {"image": self.image, "label": self.label})
+        return self.backbone.loss(self.backbone, self.backbone.prepare({"image": self.image, "label": self.label}))
 
 
 class Peft(Variant):
