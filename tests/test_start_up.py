@@ -51,5 +51,4 @@ def test_help_needs_nothing_heavy() -> None:
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == len(COMMANDS) > 25
-    assert all(int(length) > 100 for length in result.stdout.split())
+    assert len(result.stdout.split()) == len(COMMANDS) > 25, "not every command was tried"
