@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import multiprocessing
 import socket
 import time
 from collections.abc import Callable
@@ -16,27 +17,51 @@ from typing import Any
 
 import pytest
 
+# Ranks are forked from a server that imported these once: several CPU seconds per rank otherwise. None of them may
+# start a thread or touch an accelerator when it is imported (test_run_distributed.py looks).
+PRELOADED = [
+    "pytest",
+    "r1p_dist.train",
+    "tests.small_clip",
+    "tests.small_llava",
+    "torch.utils.cpp_extension",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed looks at it for any optimizer, and it compiles
+]
+multiprocessing.set_forkserver_preload(PRELOADED)
+
 
 @pytest.fixture
 def run_distributed(tmp_path: Path) -> Callable[..., list[Any]]:
-    """Return run(function, world_size, *args, timeout_s=120) -> what `function` returned on each rank, by rank.
+    """Return run(function, world_size, *args, timeout_s=120, new_interpreter=False) -> results by rank.
 
-    `function(rank, world_size, *args)` must stand at the top level of its module. It runs in a fresh process per rank
-    with the launcher's environment and a gloo process group. Its results are tensors, numbers, strings, and lists and
-    dicts of them. A rank that raises fails the test with that rank's traceback; so does a run past `timeout_s`.
+    `function(rank, world_size, *args)` must stand at the top level of its module. It runs in a process per rank with
+    the launcher's environment and a gloo process group. Its results are tensors, numbers, strings, and lists and dicts
+    of them. A rank that raises fails the test with that rank's traceback; so does a run past `timeout_s`.
+
+    new_interpreter: start Python anew on each rank instead of forking a server that has imported everything; for what
+    measures memory or depends on variables that are read when a process starts.
     """
 
-    def run(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    def run(
+        function: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout_s: float = 120,
+        new_interpreter: bool = False,
+    ) -> list[Any]:
         import torch
+
+        # drivers of accelerators do not survive a fork
+        is_forked = not new_interpreter and not torch.accelerator.is_available()
 
         folder = tmp_path / f"ranks-{time.monotonic_ns()}"
         folder.mkdir()
         context = torch.multiprocessing.start_processes(
             _run_rank,
-            args=(function, world_size, _free_port(), timeout_s, folder, args),
+            args=(function, world_size, _free_port(), timeout_s, folder, dict(os.environ), args),
             nprocs=world_size,
             join=False,
-            start_method="spawn",
+            start_method="forkserver" if is_forked else "spawn",
         )
         deadline = time.monotonic() + timeout_s
         try:
@@ -54,9 +79,18 @@ def run_distributed(tmp_path: Path) -> Callable[..., list[Any]]:
 
 
 def _run_rank(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, timeout_s: float, folder: Path, args: tuple
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    port: int,
+    timeout_s: float,
+    folder: Path,
+    environment: dict[str, str],
+    args: tuple,
 ) -> None:
+    os.environ.clear()  # the server has that of its own start
     os.environ.update(
+        environment,
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),

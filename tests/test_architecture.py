@@ -11,9 +11,9 @@ PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "errors host_waits files shipped safe_yaml ds_config config distributed host_copy interrupts data losses adapters "
-    "backbones evaluation methods optimizer optimizer_state rendezvous engine runlog run_folder checkpoint session "
-    "figures page report export train forget doctor cli planner cluster"
+    "lazy errors host_waits files shipped safe_yaml ds_config config distributed host_copy interrupts data losses "
+    "adapters backbones evaluation methods optimizer optimizer_state rendezvous engine runlog run_folder checkpoint "
+    "session figures page report export train forget doctor cli planner cluster"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -37,9 +37,11 @@ def _name(path: Path) -> str:
 
 
 def _imports(path: Path) -> set[str]:
-    """Return the modules of the package that a file imports, wherever in it the import stands."""
+    """Return the modules of the package that a file imports, wherever in it the import stands, or exports lazily."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("r1p_dist."):
+            found.update([node.value] if _is_module(node.value) else [])
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

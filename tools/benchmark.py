@@ -8,6 +8,7 @@ with --json FILE, written there; `table` prints a folder of them as Markdown.
 """
 
 import argparse
+import ast
 import contextlib
 import importlib
 import json
@@ -16,11 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import BENCHMARKS
+
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
 from r1p_dist.files import write_atomically
-
-BENCHMARKS = ("step", "launches", "precision", "inference", "tasks", "scaling", "data", "checkpoint", "table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,19 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="BENCHMARK")
-    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log stays where it is when DeepSpeed is imported
-        modules = {name: importlib.import_module(f"benchmarks.{name}") for name in BENCHMARKS}
-    for name, module in modules.items():
-        head, _, rest = module.__doc__.partition("\n\n")
+    for name, add_arguments in BENCHMARKS.items():
+        head, _, rest = _docstring(name).partition("\n\n")
         command = commands.add_parser(
             name, help=head, description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         command.add_argument("--json", type=Path, metavar="FILE", help="write what is printed there, too")
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        add_arguments(command)
     arguments = parser.parse_args(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log stays where it is when DeepSpeed is imported
+        module = importlib.import_module(f"benchmarks.{arguments.command}")
     try:
-        result = arguments.run(arguments)
+        result = module.run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.json, text + "\n")
     return 0
+
+
+def _docstring(name: str) -> str:
+    """Returns the head of benchmarks/NAME.py without importing it, so that --help needs no torch."""
+    source = Path(__file__).with_name("benchmarks").joinpath(f"{name}.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 def _with_allocator_settings() -> None:

@@ -28,9 +28,8 @@ from typing import Any
 
 import psutil
 import yaml
-from open_clip import get_model_config
 
-from r1p_dist.backbones.llava_weights import SHAPES, read_config, read_processor
+from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.data import Stream
 from r1p_dist.files import write_atomically
 
@@ -116,6 +115,8 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write_clip(folder: Path, name: str, depth: int | None) -> Path:
     """Writes the configuration of a model without weights; such a folder is a model whose weights are drawn."""
+    from open_clip import get_model_config  # here, so that --help needs no torch
+
     config = get_model_config(name)
     if config is None:
         sys.exit(f"error: --model {name}: open_clip has no such model")
@@ -128,6 +129,8 @@ def write_clip(folder: Path, name: str, depth: int | None) -> Path:
 
 def write_llava(folder: Path, name: str, depth: int | None) -> Path:
     """Writes configuration and processor of a model without weights, which are drawn as well."""
+    from r1p_dist.backbones.llava_weights import read_config, read_processor
+
     config = read_config(name)
     for part in (config.vision_config, config.text_config):
         part.num_hidden_layers = min(depth or part.num_hidden_layers, part.num_hidden_layers)

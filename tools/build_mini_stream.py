@@ -29,7 +29,6 @@ import yaml
 from r1p_dist.data.convert.sources import TEMPLATES
 from r1p_dist.data.convert.writer import write_tar
 from r1p_dist.data.index import index_shard
-from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import Stream, read_class_names, read_templates
 from r1p_dist.errors import InputError
 
@@ -46,6 +45,8 @@ class Sample:
 
 def read_samples(shards: Sequence[Path], class_names: Sequence[str]) -> list[Sample]:
     """Return the samples of the shards, sorted by key, each picture decoded once as a check."""
+    from r1p_dist.data import ShardDataset  # here, so that --help needs no torch
+
     dataset = ShardDataset(shards, class_names)
     for index in range(len(dataset)):
         dataset.read(index)

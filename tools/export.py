@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1p_dist.errors import InputError
-from r1p_dist.export import FORMATS, export_run
-from r1p_dist.export.safetensors_writer import DTYPES
+from r1p_dist.export.formats import FORMATS, TYPE_NAMES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", metavar="NAME,NAME", help="only these tasks; default: all that are finished")
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=TYPE_NAMES,
         help="what the weights are rounded to; default: fp32, which keeps them, and for a LLaVA what its files have",
     )
     parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
     arguments = parser.parse_args(argv)
+    from r1p_dist.export import export_run  # here, so that --help needs no torch
+
     try:
         folder = export_run(
             arguments.run_dir,

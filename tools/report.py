@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r1p_dist.errors import InputError
-from r1p_dist.report import plot_matrix, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--matrix", type=Path, metavar="PNG", help="write the accuracy matrix there too")
     arguments = parser.parse_args(argv)
+    from r1p_dist.report import plot_matrix, write_report  # here, so that --help needs no matplotlib
+
     try:
         write_report(arguments.run_dir)
         if arguments.matrix:

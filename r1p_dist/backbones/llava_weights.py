@@ -22,6 +22,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError, one_line
 
@@ -29,18 +30,6 @@ FAMILIES: dict[str, type[nn.Module]] = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
-}
-# Shapes without weights, to try out what a cluster can hold: decoder of LLaVA-1.5, tower CLIP ViT-L/14 at 336 pixels.
-SHAPES = {
-    "llava-1.5-7b": {"vocab_size": 32064},
-    "llava-1.5-13b": {
-        "vocab_size": 32064,
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-    },
 }
 _DOWNLOADED = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 # Names of LLaVA's files as they were first published, and those of transformers' modules now.

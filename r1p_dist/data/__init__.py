@@ -1,15 +1,22 @@
 """Streams of tasks, their WebDataset shards, and the loaders that read them in an exact order."""
 
-from r1p_dist.data.batches import Reference as Reference
-from r1p_dist.data.encoders import Encoder as Encoder
-from r1p_dist.data.encoders import PictureEncoder as PictureEncoder
-from r1p_dist.data.loader import EvaluationLoader as EvaluationLoader
-from r1p_dist.data.loader import TrainLoader as TrainLoader
-from r1p_dist.data.loader import evaluation_loaders as evaluation_loaders
-from r1p_dist.data.loader import train_loader as train_loader
-from r1p_dist.data.samples import Sample as Sample
-from r1p_dist.data.samples import Turn as Turn
-from r1p_dist.data.shards import JointDataset as JointDataset
-from r1p_dist.data.shards import ShardDataset as ShardDataset
-from r1p_dist.data.stream import Stream as Stream
-from r1p_dist.data.stream import Task as Task
+from r1p_dist.lazy import lazy_exports
+
+_EXPORTS = {
+    "Reference": "r1p_dist.data.batches",
+    "Encoder": "r1p_dist.data.encoders",
+    "PictureEncoder": "r1p_dist.data.encoders",
+    "EvaluationLoader": "r1p_dist.data.loader",
+    "TrainLoader": "r1p_dist.data.loader",
+    "evaluation_loaders": "r1p_dist.data.loader",
+    "train_loader": "r1p_dist.data.loader",
+    "Sample": "r1p_dist.data.samples",
+    "Turn": "r1p_dist.data.samples",
+    "JointDataset": "r1p_dist.data.shards",
+    "ShardDataset": "r1p_dist.data.shards",
+    "Stream": "r1p_dist.data.stream",
+    "Task": "r1p_dist.data.stream",
+}
+
+__all__ = list(_EXPORTS)
+__getattr__ = lazy_exports(__name__, _EXPORTS)

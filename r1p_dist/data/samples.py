@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from r1p_dist.errors import InputError, one_line
 
@@ -72,6 +71,8 @@ class Sample:
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
     """Return webdataset's key and suffix of a member's name; None where it belongs to no sample."""
+    from webdataset.tariterators import base_plus_ext  # here, for it imports torch
+
     key, suffix = base_plus_ext(name)
     # As webdataset does: `__meta__` files and folders belong to no sample.
     return None if key is None or re.match(r"__[^/]*__($|/)", name) else (key, suffix.lower())
@@ -82,6 +83,8 @@ def split_sample(content: bytes, key: str, where: str) -> dict[str, bytes]:
 
     BadSampleError: damaged headers, another key, or files of several samples.
     """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     source = {"url": where, "stream": io.BytesIO(content)}
     try:
         samples = list(group_by_keys(tar_file_expander([source], select_files=_is_wanted)))

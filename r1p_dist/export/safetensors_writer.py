@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 
 from r1p_dist.errors import InputError
+from r1p_dist.export.formats import TYPE_NAMES
 from r1p_dist.files import atomic_file
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: getattr(torch, torchs) for name, torchs in TYPE_NAMES.items()}
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT = 8  # bytes that the header's length is a multiple of
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from r1p_dist.backbones import ClipBackbone
-from r1p_dist.backbones.llava_weights import SHAPES
+from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
 from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import BackboneConfig, RunConfig

@@ -1,4 +1,6 @@
-"""The command line of tools/plan.py."""
+"""The command line of tools/plan.py. What plans is imported once the arguments are read: --help needs no torch."""
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -7,19 +9,19 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from r1p_dist.backbones.llava_weights import SHAPES
+from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.cli import Parser, report_errors
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.files import write_atomically
-from r1p_dist.planner.clip import Pictures
-from r1p_dist.planner.llava import Conversations
-from r1p_dist.planner.model import Batch
+from r1p_dist.planner.accelerators import ACCELERATORS, find_accelerator
 from r1p_dist.planner.network import NETWORKS, parse_network
-from r1p_dist.planner.plan import Question, as_json, make_plan, parse_counts
-from r1p_dist.planner.render import as_png, as_text
-from r1p_dist.planner.timing import ACCELERATORS, find_accelerator
+
+if TYPE_CHECKING:
+    from r1p_dist.planner.model import Batch
+    from r1p_dist.planner.plan import Question
 
 # per flag: the kind of model that it is for, its value unless it is given, and its meaning
 _SIZES: dict[str, tuple[str, int | None, str]] = {
@@ -38,6 +40,9 @@ def main(description: str, argv: Sequence[str]) -> int:
 
 def _main(description: str, argv: Sequence[str]) -> int:
     arguments = _parse(description, argv)
+    from r1p_dist.planner.plan import as_json, make_plan
+    from r1p_dist.planner.render import as_png, as_text
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     plan = make_plan(_question(arguments))
     print(as_text(plan))
@@ -76,6 +81,8 @@ def _parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _question(arguments: argparse.Namespace) -> Question:
+    from r1p_dist.planner.plan import Question, parse_counts
+
     for flag, value in (("--batch", arguments.batch), ("--accumulation", arguments.accumulation)):
         _check_size(flag, value, 1)
     for flag, value in (("--usable", arguments.usable), ("--utilisation", arguments.utilisation)):
@@ -102,6 +109,9 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 def _batch(arguments: argparse.Namespace) -> Batch:
     """Returns a rank's micro batch for the kind of model. InputError: a size of another kind, or out of bounds."""
+    from r1p_dist.planner.clip import Pictures
+    from r1p_dist.planner.llava import Conversations
+
     kind = "llava"
     if arguments.model not in SHAPES:
         kind = RunConfig.load(arguments.recipe, arguments.overrides).backbone.kind

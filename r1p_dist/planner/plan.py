@@ -10,13 +10,14 @@ import torch
 from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import InputError
+from r1p_dist.planner.accelerators import Accelerator
 from r1p_dist.planner.clip import build_clip, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
 from r1p_dist.planner.llava import build_llava, describe_llava
 from r1p_dist.planner.memory import Memory, checkpoint_bytes, training_memory
 from r1p_dist.planner.model import Batch, ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
-from r1p_dist.planner.timing import Accelerator, StepTime, boundary_time, step_time
+from r1p_dist.planner.timing import StepTime, boundary_time, step_time
 from r1p_dist.planner.zero import Zero
 
 

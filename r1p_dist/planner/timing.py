@@ -5,37 +5,16 @@ DeepSpeed can run beside the computation hide behind at most OVERLAP of it; all 
 always there in time; no rank is slower than the others.
 """
 
-import difflib
 from dataclasses import dataclass
 
 import torch
 
-from r1p_dist.errors import InputError
+from r1p_dist.planner.accelerators import Accelerator
 from r1p_dist.planner.model import ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.zero import Zero
 
 OVERLAP = 0.8
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """Dense peak operations per second in bf16 and fp32 (NVIDIA's data sheets; TF32 is off in torch by default)."""
-
-    name: str
-    bf16: float
-    fp32: float
-
-
-ACCELERATORS = {
-    accelerator.name: accelerator
-    for accelerator in (
-        Accelerator("a100", 312e12, 19.5e12),
-        Accelerator("h100", 989e12, 67e12),
-        Accelerator("h200", 989e12, 67e12),
-        Accelerator("l40s", 362e12, 91.6e12),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -54,15 +33,6 @@ class StepTime:
     def efficiency(self) -> float:
         """The share of a step that is not spent on waiting for collectives."""
         return self.compute / self.total
-
-
-def find_accelerator(name: str) -> Accelerator:
-    """Returns a known accelerator. InputError: there is none of that name."""
-    if name not in ACCELERATORS:
-        nearest = difflib.get_close_matches(name, ACCELERATORS, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise InputError(f"--device {name}: {hint}known: {', '.join(ACCELERATORS)}")
-    return ACCELERATORS[name]
 
 
 def step_time(

@@ -20,13 +20,6 @@ from r1p_dist.checkpoint import Capture, Checkpoints
 from r1p_dist.engine import start_process_group
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="tiny or an open_clip name (random weights)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=15, help="interleaved rounds")
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the ratio of step times, the share of a step that the training stands still, and bytes per number."""
     torch.set_num_threads(arguments.threads)

@@ -34,14 +34,6 @@ TASK = "country_flags"
 BATCH = 32
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=320, help="pictures")
-    parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--input", type=int, default=224, help="side of the model's input, in pixels")
-    parser.add_argument("--pairs", type=int, default=7, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=20, help="training steps for data_wait; 0 leaves it out")
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the ratio loader/webdataset in samples per second, times of the decoders, and data_wait by workers."""
     torch.set_num_threads(1)

@@ -15,13 +15,6 @@ from r1p_dist import attach_pool, load_clip
 PROMPTS = ["a photo of a dog.", "a photo of a small church by a lake."]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ViT-B-16", help="tiny or an open_clip name (random weights)")
-    parser.add_argument("--batch", type=int, default=8, help="images and prompts")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=15, help="interleaved rounds")
-
-
 @torch.no_grad()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the medians and the ratio merged/plain."""

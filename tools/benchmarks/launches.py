@@ -29,11 +29,6 @@ _FREE = set(
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ViT-B-16", help="an open_clip name")
-    parser.add_argument("--compiled", action="store_true", help="count compiled blocks of tiny, too (some minutes)")
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the calls per adapted linear, by kind."""
     with quiet():

@@ -18,10 +18,6 @@ from r1p_dist.adapters.product import Product, composed_product
 TOKENS, IN, OUT, RANK = 1576, 768, 3072, 8
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--scales", type=float, nargs="+", default=[1e-5, 1e-4, 1e-3], help="of B")
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns {"update/output": [per scale], "arrives": {form: [per scale]}}."""
     generator = torch.Generator().manual_seed(0)

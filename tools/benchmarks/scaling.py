@@ -23,18 +23,6 @@ from r1p_dist.distributed import CollectiveCounter
 from r1p_dist.engine import TaskEngine
 from r1p_dist.methods import make_method
 
-VOTES = ("global", "lagged", "local")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="tiny or an open_clip name (random weights)")
-    parser.add_argument("--batch", type=int, default=32, help="samples of a step over all ranks")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--votes", nargs="+", choices=VOTES, default=list(VOTES))
-    parser.add_argument("--zero", type=int, default=2, choices=range(4), help="ZeRO stage")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=3)
-
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns per vote mode and number of ranks the samples per second and the collectives of a step."""

@@ -49,18 +49,6 @@ from r1p_dist.optimizer import make_optimizer
 
 RANK, ALPHA = 12, 1.0
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ViT-B-16", help="tiny or an open_clip name (random weights)")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a step, of ten classes")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--dropout", type=float, default=0.0, help="on the input of the updates, ours and PEFT's")
-    parser.add_argument("--dropout-kind", choices=("element", "feature"), default="element", help="ours")
-    parser.add_argument("--against", default="limit,peft", help="limit, peft or both")
-    parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -107,15 +95,16 @@ class Variant:
 
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
+        dtype = getattr(torch, arguments.dtype)
         self.backbone: ClipBackbone = load_clip(arguments.model)
         self.prompts = self.backbone.tokenize([f"a photo of a {name}." for name in CLASSES])
         self.model: nn.Module = self.backbone
         self.prepare(arguments)
-        self.model.to(DTYPES[arguments.dtype]).train()
+        self.model.to(dtype).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(trained, TrainConfig()) if trained else None
         generator = torch.Generator().manual_seed(1)
-        self.image = random_images(self.backbone, arguments.batch, generator).to(DTYPES[arguments.dtype])
+        self.image = random_images(self.backbone, arguments.batch, generator).to(dtype)
         self.label = torch.randint(len(CLASSES), (arguments.batch,), generator=generator)
 
     def prepare(self, arguments: argparse.Namespace) -> None:

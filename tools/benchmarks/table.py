@@ -3,14 +3,9 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from r1p_dist.errors import InputError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="holds step*.json, tasks*.json, scaling*.json and so on")
 
 
 def run(arguments: argparse.Namespace) -> str:

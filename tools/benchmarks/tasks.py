@@ -27,14 +27,6 @@ from r1p_dist.engine import TaskEngine, start_process_group
 from r1p_dist.methods import make_method
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="tiny or an open_clip name (random weights)")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=15, help="interleaved rounds")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 50], help="report after so many tasks")
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns per number of finished tasks the ratio of step times, the seconds of a switch and the megabytes."""
     torch.set_num_threads(arguments.threads)

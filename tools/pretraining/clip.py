@@ -143,15 +143,6 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, output: Pat
     tokenizer.save_pretrained(output)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=1700)
-    parser.add_argument("--patch-dropout", type=float, default=0.7, help="share of a picture's patches left out")
-    parser.add_argument("--whole-image-steps", type=int, default=200, help="last steps, without patch dropout")
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-
-
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     report = open_log(args.output)

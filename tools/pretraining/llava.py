@@ -383,19 +383,6 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, output
             os.replace(file, output / file.name)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clip", type=Path, required=True, help="folder of the small CLIP, for its image tower")
-    parser.add_argument("--steps", type=int, default=7500)
-    parser.add_argument("--caption-steps", type=int, default=2500, help="first steps, from captions, not pictures")
-    parser.add_argument("--projector-steps", type=int, default=500, help="steps after those, with a frozen decoder")
-    parser.add_argument("--batch-size", type=int, default=16, help="pictures, each with six to eight questions")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--layers", type=int, default=4, help="blocks of the decoder")
-    parser.add_argument("--feature-layer", type=int, default=-1, help="hidden state of the image tower to look at")
-    parser.add_argument("--save-steps", type=int, default=400)
-
-
 def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     report = open_log(args.output)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import webdataset
 import yaml
 from PIL import Image
 
@@ -281,6 +280,8 @@ def _samples(
 
 def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
     """Writes a tar file whose bytes depend on the samples alone."""
+    import webdataset  # here, for it imports torch
+
     with webdataset.TarWriter(file, encoder=False, mtime=0, user="root", group="root") as tar:
         for sample in samples:
             tar.write(sample)

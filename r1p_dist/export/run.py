@@ -1,0 +1,48 @@
+"""The story of an export: read the run, then write its model or its tasks' updates as a new folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from r1p_dist.errors import InputError
+from r1p_dist.export.finished_run import load_run
+from r1p_dist.export.hf_folder import hf_model
+from r1p_dist.export.open_clip_folder import write_open_clip
+from r1p_dist.export.output_folder import check_is_free, new_folder
+from r1p_dist.export.peft_folder import write_peft
+from r1p_dist.export.safetensors_writer import DTYPES
+
+
+def export_run(
+    run_dir: Path,
+    to: str,
+    output: Path | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    dtype: str | None = None,
+    with_base: bool = False,
+) -> Path:
+    """Writes the export of a run as a new folder and returns its path.
+
+    to: one of FORMATS. output: RUN/export/FORMAT by default. tasks: the tasks that take part, by name; all finished
+    ones by default. dtype: fp32, bf16 or fp16, what the weights are rounded to, once, after the merge; by default fp32
+    for a CLIP and for adapters, the type of the base model's files for a LLaVA. fp32 loses nothing of the base model or
+    of small updates, is what open_clip loads by default, and does not depend on the machine; a run in bf16 rounds the
+    base weights before the merge as well. with_base: for PEFT, the base model too.
+    InputError: no finished run, an unknown task, a model that the format cannot express, a folder that is in use.
+    """
+    if with_base and to != "peft":
+        raise InputError(f"--with-base: --to {to} holds the whole model already; leave it out, or use --to peft")
+    output = output or run_dir / "export" / to
+    check_is_free(output)
+    rounded = None if dtype is None else DTYPES[dtype]
+    run = load_run(run_dir, tasks)
+    with new_folder(output) as folder:
+        if to == "open_clip":
+            write_open_clip(folder, run, rounded or torch.float32)
+        elif to == "hf":
+            hf_model(run).write(folder, run.deployed, rounded)
+        else:
+            write_peft(folder, run, rounded, with_base)
+    return output
