@@ -7,7 +7,7 @@
 a  correctness: votes, losses and merged experts equal those of the CPU, for each stage of ZeRO, on one rank and on two
    that share the card; a resumed run ends with the same bits
 b  recipes: mini_mtil_smoke and mini_instruct_smoke through the launcher beat zero-shot
-c  steps: ViT-B/16, ViT-L/14, ViT-bigG/14 and LLaVA-1.5-7B with random weights in bf16, against the frozen model and PEFT
+c  steps: ViT-B/16, ViT-L/14, ViT-bigG/14 and LLaVA-1.5-7B, random weights, bf16, against the frozen model and PEFT
 d  dry run: memory of rank 0 of 64, of ViT-bigG/14 and LLaVA-1.5-7B, against the planner's prediction
 e  host waits: a training step never makes the host wait for the card
 

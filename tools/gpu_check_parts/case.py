@@ -81,7 +81,9 @@ def run_case(case: Case, folder: Path, device: str, quick: bool, limit_s: float)
     found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     if code != 0:
         lines = log.read_text(errors="replace").splitlines()
-        reason = f"stopped at its limit of {limit_s:.0f} s" if code is None else f"ended with code {code}: {last(lines)}"
+        reason = (
+            f"stopped at its limit of {limit_s:.0f} s" if code is None else f"ended with code {code}: {last(lines)}"
+        )
         found.append({"name": case.name, "outcome": "fail", "reason": reason, "log": lines[-_LOG_LINES:]})
     return found
 

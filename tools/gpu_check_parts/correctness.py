@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
 from big_model_check import write_stream
+
 from gpu_check_parts.case import NotPossibleError, Report, end, last, start
 from r1p_dist.checkpoint.folders import read_tensors
 from r1p_dist.config import RunConfig
@@ -53,6 +53,15 @@ def resume(report: Report) -> None:
     files = [f"adapters/{index:02d}-{task}/adapter.safetensors" for index, task in enumerate(TASKS)]
     equal = sum((whole / file).read_bytes() == (resumed / file).read_bytes() for file in files)
     report.check("resume bit for bit", equal == len(files), equal_tasks=equal, tasks=len(files))
+
+
+def quick(report: Report) -> None:
+    """Does the most of it in one process, which can be the reference's where there is no card."""
+    if report.device != "cpu":
+        raise NotPossibleError("the reference needs a process without the card; leave out --quick")
+    reference(report)
+    stages(report, [3])
+    resume(report)
 
 
 def two_ranks(report: Report, stages: Sequence[int]) -> None:

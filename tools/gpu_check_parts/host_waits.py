@@ -36,7 +36,12 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
 
     train.train_micro_batch = watched
     first = RunConfig.load(recipe).tasks[0]
-    settings = [f"tasks=[{first}]", f"train.iterations={STEPS}", f"log.every_steps={STEPS}", "checkpoint.every_steps=null"]
+    settings = [
+        f"tasks=[{first}]",
+        f"train.iterations={STEPS}",
+        f"log.every_steps={STEPS}",
+        "checkpoint.every_steps=null",
+    ]
     train.run(RunConfig.load(recipe, [*settings, f"run_dir={report.folder / f'waits-{recipe}'}"]))
     found = dict(watch.found)
     if must_be_none:
@@ -83,4 +88,3 @@ class _CountedWaits:
         with HostWaits() as waits:
             yield
         self.found.update(waits.calls)
-

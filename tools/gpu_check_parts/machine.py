@@ -4,8 +4,8 @@ import importlib.metadata
 import platform
 
 import torch
-
 from benchmarks.measure import processor
+
 from gpu_check_parts.case import Report
 
 PACKAGES = ("torch", "deepspeed", "transformers", "open_clip_torch", "peft", "triton")

@@ -1,10 +1,13 @@
 """The parts of the check, in order of importance, and the cases of each."""
 
+from typing import Any
+
 from gpu_check_parts.case import Case
 
 TITLES = {"a": "correctness", "b": "recipes", "c": "steps", "d": "dry run", "e": "host waits"}
 PARTS = tuple(TITLES)
 SHARES = {"a": 0.25, "b": 0.2, "c": 0.35, "d": 0.12, "e": 0.08}  # of the time
+SMOKE_RECIPES = ("mini_mtil_smoke", "mini_instruct_smoke")
 
 
 def cases(part: str, quick: bool) -> list[Case]:
@@ -13,27 +16,35 @@ def cases(part: str, quick: bool) -> list[Case]:
 
 
 def _correctness(quick: bool) -> list[Case]:
+    if quick:
+        return [Case("one_rank", "correctness:quick")]
     return [
         Case("reference", "correctness:reference", on_cpu=True),
-        Case("stages", "correctness:stages", {"stages": [3] if quick else [0, 1, 2, 3]}),
+        Case("stages", "correctness:stages", {"stages": [0, 1, 2, 3]}),
         Case("resume", "correctness:resume"),
-        Case("two_ranks", "correctness:two_ranks", {"stages": [2] if quick else [2, 3]}),
+        Case("two_ranks", "correctness:two_ranks", {"stages": [2, 3]}),
     ]
 
 
 def _recipes(quick: bool) -> list[Case]:
-    settings = {
-        "mini_mtil_smoke": ["tasks=[country_flags]", "train.iterations=15"],
-        "mini_instruct_smoke": ["tasks=[yes_no]", "train.iterations=10"],
-    }
-    return [
-        Case(recipe, "recipes:smoke", {"recipe": recipe, "settings": short if quick else []})
-        for recipe, short in settings.items()
-    ]
+    if quick:
+        settings = ["tasks=[country_flags]", "train.iterations=15"]
+        return [Case("mini_mtil_smoke", "recipes:smoke", {"recipe": "mini_mtil_smoke", "settings": settings})]
+    return [Case(recipe, "recipes:smoke", {"recipe": recipe}) for recipe in SMOKE_RECIPES]
 
 
 def _steps(quick: bool) -> list[Case]:
-    return []
+    if quick:
+        return [Case("tiny", "steps:tiny")]
+    options: list[dict[str, Any]] = [
+        {"name": "ViT-B-16", "batch": 256},
+        {"name": "ViT-B-16", "batch": 32},
+        {"name": "ViT-L-14", "batch": 64},
+        {"name": "llava-1.5-7b", "batch": 8},
+        {"name": "ViT-bigG-14", "batch": 16, "checkpointing": True},
+        {"name": "ViT-B-16", "batch": 32, "dropout": 0.2},  # the paper's own settings
+    ]
+    return [Case(f"{'-'.join(map(str, option.values()))}", "steps:model", option) for option in options]
 
 
 def _dry_run(quick: bool) -> list[Case]:
@@ -42,6 +53,6 @@ def _dry_run(quick: bool) -> list[Case]:
 
 def _host_waits(quick: bool) -> list[Case]:
     return [
-        Case(recipe, "host_waits:steps", {"recipe": recipe, "must_be_none": recipe == "mini_mtil_smoke"})
-        for recipe in ("mini_mtil_smoke", "mini_instruct_smoke")
+        Case(f"waits-{recipe}", "host_waits:steps", {"recipe": recipe, "must_be_none": recipe == SMOKE_RECIPES[0]})
+        for recipe in SMOKE_RECIPES[: 1 if quick else 2]
     ]
