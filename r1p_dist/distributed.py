@@ -1,4 +1,8 @@
-"""The process group: rank and size, sums over ranks, a gather with gradient, and access to ZeRO-3's parameters."""
+"""The process group: rank and size, sums over ranks, a gather with gradient, and access to ZeRO-3's parameters.
+
+Every collective of this project is called here, with tensors on a device that the backend serves: nccl knows none of
+the CPU. Callers may hold theirs anywhere.
+"""
 
 import json
 from collections import Counter
@@ -26,16 +30,57 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def collective_device() -> torch.device:
+    """Returns where the process group's backend wants tensors that do not belong to the model."""
+    served = {device.type for device in dist.group.WORLD._device_types}
+    return torch.device("cpu") if "cpu" in served else torch.accelerator.current_accelerator()
+
+
+def _to_backend(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor itself, or a copy on a device that the backend serves."""
+    served = {device.type for device in dist.group.WORLD._device_types}
+    return tensor if tensor.device.type in served else tensor.to(collective_device())
+
+
+def _bring_back(tensor: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+    """Gives a tensor the values of what was sent in its place."""
+    return tensor if sent is tensor else tensor.copy_(sent)
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums the tensor over all ranks in place and returns it; on one rank nothing happens."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        sent = _to_backend(tensor)
+        dist.all_reduce(sent)
+        _bring_back(tensor, sent)
     return tensor
 
 
-def start_sum_over_ranks(tensor: torch.Tensor) -> dist.Work | None:
+def sum_on_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums the tensor over all ranks in place, on rank 0 alone, and returns it; other ranks' values are undefined."""
+    if world_size() > 1:
+        sent = _to_backend(tensor)
+        dist.reduce(sent, 0)
+        _bring_back(tensor, sent)
+    return tensor
+
+
+class StartedSum:
+    """A sum over ranks, in place, on its way while something else is computed."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._tensor, self._sent = tensor, _to_backend(tensor)
+        self._work = dist.all_reduce(self._sent, async_op=True)
+
+    def wait(self) -> None:
+        """Makes the sum readable; on an accelerator the host goes on at once."""
+        self._work.wait()
+        _bring_back(self._tensor, self._sent)
+
+
+def start_sum_over_ranks(tensor: torch.Tensor) -> StartedSum | None:
     """Starts the sum in place and returns what to wait for before the tensor is read; None on one rank."""
-    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else None
+    return StartedSum(tensor) if world_size() > 1 else None
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -83,13 +128,15 @@ class StartedGather:
     """The values of all ranks' (n, …) tensors, on their way while something else is computed."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        self._work = dist.all_gather(self._parts, tensor.detach().contiguous(), async_op=True)
+        sent = _to_backend(tensor.detach()).contiguous()
+        self._device = tensor.device
+        self._parts = [torch.empty_like(sent) for _ in range(world_size())]
+        self._work = dist.all_gather(self._parts, sent, async_op=True)
 
     def wait(self) -> torch.Tensor:
-        """Returns them in rank order, concatenated."""
+        """Returns them in rank order, concatenated, where the tensor was."""
         self._work.wait()
-        return torch.cat(self._parts)
+        return torch.cat(self._parts).to(self._device)
 
 
 class _Gather(torch.autograd.Function):
@@ -99,9 +146,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_single(own, gradient.contiguous())
-        return own, None
+        sent = _to_backend(gradient).contiguous()
+        own = sent.new_empty(len(sent) // world_size(), *sent.shape[1:])
+        dist.reduce_scatter_single(own, sent)
+        return own.to(gradient.device), None
 
 
 def start_gather(tensor: torch.Tensor) -> StartedGather | None:
@@ -170,9 +218,11 @@ def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
         parameter.partition()
 
 
-def _collective_device() -> torch.device:
-    """Where the process group's backend wants tensors that do not belong to the model."""
-    return torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+def _from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """Gives the tensor, equally large on all ranks, rank 0's values and returns it."""
+    sent = _to_backend(tensor)
+    dist.broadcast(sent, 0)
+    return _bring_back(tensor, sent)
 
 
 def agree(action: Callable[[], Any]) -> Any:
@@ -188,12 +238,9 @@ def agree(action: Callable[[], Any]) -> Any:
             answer = {"error": str(error)}
     if world_size() > 1:
         content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8)
-        device = _collective_device()
-        size = torch.tensor([len(content)], device=device)
-        dist.broadcast(size, 0)
-        content = content.to(device) if rank() == 0 else torch.empty(int(size), dtype=torch.uint8, device=device)
-        dist.broadcast(content, 0)
-        answer = json.loads(bytes(content.tolist()))
+        size = _from_first_rank(torch.tensor([len(content)]))
+        content = content if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
+        answer = json.loads(bytes(_from_first_rank(content).tolist()))
     if "error" in answer:
         raise InputError(answer["error"])
     return answer["result"]
@@ -203,8 +250,7 @@ def gather_bytes(content: bytes) -> list[bytes]:
     """Returns what each rank gives, in rank order, on every rank; lengths may differ."""
     if world_size() == 1:
         return [content]
-    device = _collective_device()
-    sizes = gather(torch.tensor([len(content)], device=device)).tolist()
-    padded = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+    sizes = gather(torch.tensor([len(content)])).tolist()
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
     padded[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
     return [bytes(part[:size].tolist()) for part, size in zip(gather(padded).view(len(sizes), -1), sizes, strict=True)]

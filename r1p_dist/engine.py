@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 
 import deepspeed
@@ -15,6 +16,7 @@ from r1p_dist.distributed import world_size
 from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
 from r1p_dist.methods import method_class
+from r1p_dist.optimizer import make_optimizer
 from r1p_dist.optimizer_state import set_adam_steps
 from r1p_dist.rendezvous import export_rendezvous, is_plain_srun, take_device
 
@@ -75,6 +77,11 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
     resolved["gradient_accumulation_steps"] = train.gradient_accumulation_steps
     resolved["gradient_clipping"] = train.gradient_clipping or 0.0
     resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(config)[0] == "bf16"}
+    # The host would wait for the device at every step, for what GuardedAdamW sees to without it.
+    resolved["bf16"].setdefault("check_grad_overflow", False)
+    zero = resolved["zero_optimization"]
+    if zero["stage"] in (1, 2) and not resolved["gradient_clipping"] and "offload_optimizer" not in zero:
+        zero.setdefault("compute_grad_norm", False)
     return resolved
 
 
@@ -93,17 +100,21 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-
-
 class TaskEngine:
     """A DeepSpeed engine around the backbone for one task: AdamW on the adapters, fresh moments, own schedule.
 
     Calling it runs the backbone's forward. `close` takes away the hooks that DeepSpeed leaves on the model.
     """
 
-    def __init__(self, backbone: nn.Module, config: RunConfig, train: TrainConfig, world_size: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: RunConfig,
+        train: TrainConfig,
+        world_size: int,
+        guard: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
+        """guard: as in `GuardedAdamW`."""
         self._hooks_before = _hooks(backbone)
         for module in backbone.modules():
             # ZeRO-3 fetches a module's own parameters only. A leaf module would fetch its children's too, but is
@@ -112,6 +123,7 @@ class TaskEngine:
                 deepspeed.zero.register_external_parameter(module, parameter)
         parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
+        optimizer.guard = guard
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -136,12 +148,6 @@ class TaskEngine:
         self.engine.backward(loss)
         self.engine.step()
         return boundary
-
-    def skip_step(self) -> None:
-        """Lets the schedule go on without an update."""
-        self.engine.lr_scheduler.step()
-        self.engine.global_steps += 1
-        self.engine.micro_steps += 1
 
     def go_on_at(self, step: int, adam_steps: int) -> None:
         """Sets the counters and the learning rate to those after `step` optimizer steps."""

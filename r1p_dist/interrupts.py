@@ -1,62 +1,90 @@
 """What can happen to a run from outside, handled by all ranks together: signals, a loss that is no number, a hang."""
 
 import faulthandler
-import math
 import os
 import signal
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from r1p_dist.distributed import rank, start_sum_over_ranks, sum_over_ranks, world_size
+from r1p_dist.distributed import rank, sum_over_ranks, world_size
 from r1p_dist.errors import EXIT_HANGS
+from r1p_dist.host_copy import HostCopy
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 _CHECK_S = 1.0
 _LAST_WORDS_S = 5.0  # the first rank that leaves makes the launcher end the others: they shall speak before
 
 
-class StepAgreement:
-    """Lets all ranks know, once per step, whether any got a signal or has a loss that is not finite.
+class Finding(NamedTuple):
+    """What all ranks know of one optimizer step: the signal that any rank got, and whether no rank made its update."""
 
-    The sum over ranks travels while the backward runs. A signal handler that did more than note the signal could meet
-    the rank in the middle of a collective, and ranks get a signal at different steps.
+    step: int
+    signal: signal.Signals | None
+    not_finite: bool
+
+
+class StepAgreement:
+    """Lets all ranks know, once per step, whether any got a signal or has a loss or gradient that is not finite.
+
+    The host does not wait for the device: what a step found is read after the next one was handed over, on all ranks
+    at the same step, and a step that is not finite changes nothing until then (`GuardedAdamW`).
+    A signal handler that did more than note the signal could meet the rank in the middle of a collective, and ranks get
+    a signal at different steps.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._signals = device, set()
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+        self._step, self._unread = 0, deque[tuple[int, HostCopy]]()
         # Several ranks have a launcher. Without it nobody would end them together, or start them again.
         self._launcher = os.getppid() if world_size() > 1 else None
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                signal.signal(number, self._note)
+                signal.signal(number, self._note_signal)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _note_signal(self, number: int, frame: object) -> None:
         self._signals.add(number)
 
-    def begin(self, loss: torch.Tensor) -> None:
-        """Starts the exchange for a step; its result is read by `end`. A launcher that is gone counts as SIGTERM."""
+    def note(self, loss: torch.Tensor, step: int) -> None:
+        """Notes the loss of a micro batch of an optimizer step (a number, for `Finding.step`)."""
+        self._bad, self._step = self._bad | ~loss.detach().isfinite(), step
+
+    def exchange(self, gradients_are_finite: torch.Tensor) -> torch.Tensor:
+        """Lets all ranks know of this step, and returns 1.0 where its update must not be made, else 0.0; a collective.
+
+        gradients_are_finite: this rank's, a bool (). A launcher that is gone counts as SIGTERM.
+        """
         if self._launcher not in (None, os.getppid()):
             self._signals.add(signal.SIGTERM)
-        flags = [number in self._signals for number in STOP_SIGNALS]
-        self._flags = torch.tensor([*flags, False], dtype=torch.int32, device=self._device)
-        self._flags[-1] = ~loss.detach().isfinite()
-        self._pending = start_sum_over_ranks(self._flags)
+        flags = torch.zeros(len(STOP_SIGNALS) + 1, dtype=torch.int32, device=self._device)
+        for place, number in enumerate(STOP_SIGNALS):
+            if number in self._signals:
+                flags[place].fill_(1)
+        flags[-1].copy_(self._bad | ~gradients_are_finite.to(self._device))
+        sum_over_ranks(flags)
+        self._bad = torch.zeros_like(self._bad)
+        self._unread.append((self._step, HostCopy(flags)))
+        return (flags[-1] > 0).float()
 
-    def end(self) -> tuple[signal.Signals | None, bool]:
-        """Returns the signal that any rank got, and whether any rank's loss is not finite."""
-        if self._pending is not None:
-            self._pending.wait()
-        *flags, not_finite = self._flags.tolist()
-        return next((number for number, flag in zip(STOP_SIGNALS, flags, strict=True) if flag), None), bool(not_finite)
+    def findings(self, keep: int = 0) -> Iterator[Finding]:
+        """Yields what is known of the steps that were not read yet, but for the last `keep`."""
+        while len(self._unread) > keep:
+            step, flags = self._unread.popleft()
+            *signals, not_finite = flags.read()
+            stop = next((number for number, flag in zip(STOP_SIGNALS, signals, strict=True) if flag), None)
+            yield Finding(step, stop, bool(not_finite))
 
     def stop_signal(self) -> signal.Signals | None:
         """Returns the signal that any rank got; for places outside of steps that all ranks pass."""
-        self.begin(torch.zeros((), device=self._device))
-        return self.end()[0]
+        self.exchange(torch.ones((), dtype=torch.bool, device=self._device))
+        return list(self.findings())[-1].signal
 
 
 class Watchdog:
@@ -91,9 +119,3 @@ class Watchdog:
                     faulthandler.dump_traceback(file)
                 time.sleep(_LAST_WORDS_S)
                 os._exit(EXIT_HANGS)
-
-
-def is_finite_on_all_ranks(loss: torch.Tensor) -> bool:
-    """Whether every rank's loss is finite; a collective."""
-    bad = torch.tensor([not math.isfinite(loss.item())], dtype=torch.int32, device=loss.device)
-    return not sum_over_ranks(bad).item()

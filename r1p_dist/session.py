@@ -182,7 +182,7 @@ class Session:
 
     def _save(self, index: int, step: int, state: dict[str, Any], engine: Any | None, sums: torch.Tensor) -> None:
         random_states = _random_states()
-        local = torch.cat([sums.view(torch.uint8), *random_states])
+        local = torch.cat([sums.cpu().view(torch.uint8), *random_states])
         progress = asdict(self.progress) | {"seconds": round(self.seconds, 1)}
         state |= {
             "task": self.stages[index].name,

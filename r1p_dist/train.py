@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from r1p_dist.backbones import load_backbone, weights_identity
-from r1p_dist.config import RunConfig
+from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
@@ -23,8 +23,9 @@ from r1p_dist.evaluation.evaluator import Evaluator
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.evaluation.metrics import continual_metrics
 from r1p_dist.evaluation.results import TaskResult
-from r1p_dist.interrupts import StepAgreement, Watchdog, is_finite_on_all_ranks
-from r1p_dist.methods import Stage, make_method
+from r1p_dist.host_copy import on_device
+from r1p_dist.interrupts import Finding, StepAgreement, Watchdog
+from r1p_dist.methods import Method, Stage, make_method
 from r1p_dist.report import write_report
 from r1p_dist.session import Running, Session
 
@@ -95,7 +96,7 @@ def train_stream(
         stage, loader = stages[index], loaders[index]
         train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
         if method.adapters:
-            make_engine = partial(TaskEngine, backbone, config, train, world_size())
+            make_engine = partial(TaskEngine, backbone, config, train, world_size(), agreement.exchange)
             running = session.open_stage(index, loader, make_engine)
         model = running.model if method.adapters else backbone
         if progress.rows and len(progress.rows[0]) < len(stream.tasks):
@@ -167,8 +168,10 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     method.backbone.train()
     log.begin_stage(stage.name, stage.iterations, running.step)
     log.status("training", stage.name, running.step, session.steps_left(running))
-    sums, waited, since, seen = running.sums, 0.0, time.perf_counter(), 0
-    steps, collectives = loader.steps(), CollectiveCounter()
+    waited, since, seen = 0.0, time.perf_counter(), 0
+    device = method.backbone.device
+    running.sums, collectives = running.sums.to(device), CollectiveCounter()
+    steps = on_device(loader.steps(), method.backbone.prepare, device)
     while running.step < stage.iterations:
         asked = time.perf_counter()
         batches = next(steps)
@@ -176,18 +179,19 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
         lr = model.lr
         # the second step stands for all: lagged votes run by then
         with collectives if running.step == 1 else nullcontext():
-            method.backbone.begin_step(batches, config.train)
-            for batch in batches:
-                stop = train_micro_batch(running, session, agreement, batch)
-                watchdog.moved()
-                sums[3] += 1
+            train_step(method, model, batches, config.train, agreement, running.step + 1, running.sums)
+        watchdog.moved()
         seen += len(batches)
         running.step += 1
         if running.step == 2:
             session.progress.collectives = collectives.summary()
-        if running.step % config.log.every_steps == 0 or running.step == stage.iterations:
-            sums[2] = loader.count_new_faults()
-            loss_mean, ago_mean, faults = (sum_over_ranks(sums)[:3] / sums[3]).tolist()
+        is_last, every = running.step == stage.iterations, config.checkpoint.every_steps
+        is_saved = bool(every) and running.step % every == 0 and not is_last
+        # what the step before found, so that the host never waits for this one; all is known before anything is saved
+        stop = act_on(agreement.findings(keep=0 if is_saved or is_last else 1), running, session)
+        if running.step % config.log.every_steps == 0 or is_last:
+            running.sums[2] = loader.count_new_faults()
+            loss_mean, ago_mean, faults = (sum_over_ranks(running.sums)[:3] / running.sums[3].clamp(min=1)).tolist()
             seconds = time.perf_counter() - since
             samples = seen * config.train.global_batch_size / config.train.gradient_accumulation_steps
             values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
@@ -196,10 +200,10 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             log.status("training", stage.name, running.step, session.steps_left(running))
             if faults:
                 loader.check_faults()
-            sums.zero_()
+            running.sums.zero_()
             waited, since, seen = 0.0, time.perf_counter(), 0
-        every = config.checkpoint.every_steps
-        if stop or (every and running.step % every == 0 and running.step < stage.iterations):
+        if stop or is_saved:
+            stop = act_on(agreement.findings(), running, session) or stop
             session.save_step(running)
         if stop:
             session.wait_on_all_ranks()
@@ -212,34 +216,45 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     log.end_stage()
 
 
-def train_micro_batch(
-    running: Running, session: Session, agreement: StepAgreement, batch: dict[str, torch.Tensor]
-) -> signal.Signals | None:
-    """Forward and backward of one micro batch and, behind an optimizer step's last one, that step.
+def train_step(
+    method: Method,
+    model: TaskEngine,
+    batches: Sequence[dict[str, torch.Tensor]],
+    train: TrainConfig,
+    agreement: StepAgreement,
+    step: int,
+    sums: torch.Tensor,
+) -> None:
+    """Forward and backward of the micro batches of one optimizer step, and that step; the host waits for nothing.
 
-    Returns the signal that any rank got. InputError: a loss that is not finite.
+    sums: of loss, AGO loss and so on, as in `Running`; what is not finite is left out.
     """
-    config, method, model, sums = session.config, session.method, running.model, running.sums
-    batch = {name: tensor.to(method.backbone.device) for name, tensor in batch.items()}
-    loss, parts = method.loss(model, batch)
-    agreement.begin(loss)
-    step = f"{running.stage.name} step {running.step + 1}"
-    if config.faults.not_finite == "skip" and not is_finite_on_all_ranks(loss):
-        session.log.say(f"{step}: the loss is not finite, the step is skipped")
-        model.skip_step()
-        loss, parts, is_boundary = torch.zeros_like(loss), {}, True
-    else:
-        is_boundary = model.step(loss)
-    if is_boundary:
-        method.end_step()
-    stop, not_finite = agreement.end()
-    if not_finite and config.faults.not_finite == "stop":
-        raise InputError(
-            f"task {step}: the loss is not finite; the last good checkpoint: {session.last_saved}; try a smaller "
-            f"train.lr than {model.lr}, or faults.not_finite=skip"
-        )
-    sums[0] += loss.detach().cpu()
-    sums[1] += parts["ago"].detach().cpu() if "ago" in parts else 0
+    method.backbone.begin_step(batches, train)
+    for batch in batches:
+        loss, parts = method.loss(model, batch)
+        agreement.note(loss, step)
+        model.step(loss)
+        is_finite = loss.detach().isfinite()
+        sums[0] += loss.detach().where(is_finite, 0)
+        sums[1] += parts["ago"].detach().where(is_finite, 0) if "ago" in parts else 0
+        sums[3] += is_finite
+    method.end_step()
+
+
+def act_on(findings: Iterable[Finding], running: Running, session: Session) -> signal.Signals | None:
+    """Returns the signal that any rank got. InputError: a step was not finite and `faults.not_finite` is stop."""
+    stop = None
+    for finding in findings:
+        stop = finding.signal or stop
+        if not finding.not_finite:
+            continue
+        step = f"{running.stage.name} step {finding.step}"
+        if session.config.faults.not_finite == "stop":
+            raise InputError(
+                f"task {step}: the loss or a gradient is not finite; the last good checkpoint: {session.last_saved}; "
+                f"try a smaller train.lr than {running.model.lr}, or faults.not_finite=skip"
+            )
+        session.log.say(f"{step}: the loss or a gradient is not finite, the step is skipped")
     return stop
 
 

@@ -66,8 +66,9 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
             batches = []
             for mine in numbers:
                 samples = [sample(task, number) for number in mine]
-                batches.append(encoder.collate([encoder.train(entry, None) for entry in samples]))
-                batches[-1]["sample"] = torch.tensor([entry.number for entry in samples])
+                batch = encoder.collate([encoder.train(entry, None) for entry in samples])
+                batch["sample"] = torch.tensor([entry.number for entry in samples])
+                batches.append(backbone.prepare(batch))
             with CollectiveCounter() as counter:
                 backbone.begin_step(batches, config.train)
                 total = torch.zeros(())

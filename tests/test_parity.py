@@ -65,7 +65,7 @@ def train(stage: int, optimizer: str, overrides: list[str], checkpointing: bool)
         for step in range(STEPS * accumulation):
             batch = global_batch(task, step, GLOBAL_BATCH // accumulation)
             mine = {name: tensor.chunk(world_size())[rank()] for name, tensor in batch.items()}
-            loss, parts = method.loss(engine, mine)
+            loss, parts = method.loss(engine, backbone.prepare(mine))
             losses.append(sum_over_ranks(loss.detach().clone()) / world_size())
             agos.append(parts["ago"])
             if engine.step(loss):
@@ -176,7 +176,7 @@ def collectives(rank: int, world_size: int, vote: str) -> list[dict]:
     for step in range(3):
         batch = {name: value.chunk(world_size)[rank] for name, value in global_batch(0, step, GLOBAL_BATCH).items()}
         with CollectiveCounter() as counter:
-            backbone.loss(backbone, batch).backward()
+            backbone.loss(backbone, backbone.prepare(batch)).backward()
             share_votes(adapted)
         steps.append(counter.summary())
     return steps

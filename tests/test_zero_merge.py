@@ -64,7 +64,7 @@ def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: in
         engine = TaskEngine(backbone, config, config.train, world_size())
         backbone.train()
         for _ in range(2):
-            loss, _ = method.loss(engine, {"image": image, "label": label})
+            loss, _ = method.loss(engine, backbone.prepare({"image": image, "label": label}))
             engine.step(loss)
             method.end_step()
         method.end_task()
@@ -146,7 +146,7 @@ def merge_on_disk(rank_: int, world: int, name: str, disk: str) -> dict[str, boo
     backbone.train()
     for _ in range(2):
         image = torch.ones(2, 3, 32, 32) * torch.arange(2.0)[:, None, None, None]
-        loss, _ = method.loss(engine, {"image": image, "label": torch.tensor([0, rank() + 1])})
+        loss, _ = method.loss(engine, backbone.prepare({"image": image, "label": torch.tensor([0, rank() + 1])}))
         engine.step(loss)
         method.end_step()
     method.end_task()

@@ -36,8 +36,11 @@ class Backbone(Protocol):
     def set_prompts(self, prompts: Sequence[str]) -> None:
         """Sets the prompt of each label of the coming batches; of classification tasks alone."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Returns a micro batch with what the host knows of it beside, before it goes to the device."""
+
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
-        """Is told the micro batches of the coming optimizer step, before the loss of any."""
+        """Is told the micro batches of the coming optimizer step, on the device, before the loss of any."""
 
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
         """Returns this rank's part of a micro batch's loss: the mean over ranks and micro batches is the global loss.

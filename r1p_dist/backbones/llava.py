@@ -7,7 +7,7 @@ family cuts large pictures), d widths of the parts.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,14 @@ _LAYERS = {
     "projector": {"fc1": "linear_1", "fc2": "linear_2"},
     "image": {**_ATTENTION, "o": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"},
 }
+
+
+class Layout(NamedTuple):
+    """The pictures of a batch of conversations, as the host must know them."""
+
+    counts: list[int]  # pictures of each conversation
+    crops: list[int]  # of each picture; a batch without any has a blank one
+    pictures: list[tuple[int, int]] | None  # (sample, number within it) of each, where samples have numbers
 
 
 class LlavaBackbone(nn.Module):
@@ -146,23 +154,42 @@ class LlavaBackbone(nn.Module):
     def set_prompts(self, prompts: Sequence[str]) -> None:
         """Does nothing: a conversation brings its prompt along."""
 
+    def prepare(self, batch: Batch) -> Batch:
+        """Returns a micro batch of n conversations with what the host knows of its k answer tokens and m pictures.
+
+        "answers" (k,): the places, in the flattened batch, of the tokens before them; "owner" (k,): the conversation of
+        each; "answer_counts" (n,); "layout": a `Layout`; "whole" (m,): the crop that shows all of a picture, and
+        "picture_owner" (m,): the conversation of each picture.
+        """
+        is_answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
+        answers, layout = is_answer.flatten().nonzero().flatten(), self._layout(batch)
+        crops, counts = torch.tensor(layout.crops), torch.tensor(layout.counts)
+        return batch | {
+            "answers": answers,
+            "owner": answers // is_answer.shape[1],
+            "answer_counts": is_answer.sum(1),
+            "layout": layout,
+            "whole": (crops.cumsum(0) - crops)[: sum(layout.counts)],
+            "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
+        }
+
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Gives each conversation of an optimizer step's micro batches its "weight" (n,), the factor of its tokens.
 
         The mean over ranks and micro batches of the weighted sums is then the mean over all answer tokens of the
         global batch, or over its conversations of their means; a collective for tokens.
         """
-        counts = [(batch["labels"][:, 1:] != IGNORED).sum(1) for batch in batches]
+        counts = [batch["answer_counts"] for batch in batches]
         if train.average_over == "samples":
             for batch, count in zip(batches, counts, strict=True):
                 batch["weight"] = 1 / (len(count) * count.float())
             return
-        total = sum_over_ranks(torch.stack([count.sum() for count in counts]).sum()[None].to(self.device)).item()
+        total = sum_over_ranks(torch.stack([count.sum() for count in counts]).sum())
         for batch, count in zip(batches, counts, strict=True):
-            batch["weight"] = torch.full((len(count),), world_size() * len(batches) / total)
+            batch["weight"] = (world_size() * len(batches) / total.float()).expand(len(count))
 
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
-        """Returns this rank's part of the loss of a micro batch that `begin_step` has seen.
+        """Returns this rank's part of the loss of a micro batch that `prepare` and `begin_step` have seen.
 
         model: this backbone, or the DeepSpeed engine around it.
         """
@@ -177,8 +204,9 @@ class LlavaBackbone(nn.Module):
 
     def forward(self, batch: Batch, max_new_tokens: int | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
         embeddings = self.model.get_input_embeddings()(batch["input_ids"])
-        features = torch.cat(self._see(batch)).to(embeddings.dtype)
-        if batch["image_counts"].any():
+        layout = batch.get("layout") or self._layout(batch)
+        features = torch.cat(self._see(batch, layout)).to(embeddings.dtype)
+        if any(layout.counts):
             places = (batch["input_ids"] == self.config.image_token_id)[..., None].expand_as(embeddings)
             seen = embeddings.masked_scatter(places, features)
         else:
@@ -193,11 +221,10 @@ class LlavaBackbone(nn.Module):
             )
         self._prepare_routing(batch, embeddings)
         hidden = self.model.model.language_model(inputs_embeds=seen, attention_mask=mask, use_cache=False)[0]
-        labels = batch["labels"][:, 1:]
-        is_answer = labels != IGNORED
-        logits = self.model.lm_head(hidden[:, :-1][is_answer])  # of the tokens that count alone
-        losses = F.cross_entropy(logits.float(), labels[is_answer], reduction="none")
-        return losses, is_answer.nonzero()[:, 0]
+        answers = batch["answers"]
+        logits = self.model.lm_head(hidden.flatten(0, 1)[answers])  # of the tokens that count alone
+        losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[answers + 1], reduction="none")
+        return losses, batch["owner"]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -214,34 +241,41 @@ class LlavaBackbone(nn.Module):
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def _see(self, batch: Batch) -> list[torch.Tensor]:
-        """Returns the projected tokens (tokens, d) of each picture of the batch, and notes their [CLS]."""
-        counts, pixels = batch["image_counts"].tolist(), batch["pixel_values"]
-        pixels = pixels.to(self.model.get_input_embeddings().weight.dtype)
-        options: dict[str, Any] = {}
-        self._crops = [1] * len(pixels)
+    def _layout(self, batch: Batch) -> Layout:
+        """Returns how many pictures and crops a batch has, and whose they are; the host waits for a device."""
+        counts = batch["image_counts"].tolist()
+        crops = [1] * len(batch["pixel_values"])
+        per_sample = [count for count in counts if count] or [1]
         if "image_sizes" in batch:
-            options["image_sizes"] = batch["image_sizes"]
-            per_sample = [count for count in counts if count] or [1]
-            if self.config.model_type == "llava_onevision":
-                options["batch_num_images"] = torch.tensor(per_sample)
             alone = [count == 1 or self.config.model_type == "llava_next" for count in per_sample for _ in range(count)]
-            self._crops = [
+            crops = [
                 image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
                 if is_cut
                 else 1
-                for size, is_cut in zip(batch["image_sizes"], alone, strict=True)
+                for size, is_cut in zip(batch["image_sizes"].tolist(), alone, strict=True)
             ]
-        self._pictures = None
+        pictures = None
         if "sample" in batch:
             owners = batch["sample"].tolist() if any(counts) else [BLANK]
-            self._pictures = [
+            pictures = [
                 (owner, number)
                 for owner, count in zip(owners, counts if any(counts) else [1], strict=True)
                 for number in range(count)
             ]
+        return Layout(counts, crops, pictures)
+
+    def _see(self, batch: Batch, layout: Layout) -> list[torch.Tensor]:
+        """Returns the projected tokens (tokens, d) of each picture of the batch, and notes their [CLS]."""
+        pixels = batch["pixel_values"].to(self.model.get_input_embeddings().weight.dtype)
+        options: dict[str, Any] = {}
+        if "image_sizes" in batch:
+            options["image_sizes"] = batch["image_sizes"]
+            if self.config.model_type == "llava_onevision":
+                options["batch_num_images"] = torch.tensor([count for count in layout.counts if count] or [1])
+        self._crops, self._pictures = layout.crops, layout.pictures
         # a picture that stands in belongs to nobody and does not vote
-        weights = None if any(counts) else torch.zeros(sum(self._crops), dtype=torch.int64, device=self.device)
+        is_blank = not any(layout.counts)
+        weights = torch.zeros(sum(layout.crops), dtype=torch.int64, device=self.device) if is_blank else None
         self.routing["image"].weights = self.routing["projector"].weights = weights
         return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
 
@@ -282,11 +316,9 @@ class LlavaBackbone(nn.Module):
         routing.padding = torch.arange(embeddings.shape[1], device=self.device) < lengths  # the prompt
         routing.end = batch["prompt_length"] - 1
         prompt = (embeddings * routing.padding[..., None]).sum(1) / lengths
-        crops = torch.tensor(self._crops)
-        whole = (crops.cumsum(0) - crops).to(self.device)[: int(counts.sum())]  # the first crop shows all of a picture
-        of_picture = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
         cls = prompt.new_zeros(len(counts), self.tower_width)
-        cls.index_add_(0, of_picture, self.routing["projector"].guide[whole].to(cls.dtype))
+        seen = self.routing["projector"].guide[batch["whole"]].to(cls.dtype)
+        cls.index_add_(0, batch["picture_owner"], seen)
         cls /= counts.clamp(min=1)[:, None]
         routing.guide = torch.cat([cls, prompt * (counts == 0)[:, None]], dim=1).to(embeddings.dtype)
         routing.has_voted = False

@@ -111,8 +111,9 @@ def attach_pool(
 class ClipBackbone(nn.Module):
     """A CLIP model of open_clip, frozen, with its tokenizer and preprocessing.
 
-    forward(image, tokens, counts) returns unit-norm features: image (n, 3, H, W) -> (n, d), tokens (m, context) ->
-    (m, d), or None for what was not given. counts (m,): how often each prompt occurs in the batch, for the vote.
+    forward(image, tokens, counts, end) returns unit-norm features: image (n, 3, H, W) -> (n, d), tokens (m, context)
+    -> (m, d), or None for what was not given. counts (m,): how often each prompt occurs in the batch, for the vote.
+    end (m,): the place of each end token, where the tokens were trimmed to the longest prompt already.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Callable, preprocess: dict):
@@ -152,6 +153,7 @@ class ClipBackbone(nn.Module):
         image: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        end: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         image_features = text_features = None
         if image is not None:
@@ -161,14 +163,21 @@ class ClipBackbone(nn.Module):
                 self._image_gather = start_gather(image_features)  # travels while the text tower runs
         if tokens is not None:
             text = self.model.text
-            end = (tokens == text.eos_id).int().argmax(1) if text.pool_type == "eos" else tokens.argmax(1)
-            if text.attn_mask is not None and text.pool_type in ("argmax", "eos"):
-                tokens = tokens[:, : int(end.max()) + 1]  # causal: nothing after the last end token is ever seen
+            if end is None:
+                tokens, end = self._trim(tokens)
             routing = self.routing["text"]
             routing.weights, routing.end = counts, end
             routing.padding = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
             text_features = F.normalize(text(tokens).float(), dim=-1)
         return image_features, text_features
+
+    def _trim(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns tokens (m, longest prompt) and the place of each end token (m,); the host waits for a device."""
+        text = self.model.text
+        end = (tokens == text.eos_id).int().argmax(1) if text.pool_type == "eos" else tokens.argmax(1)
+        if text.attn_mask is not None and text.pool_type in ("argmax", "eos"):
+            tokens = tokens[:, : int(end.max()) + 1]  # causal: nothing after the last end token is ever seen
+        return tokens, end
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Returns the prompts' token ids (n, context) on the model's device."""
@@ -176,9 +185,9 @@ class ClipBackbone(nn.Module):
 
     def set_prompts(self, prompts: Sequence[str]) -> None:
         """Sets the prompt of each label of the coming training batches; equal prompts become one label."""
-        self._prompts = self.tokenize(prompts)
+        self._prompts = self.tokenizer(list(prompts))  # on the host, as labels are when a batch is prepared
         first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-        self._label_of = torch.tensor([first[prompt] for prompt in prompts], device=self._prompts.device)
+        self._label_of = torch.tensor([first[prompt] for prompt in prompts])
 
     def check(self, stream: Stream) -> None:
         """Raises InputError for a stream or a model that `loss` does not fit, before any training."""
@@ -194,18 +203,27 @@ class ClipBackbone(nn.Module):
         """Returns what makes batches {"image": (n, 3, H, W)} of samples, with open_clip's transforms."""
         return PictureEncoder(self.preprocess, data.augment)
 
+    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns a micro batch {"image", "label"} on the host with its distinct prompts beside.
+
+        "tokens" (m, longest), "end" (m,), "counts" (m,), how often each occurs, and "place" (n,), which of them each
+        sample has. Labels of equal prompts become equal.
+        """
+        label = self._label_of[batch["label"]]
+        distinct, place, counts = label.unique(return_inverse=True, return_counts=True)
+        tokens, end = self._trim(self._prompts[distinct])
+        return batch | {"label": label, "tokens": tokens, "end": end, "counts": counts, "place": place}
+
     def begin_step(self, batches: Sequence[dict[str, torch.Tensor]], train: TrainConfig) -> None:
         """Does nothing: the contrastive loss of a micro batch needs no other."""
 
     def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the contrastive loss of a micro batch {"image", "label"}; each distinct prompt is encoded once.
+        """Returns the contrastive loss of a micro batch that `prepare` has seen; each distinct prompt is encoded once.
 
         model: this backbone, or the DeepSpeed engine around it.
         """
-        labels = self._label_of[batch["label"]]
-        distinct, place, counts = labels.unique(return_inverse=True, return_counts=True)
-        image, text = model(image=batch["image"], tokens=self._prompts[distinct], counts=counts)
-        return contrastive_loss(image, text[place], labels, self.logit_scale, self._image_gather)
+        image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
+        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, self._image_gather)
 
 
 def load_clip(

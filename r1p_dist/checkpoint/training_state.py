@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, world_size
+from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, sum_on_first_rank, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.optimizer_state import COLUMNS, part_of
 
@@ -47,8 +46,7 @@ class Capture:
                 buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
         mine = buffer[self._end + rank() * self._local :][: self._local]
         mine.view(torch.uint8)[: len(local)] = local.to(device)
-        if world_size() > 1:
-            dist.reduce(buffer, 0)
+        sum_on_first_rank(buffer)
         self._buffer = buffer.cpu() if rank() == 0 else None
 
     def tensors(self) -> dict[str, torch.Tensor]:

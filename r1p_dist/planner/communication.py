@@ -35,8 +35,8 @@ def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
                 found.update(_votes(shape))
             found.update(_gates(shape))
             found.update(shape.loss.micro_step(zero.stage, ranks))
-            found[Collective("all_reduce", 4 * (len(STOP_SIGNALS) + 1), "signals and faults")] += 1
         found.update(shape.loss.step())
+        found[Collective("all_reduce", 4 * (len(STOP_SIGNALS) + 1), "signals and faults")] += 1
         if shape.vote in ("lagged", "local"):
             votes = sum(adapted.rank for adapted in shape.adapted) * _VOTE_BYTES
             found[Collective("all_reduce", votes, "votes")] += 1
@@ -133,7 +133,8 @@ def _after_update(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
     if zero.stage == 0 and zero.has_clipping and shape.dtype == torch.float32:  # bf16's optimizer has whole gradients
         found[Collective("all_reduce", 4, "gradient norm")] += 1
     if zero.stage in (1, 2):
-        found[Collective("all_reduce", 4, "gradient norm")] += 1
+        if zero.takes_norm:
+            found[Collective("all_reduce", 4, "gradient norm")] += 1
         if zero.checks_overflow:
             found[Collective("all_reduce", 1, "overflow")] += 1
         if ranks > 1:

@@ -33,6 +33,7 @@ class Zero:
     max_reuse_distance: int
     prefetch_bucket_size: int
     has_clipping: bool
+    takes_norm: bool
     checks_overflow: bool
 
     @classmethod
@@ -53,6 +54,7 @@ class Zero:
             int(zero.get("stage3_max_reuse_distance", 1e9)),
             int(zero.get("stage3_prefetch_bucket_size", 5e7)) if stage == 3 else 0,
             resolved["gradient_clipping"] > 0,
+            bool(zero.get("compute_grad_norm", True)),
             resolved["bf16"]["enabled"] and resolved["bf16"].get("check_grad_overflow", True),
         )
 

@@ -53,7 +53,7 @@ def encoder_of(backbone: LlavaBackbone, **options) -> ConversationEncoder:
 def training_batch(backbone: LlavaBackbone, samples: tuple[Sample, ...] = SAMPLES) -> dict[str, torch.Tensor]:
     encoder = encoder_of(backbone)
     batch = encoder.collate([encoder.train(sample, torch.Generator()) for sample in samples])
-    return batch | {"sample": torch.tensor([sample.number for sample in samples])}
+    return backbone.prepare(batch | {"sample": torch.tensor([sample.number for sample in samples])})
 
 
 def plain_inputs(family: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,7 +155,9 @@ def test_features_of_a_tower_without_adapters_are_computed_once() -> None:
     for _ in range(2):
         assert torch.equal(backbone(batch)[0], plain(batch)[0])
     assert looks == [3]
-    assert torch.equal(backbone(training_batch(backbone, SAMPLES[1:]))[0], plain(training_batch(plain, SAMPLES[1:]))[0])
+    # a batch of other pictures: a processor's products may round otherwise for another number of rows
+    kept, computed = backbone(training_batch(backbone, SAMPLES[1:]))[0], plain(training_batch(plain, SAMPLES[1:]))[0]
+    torch.testing.assert_close(kept, computed)
     assert looks == [3]
     other = talk("<image>\nwhat?", "a dog", pictures=(picture(16, 16, 9),), number=9)
     backbone(training_batch(backbone, (*SAMPLES, other)))

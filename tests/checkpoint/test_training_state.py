@@ -45,7 +45,7 @@ class Training:
         generator = torch.Generator().manual_seed(number)
         image = torch.randn(8, 3, 16, 16, generator=generator).chunk(world_size())[rank()]
         label = torch.arange(8).remainder(3).chunk(world_size())[rank()]
-        loss, _ = self.method.loss(self.engine, {"image": image, "label": label})
+        loss, _ = self.method.loss(self.engine, self.backbone.prepare({"image": image, "label": label}))
         self.engine.step(loss)
         self.method.end_step()
         return loss.item()

@@ -19,6 +19,7 @@ from r1p_dist.distributed import world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
+from r1p_dist.train import train_step
 from tests import small_clip, small_llava
 
 IMAGE_TOKEN = 3
@@ -171,21 +172,18 @@ class _Run:
 
     def begin_task(self, index: int) -> None:
         self.method.begin_task(index)
-        self.engine = TaskEngine(self.backbone, self.config, self.config.train, world_size())
+        exchange = self.agreement.exchange
+        self.engine = TaskEngine(self.backbone, self.config, self.config.train, world_size(), exchange)
         self.backbone.train()
 
     def step(self) -> None:
         micro_steps = self.config.train.gradient_accumulation_steps
         count = self.config.train.global_batch_size // micro_steps // world_size()
         make = self._conversations if self.config.backbone.kind == "llava" else self._pictures
-        batches = [make(count) for _ in range(micro_steps)]
-        self.backbone.begin_step(batches, self.config.train)
-        for batch in batches:
-            loss, _ = self.method.loss(self.engine, batch)
-            self.agreement.begin(loss)
-            self.engine.step(loss)
-            self.agreement.end()
-        self.method.end_step()
+        batches = [self.backbone.prepare(make(count)) for _ in range(micro_steps)]
+        sums = torch.zeros(4, dtype=torch.float64)
+        train_step(self.method, self.engine, batches, self.config.train, self.agreement, 1, sums)
+        list(self.agreement.findings())
 
     def _pictures(self, count: int) -> dict[str, torch.Tensor]:
         return {

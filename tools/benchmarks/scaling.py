@@ -102,7 +102,7 @@ def _train(rank: int, arguments: argparse.Namespace, vote: str, ranks: int, port
     }
 
     def step() -> None:
-        engine.step(method.loss(engine, batch)[0])
+        engine.step(method.loss(engine, backbone.prepare(batch))[0])
         method.end_step()
 
     step()  # a lagged vote is a global one in the first step

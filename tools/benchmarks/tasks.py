@@ -94,7 +94,7 @@ class Run:
         if past is not None:
             for adapter in self.method.adapters:
                 adapter.orthogonal_to = adapter.past_B[:, : past * adapter.merge_count] if past else None
-        self.engine.step(self.method.loss(self.engine, self.batch)[0])
+        self.engine.step(self.method.loss(self.engine, self.backbone.prepare(self.batch))[0])
         self.method.end_step()
 
     def stored_bytes(self) -> int:

@@ -6,6 +6,7 @@ weights, so that the largest ones fit on one card.
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from r1p_dist.backbones import ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.open_clip import build_on_meta
 from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import RunConfig, TrainConfig
-from r1p_dist.engine import make_optimizer
 from r1p_dist.errors import InputError
 from r1p_dist.losses import contrastive_loss
 from r1p_dist.methods import make_method
+from r1p_dist.optimizer import make_optimizer
 
 RANK, ALPHA = 12, 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,24 +38,27 @@ class Variant:
         self.backbone: ClipBackbone | LlavaBackbone = build(arguments.model, self.device, self.dtype, weights)
         self.weights = dict(self.backbone.named_parameters())  # by their names before there are adapters
         self.is_clip = isinstance(self.backbone, ClipBackbone)
-        self.batch = self._make_batch()
+        self.batch = self.make_batch(arguments.batch)
         self.model: nn.Module = self.backbone
         self.prepare()
         self.model.to(self.dtype).train()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(trained, TrainConfig()) if trained else None
 
-    def _make_batch(self) -> dict[str, torch.Tensor]:
+    def make_batch(self, count: int) -> dict[str, Any]:
+        """Returns a batch of random samples on the device, made ready as in training."""
         generator = torch.Generator().manual_seed(1)
         if self.is_clip:
-            self.prompts = self.backbone.tokenize([PROMPTS.format(name) for name in CLASSES])
-            self.backbone.set_prompts([PROMPTS.format(name) for name in CLASSES])
-            batch = pictures(self.backbone, self.arguments.batch, generator)
+            prompts = [PROMPTS.format(name) for name in CLASSES]
+            self.backbone.set_prompts(prompts)
+            self.prompts = self.backbone.tokenize(prompts)
+            batch = pictures(self.backbone, count, generator)
             batch["image"] = batch["image"].to(self.dtype)
         else:
-            batch = conversations(self.backbone, self.arguments.model, self.arguments.batch, generator)
-            self.backbone.begin_step([batch], TrainConfig())
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch = conversations(self.backbone, self.arguments.model, count, generator)
+        batch = self.backbone.prepare(batch)
+        self.backbone.begin_step([batch], TrainConfig())
+        return {k: value.to(self.device) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}
 
     def prepare(self) -> None:
         """Makes the model what is to be measured."""
@@ -67,7 +71,7 @@ class Variant:
     def clip(self) -> nn.Module:
         return self.backbone.model
 
-    def loss(self, batch: dict[str, torch.Tensor], end_to_end: bool) -> torch.Tensor:
+    def loss(self, batch: dict[str, Any], end_to_end: bool) -> torch.Tensor:
         """Returns the loss; of a CLIP without `end_to_end` each sample's own prompt is encoded, untrimmed."""
         if not self.is_clip:
             return self.backbone.loss(self.backbone, batch)
@@ -88,7 +92,8 @@ class Variant:
         moments = (
             [] if self.optimizer is None else [s for state in self.optimizer.state.values() for s in state.values()]
         )
-        return [*self.model.parameters(), *self.model.buffers(), *moments, *self.batch.values()]
+        batch = [value for value in self.batch.values() if isinstance(value, torch.Tensor)]
+        return [*self.model.parameters(), *self.model.buffers(), *moments, *batch]
 
 
 class Limit(Variant):
@@ -104,7 +109,7 @@ class Step(Variant):
         config = RunConfig.load(recipe, [*dropout, f"pool.rank={RANK}", f"pool.alpha={ALPHA}"])
         self.method = make_method(config, self.backbone)
 
-    def loss(self, batch: dict[str, torch.Tensor], end_to_end: bool) -> torch.Tensor:
+    def loss(self, batch: dict[str, Any], end_to_end: bool) -> torch.Tensor:
         if self.is_clip and not end_to_end:
             return super().loss(batch, end_to_end)
         return self.method.loss(self.backbone, batch)[0]

@@ -6,6 +6,7 @@ On a card torch itself says where the host waits. Elsewhere the operations are c
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,25 @@ import torch
 from gpu_check_parts.case import ROOT, Report
 from r1p_dist import train
 from r1p_dist.config import RunConfig
+from r1p_dist.host_waits import HostWaits
 
-STEPS = 4
+STEPS = 5
 WARM = 2  # the first steps set up what stays: moments of the optimizer, handles of libraries
 
 
 def steps(report: Report, recipe: str, must_be_none: bool) -> None:
-    """Trains a few steps of a recipe's first task and looks for waits in all but the first steps."""
-    watch = _CardWaits() if report.device == "cuda" else _CountedWaits()
-    train_micro_batch = train.train_micro_batch
-    count = 0
+    """Trains a few steps of a recipe's first task and looks for waits in all but the first ones and the last."""
+    look = _on_card if report.device == "cuda" else _counted
+    train_step, found = train.train_step, Counter()
+    number = 0
 
-    def watched(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count <= WARM:
-            return train_micro_batch(*arguments, **keywords)
-        with watch.looking():
-            return train_micro_batch(*arguments, **keywords)
+    def watched(*arguments: Any, **keywords: Any) -> None:
+        nonlocal number
+        number += 1
+        with look(number, found):
+            train_step(*arguments, **keywords)
 
-    train.train_micro_batch = watched
+    train.train_step = watched
     first = RunConfig.load(recipe).tasks[0]
     settings = [
         f"tasks=[{first}]",
@@ -43,48 +43,44 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
         "checkpoint.every_steps=null",
     ]
     train.run(RunConfig.load(recipe, [*settings, f"run_dir={report.folder / f'waits-{recipe}'}"]))
-    found = dict(watch.found)
+    figures = {"steps": number - WARM - 1, "waits": dict(found)}
     if must_be_none:
-        report.check(recipe, not found, steps=count - WARM, waits=found)
+        report.check(recipe, not found, **figures)
     else:
-        report.figures(recipe, steps=count - WARM, waits=found)
+        report.figures(recipe, **figures)
 
 
-class _CardWaits:
-    """Where in this repository the host waited for the card, and how often."""
+@contextmanager
+def _counted(number: int, found: Counter[str]) -> Iterator[None]:
+    """Counts in the steps alone: what the loop prepares between them lies on the host."""
+    if not WARM < number < STEPS:
+        yield
+        return
+    with HostWaits() as waits:
+        yield
+    found.update(waits.calls)
 
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
 
-    @contextmanager
-    def looking(self):
+@contextmanager
+def _on_card(number: int, found: Counter[str]) -> Iterator[None]:
+    """Notes where the host waits, in the steps and between them; before the last one, which is logged, it ends."""
+
+    def note(message: Warning, category: type[Warning], file: str, line: int, *_: Any) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            found[f"{_own_line()}, {Path(file).name}:{line}"] += 1
+
+    if number == WARM + 1:
+        warnings.filterwarnings("always", message="called a synchronizing CUDA operation")
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")  # `error` would show the first place alone
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("always", message="called a synchronizing CUDA operation")
-                warnings.showwarning = self._note
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    def _note(self, message: Warning, category: type[Warning], file: str, line: int, *_: Any) -> None:
-        frame = sys._getframe()
-        while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(ROOT / "r1p_dist"):
-            frame = frame.f_back
-        own = "" if frame is None else f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno}, "
-        self.found[f"{own}{Path(file).name}:{line}"] += 1
+    if number == STEPS:
+        torch.cuda.set_sync_debug_mode("default")
+    yield
 
 
-class _CountedWaits:
-    """Which operations would make the host wait, and how often they ran."""
-
-    def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
-
-    @contextmanager
-    def looking(self):
-        from r1p_dist.host_waits import HostWaits
-
-        with HostWaits() as waits:
-            yield
-        self.found.update(waits.calls)
+def _own_line() -> str:
+    """Returns the innermost line of the package on the stack."""
+    frame = sys._getframe()
+    while frame is not None and not Path(frame.f_code.co_filename).is_relative_to(ROOT / "r1p_dist"):
+        frame = frame.f_back
+    return "outside of the package" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

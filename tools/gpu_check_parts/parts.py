@@ -48,7 +48,14 @@ def _steps(quick: bool) -> list[Case]:
 
 
 def _dry_run(quick: bool) -> list[Case]:
-    return []
+    if quick:
+        options = [{"name": "tiny", "recipe": "mini_mtil", "ranks": 8, "batch": 2, "checkpointing": False}]
+    else:
+        options = [
+            {"name": "ViT-bigG-14", "recipe": "mini_mtil", "ranks": 64, "batch": 16, "checkpointing": True},
+            {"name": "llava-1.5-7b", "recipe": "mini_instruct", "ranks": 64, "batch": 8, "checkpointing": True},
+        ]
+    return [Case(f"dry-run-{option['name']}", "dry_run:model", option) for option in options]
 
 
 def _host_waits(quick: bool) -> list[Case]:

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-
 from benchmarks.inference import time_forward
 from benchmarks.measure import interleaved, medians, ratio
 from benchmarks.models import TINY_LLAVA
 from benchmarks.step import count_flops, peak_memory, steps_of, time_ratios
 from benchmarks.variants import Compiled, Variant, make_variants
+
 from gpu_check_parts.case import Report
 from r1p_dist.planner.timing import ACCELERATORS
 
@@ -94,7 +94,7 @@ def _forward(report: Report, title: str, plain: Variant, ours: Variant, rounds: 
 
 def _model_flops(limit: Variant) -> int:
     """Returns the operations of forward and backward of the frozen model on FLOP_SAMPLES samples."""
-    batch = {name: tensor[:FLOP_SAMPLES] for name, tensor in limit.batch.items()}
+    batch = limit.make_batch(FLOP_SAMPLES)
     return count_flops(lambda: limit.loss(batch, end_to_end=False).backward())
 
 
