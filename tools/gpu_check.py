@@ -16,8 +16,11 @@ is shared among the parts; what no longer fits is skipped. A speed never fails t
 printed beside it. --json FILE is written anew after every case. Exit code 0: all that ran passed; 1: something failed;
 2: wrong input.
 
-What is needed: torch with its CUDA libraries, and what `python tools/gpu_check.py --needs` prints. On a machine without
-a network, carry those as wheels and the checkout along; nothing has to be installed where PYTHONPATH names their folder.
+A machine without a network needs this checkout, torch with its CUDA libraries, torchvision, timm and transformers, and
+as wheels what tools/gpu_check_wheels.txt lists (7 MB) and tells how to get. Carry them along, and there
+
+    python -m pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site python tools/gpu_check.py --json card.json
 """
 
 import argparse
@@ -74,7 +77,9 @@ def check(arguments: argparse.Namespace) -> int:
     folder = arguments.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    machine = run_case(Case("machine", "machine:describe"), folder, arguments.device, arguments.quick, 120)[0]
+    machine = run_case(
+        Case("machine", "gpu_check_parts.machine:describe"), folder, arguments.device, arguments.quick, 120
+    )[0]
     if arguments.device == "cuda" and machine.get("card") is None:
         raise InputError("--device cuda: torch sees no card here; --device cpu --quick tries the check itself")
     print(f"{machine.get('card') or machine.get('processor')}, {_words(machine.get('versions', {}))}", flush=True)

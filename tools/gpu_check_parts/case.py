@@ -30,7 +30,7 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """function: MODULE:NAME in this folder, called with a Report and `options`. needs_s: not begun with less left."""
+    """function: MODULE:NAME, called with a Report and `options`. needs_s: not begun with less left."""
 
     name: str
     function: str
@@ -42,9 +42,9 @@ class Case:
 class Report:
     """The results of one case: a JSON object per line with its name, outcome (pass, fail, skip, figure) and figures."""
 
-    def __init__(self, path: Path, folder: Path, device: str, quick: bool, limit_s: float):
+    def __init__(self, name: str, path: Path, folder: Path, device: str, quick: bool, limit_s: float):
         """folder: for files of all cases. device: cuda or cpu. quick: tiny shapes. limit_s: when the case is ended."""
-        self.path, self.folder, self.device, self.quick = path, folder, device, quick
+        self.name, self.path, self.folder, self.device, self.quick = name, path, folder, device, quick
         self._ends = time.monotonic() + limit_s
 
     @property
@@ -71,8 +71,8 @@ def run_case(case: Case, folder: Path, device: str, quick: bool, limit_s: float)
     """Returns the results of a case, of which one says so where it was stopped at its limit or ended by an error."""
     device = "cpu" if case.on_cpu else device
     results, log = folder / f"{case.name}.jsonl", folder / f"{case.name}.txt"
-    call = {"path": str(results), "folder": str(folder), "device": device, "quick": quick, "limit_s": limit_s}
-    process = start(case.function, call, case.options, log)
+    call = {"name": case.name, "path": str(results), "folder": str(folder), "device": device, "quick": quick}
+    process = start(case.function, {**call, "limit_s": limit_s}, case.options, log)
     try:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -91,7 +91,7 @@ def run_case(case: Case, folder: Path, device: str, quick: bool, limit_s: float)
 def start(
     function: str, call: Mapping[str, Any], options: Mapping[str, Any], log: Path, environment: Mapping[str, str] = {}
 ) -> subprocess.Popen:
-    """Starts a function of this folder in a new process; call: the arguments of its Report."""
+    """Starts a function, MODULE:NAME, in a new process; call: the arguments of its Report."""
     paths = [str(TOOLS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     hidden = ON_CPU if call["device"] == "cpu" else {}
@@ -124,12 +124,13 @@ def last(lines: list[str]) -> str:
 
 def _main(function: str, call: str, options: str) -> None:
     arguments = json.loads(call)
-    report = Report(Path(arguments.pop("path")), Path(arguments.pop("folder")), **arguments)
+    paths = {key: Path(arguments.pop(key)) for key in ("path", "folder")}
+    report = Report(**paths, **arguments)
     module, _, name = function.partition(":")
     try:
-        getattr(importlib.import_module(f"gpu_check_parts.{module}"), name)(report, **json.loads(options))
+        getattr(importlib.import_module(module), name)(report, **json.loads(options))
     except NotPossibleError as error:
-        report.skip(name, str(error))
+        report.skip(report.name, str(error))
 
 
 if __name__ == "__main__":

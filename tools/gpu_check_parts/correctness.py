@@ -74,10 +74,10 @@ def two_ranks(report: Report, stages: Sequence[int]) -> None:
     for rank, log in enumerate(logs):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": visible}
-        call = {"path": os.devnull, "folder": str(report.folder), "device": report.device, "quick": report.quick}
-        call["limit_s"] = report.seconds_left
+        call = {"name": f"rank {rank}", "path": os.devnull, "folder": str(report.folder), "device": report.device}
+        call |= {"quick": report.quick, "limit_s": report.seconds_left}
         values = {name: str(value) for name, value in environment.items()}
-        ranks.append(start("correctness:one_of_two", call, {"stages": list(stages)}, log, values))
+        ranks.append(start("gpu_check_parts.correctness:one_of_two", call, {"stages": list(stages)}, log, values))
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(0.2)
     for rank in ranks:  # the other one would wait for a rank that failed

@@ -17,25 +17,29 @@ def cases(part: str, quick: bool) -> list[Case]:
 
 def _correctness(quick: bool) -> list[Case]:
     if quick:
-        return [Case("one_rank", "correctness:quick")]
+        return [Case("one_rank", "gpu_check_parts.correctness:quick")]
     return [
-        Case("reference", "correctness:reference", on_cpu=True),
-        Case("stages", "correctness:stages", {"stages": [0, 1, 2, 3]}),
-        Case("resume", "correctness:resume"),
-        Case("two_ranks", "correctness:two_ranks", {"stages": [2, 3]}),
+        Case("reference", "gpu_check_parts.correctness:reference", on_cpu=True),
+        Case("stages", "gpu_check_parts.correctness:stages", {"stages": [0, 1, 2, 3]}),
+        Case("resume", "gpu_check_parts.correctness:resume"),
+        Case("two_ranks", "gpu_check_parts.correctness:two_ranks", {"stages": [2, 3]}),
     ]
 
 
 def _recipes(quick: bool) -> list[Case]:
     if quick:
         settings = ["tasks=[country_flags]", "train.iterations=15"]
-        return [Case("mini_mtil_smoke", "recipes:smoke", {"recipe": "mini_mtil_smoke", "settings": settings})]
-    return [Case(recipe, "recipes:smoke", {"recipe": recipe}) for recipe in SMOKE_RECIPES]
+        return [
+            Case(
+                "mini_mtil_smoke", "gpu_check_parts.recipes:smoke", {"recipe": "mini_mtil_smoke", "settings": settings}
+            )
+        ]
+    return [Case(recipe, "gpu_check_parts.recipes:smoke", {"recipe": recipe}) for recipe in SMOKE_RECIPES]
 
 
 def _steps(quick: bool) -> list[Case]:
     if quick:
-        return [Case("tiny", "steps:tiny")]
+        return [Case("tiny", "gpu_check_parts.steps:tiny")]
     options: list[dict[str, Any]] = [
         {"name": "ViT-B-16", "batch": 256},
         {"name": "ViT-B-16", "batch": 32},
@@ -44,7 +48,7 @@ def _steps(quick: bool) -> list[Case]:
         {"name": "ViT-bigG-14", "batch": 16, "checkpointing": True},
         {"name": "ViT-B-16", "batch": 32, "dropout": 0.2},  # the paper's own settings
     ]
-    return [Case(f"{'-'.join(map(str, option.values()))}", "steps:model", option) for option in options]
+    return [Case(f"{'-'.join(map(str, option.values()))}", "gpu_check_parts.steps:model", option) for option in options]
 
 
 def _dry_run(quick: bool) -> list[Case]:
@@ -55,11 +59,15 @@ def _dry_run(quick: bool) -> list[Case]:
             {"name": "ViT-bigG-14", "recipe": "mini_mtil", "ranks": 64, "batch": 16, "checkpointing": True},
             {"name": "llava-1.5-7b", "recipe": "mini_instruct", "ranks": 64, "batch": 8, "checkpointing": True},
         ]
-    return [Case(f"dry-run-{option['name']}", "dry_run:model", option) for option in options]
+    return [Case(f"dry-run-{option['name']}", "gpu_check_parts.dry_run:model", option) for option in options]
 
 
 def _host_waits(quick: bool) -> list[Case]:
     return [
-        Case(f"waits-{recipe}", "host_waits:steps", {"recipe": recipe, "must_be_none": recipe == SMOKE_RECIPES[0]})
+        Case(
+            f"waits-{recipe}",
+            "gpu_check_parts.host_waits:steps",
+            {"recipe": recipe, "must_be_none": recipe == SMOKE_RECIPES[0]},
+        )
         for recipe in SMOKE_RECIPES[: 1 if quick else 2]
     ]
