@@ -6,7 +6,7 @@ from gpu_check_parts.case import Case
 
 TITLES = {"a": "correctness", "b": "recipes", "c": "steps", "d": "dry run", "e": "host waits"}
 PARTS = tuple(TITLES)
-SHARES = {"a": 0.25, "b": 0.2, "c": 0.35, "d": 0.12, "e": 0.08}  # of the time
+SHARES = {"a": 0.26, "b": 0.18, "c": 0.38, "d": 0.12, "e": 0.06}  # of the time
 SMOKE_RECIPES = ("mini_mtil_smoke", "mini_instruct_smoke")
 
 
@@ -48,7 +48,11 @@ def _steps(quick: bool) -> list[Case]:
         {"name": "ViT-bigG-14", "batch": 16, "checkpointing": True},
         {"name": "ViT-B-16", "batch": 32, "dropout": 0.2},  # the paper's own settings
     ]
-    return [Case(f"{'-'.join(map(str, option.values()))}", "gpu_check_parts.steps:model", option) for option in options]
+    needs_s = {"llava-1.5-7b": 50.0, "ViT-bigG-14": 40.0}  # loading alone takes so long, and a few steps
+    return [
+        Case("-".join(map(str, o.values())), "gpu_check_parts.steps:model", o, needs_s.get(o["name"], 20.0))
+        for o in options
+    ]
 
 
 def _dry_run(quick: bool) -> list[Case]:

@@ -40,7 +40,20 @@ def tiny(report: Report) -> None:
 
 
 def model(report: Report, name: str, batch: int, checkpointing: bool = False, dropout: float = 0.0) -> None:
-    """Measures one model: first what matters most, so that a case that is stopped has it."""
+    """Measures one model; with activation checkpointing where it does not fit on the card without."""
+    try:
+        _measure(report, name, batch, checkpointing, dropout)
+        return
+    except torch.OutOfMemoryError as error:
+        if checkpointing:
+            raise
+        report.figures(f"{name}, {batch}: out of memory", error=str(error).partition(".")[0])
+    torch.cuda.empty_cache()
+    _measure(report, name, batch, True, dropout)
+
+
+def _measure(report: Report, name: str, batch: int, checkpointing: bool, dropout: float) -> None:
+    """Measures first what matters most, so that a case that is stopped has it."""
     arguments = argparse.Namespace(
         model=name,
         batch=batch,
@@ -78,11 +91,14 @@ def model(report: Report, name: str, batch: int, checkpointing: bool = False, dr
 
 
 def _forward(report: Report, title: str, plain: Variant, ours: Variant, rounds: int) -> None:
-    """Measures a forward pass with merged experts against the plain model's; they share the weights that it is merged
-    into, whose values take no time."""
-    for adapter in ours.method.adapters:
-        adapter.merge()
+    """Measures a forward pass with merged experts against the plain model's.
+
+    They share the weights that it is merged into, whose values take no time; into a LLaVA's, whose pristine copy is too
+    large for that, nothing is merged.
+    """
     if plain.is_clip:
+        for adapter in ours.method.adapters:
+            adapter.merge()
         batch = {"image": plain.batch["image"], "tokens": plain.prompts[plain.batch["label"]]}
     else:
         batch = {"batch": plain.batch}
