@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from big_model_check import SOURCE_TASKS, write_stream
 
 from gpu_check_parts.case import ROOT, Report
 from r1p_dist import train
@@ -23,7 +24,7 @@ WARM = 2  # the first steps set up what stays: moments of the optimizer, handles
 
 
 def steps(report: Report, recipe: str, must_be_none: bool) -> None:
-    """Trains a few steps of a recipe's first task and looks for waits in all but the first ones and the last."""
+    """Trains a few steps of a recipe on few samples and looks for waits in all but the first ones and the last."""
     look = _on_card if report.device == "cuda" else _counted
     train_step, found = train.train_step, Counter()
     number = 0
@@ -35,14 +36,10 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
             train_step(*arguments, **keywords)
 
     train.train_step = watched
-    first = RunConfig.load(recipe).tasks[0]
-    settings = [
-        f"tasks=[{first}]",
-        f"train.iterations={STEPS}",
-        f"log.every_steps={STEPS}",
-        "checkpoint.every_steps=null",
-    ]
-    train.run(RunConfig.load(recipe, [*settings, f"run_dir={report.folder / f'waits-{recipe}'}"]))
+    stream = write_stream(report.folder / f"stream-{recipe}", recipe, SOURCE_TASKS[recipe][:1])
+    settings = f"train.global_batch_size=4 train.iterations={STEPS} log.every_steps={STEPS} checkpoint.every_steps=null"
+    own = [f"stream={stream}", f"run_dir={report.folder / f'waits-{recipe}'}"]
+    train.run(RunConfig.load(recipe, [*settings.split(), *own]))
     figures = {"steps": number - WARM - 1, "waits": dict(found)}
     if must_be_none:
         report.check(recipe, not found, **figures)

@@ -28,7 +28,7 @@ def _correctness(quick: bool) -> list[Case]:
 
 def _recipes(quick: bool) -> list[Case]:
     if quick:
-        settings = ["tasks=[country_flags]", "train.iterations=15"]
+        settings = ["tasks=[fashion]", "train.iterations=15"]
         return [
             Case(
                 "mini_mtil_smoke", "gpu_check_parts.recipes:smoke", {"recipe": "mini_mtil_smoke", "settings": settings}
@@ -70,11 +70,10 @@ def _dry_run(quick: bool) -> list[Case]:
 
 
 def _host_waits(quick: bool) -> list[Case]:
+    clip, llava = (
+        {"recipe": recipe, "must_be_none": recipe == "mini_mtil"} for recipe in ("mini_mtil", "mini_instruct")
+    )
     return [
-        Case(
-            f"waits-{recipe}",
-            "gpu_check_parts.host_waits:steps",
-            {"recipe": recipe, "must_be_none": recipe == SMOKE_RECIPES[0]},
-        )
-        for recipe in SMOKE_RECIPES[: 1 if quick else 2]
+        Case(f"waits-{options['recipe']}", "gpu_check_parts.host_waits:steps", options)
+        for options in ([clip] if quick else [clip, llava])
     ]
