@@ -7,6 +7,7 @@ keeps what it found.
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,13 @@ def end(process: subprocess.Popen) -> None:
             continue
     process.kill()
     process.wait()
+
+
+def free_port() -> int:
+    """Returns a port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 def last(lines: list[str]) -> str:

@@ -6,7 +6,6 @@ the merged experts are the same, losses differ by no more than LOSS and merged u
 
 import json
 import os
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from big_model_check import write_stream
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from gpu_check_parts.case import NotPossibleError, Report, end, last, start
+from gpu_check_parts.case import NotPossibleError, Report, end, free_port, last, start
 from r1p_dist.checkpoint.folders import read_tensors
 from r1p_dist.config import RunConfig
 from r1p_dist.train import run
@@ -79,9 +78,7 @@ def quick(report: Report) -> None:
 
 def two_ranks(report: Report, stages: Sequence[int]) -> None:
     """Trains on two ranks that share the card, over gloo, and compares."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = free_port()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # each rank sees this one alone
     ranks, logs = [], [report.folder / f"two_ranks-{rank}.txt" for rank in range(2)]
     for rank, log in enumerate(logs):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from gpu_check_parts.case import ROOT, Report
+from gpu_check_parts.case import ROOT, Report, free_port
 
 
 def smoke(report: Report, recipe: str, settings: Sequence[str] = ()) -> None:
@@ -13,8 +13,11 @@ def smoke(report: Report, recipe: str, settings: Sequence[str] = ()) -> None:
     run_dir = report.folder / recipe
     # the launcher as a module: its script may lie outside of the PATH
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    command += ["--master_port", str(free_port())]
     command += [str(ROOT / "launchers/train.py"), "--recipe", recipe, f"run_dir={run_dir}", *settings]
-    subprocess.run(command, check=True)
+    code = subprocess.run(command).returncode
+    if code:
+        raise RuntimeError(f"the launcher ended with code {code}")
     metrics = json.loads((run_dir / "metrics.json").read_text())
     zero_shot, end = (sum(row) / len(row) for row in (metrics["accuracy"][0], metrics["accuracy"][-1]))
     report.check(
