@@ -26,6 +26,27 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Makes this process rank 0 of `count` that are not there: collectives send nothing.
+
+    A gather returns this rank's values for each rank, a sum or a mean of them is what this rank gave.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend known, too
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        import deepspeed
+
+        if deepspeed.comm.comm.cdb is None:
+            dist.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()  # and what DeepSpeed knows of its groups
+            deepspeed.comm.comm.cdb = None
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums the tensor over all ranks in place and returns it; on one rank nothing happens."""
     if world_size() > 1:
@@ -172,7 +193,8 @@ def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
 
 def _collective_device() -> torch.device:
     """Where the process group's backend wants tensors that do not belong to the model."""
-    return torch.device("cpu") if "gloo" in dist.get_backend() else torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if device is None or "gloo" in dist.get_backend() else device
 
 
 def agree(action: Callable[[], Any]) -> Any:
