@@ -104,13 +104,14 @@ class StartedGather:
     """The values of all ranks' (n, …) tensors, on their way while something else is computed."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        self._work = dist.all_gather(self._parts, tensor.detach().contiguous(), async_op=True)
+        # one tensor: with thousands of ranks a second copy of everybody's features would count
+        self._whole = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+        self._work = dist.all_gather(list(self._whole.chunk(world_size())), tensor.detach().contiguous(), async_op=True)
 
     def wait(self) -> torch.Tensor:
         """Returns them in rank order, concatenated."""
         self._work.wait()
-        return torch.cat(self._parts)
+        return self._whole
 
 
 class _Gather(torch.autograd.Function):

@@ -44,7 +44,7 @@ _OWNERS = (
     ("torch/autograd/graph.py", "activations"),
     ("torch/optim/", "optimizer"),
     ("deepspeed/runtime/zero/partition", "gathered"),
-    ("deepspeed/", "gradients"),
+    ("deepspeed/runtime/", "gradients"),
 )
 _COLLECTIVES = ("all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast", "barrier", "reduce")
 
