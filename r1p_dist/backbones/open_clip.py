@@ -205,7 +205,8 @@ class ClipBackbone(nn.Module):
         labels = self._label_of[batch["label"]]
         distinct, place, counts = labels.unique(return_inverse=True, return_counts=True)
         image, text = model(image=batch["image"], tokens=self._prompts[distinct], counts=counts)
-        return contrastive_loss(image, text[place], labels, self.logit_scale, self._image_gather)
+        gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
+        return contrastive_loss(image, text[place], labels, self.logit_scale, gather)
 
 
 def load_clip(

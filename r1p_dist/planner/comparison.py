@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from r1p_dist.config import RunConfig
-from r1p_dist.dry_run import DryRun, dry_run
+from r1p_dist.dry_run.run import DryRun, dry_run
 from r1p_dist.engine import choose_precision, resolve_deepspeed
 from r1p_dist.planner.clip import Pictures, build_clip, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives

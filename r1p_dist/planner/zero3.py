@@ -1,10 +1,10 @@
 """ZeRO-3's fetching, prefetching and releasing of weights in one micro step.
 
 The rules of DeepSpeed 0.19.8's PartitionedParameterCoordinator with a complete trace. A module's parameters are fetched
-together when it is entered, and then more of those that come next, up to `stage3_prefetch_bucket_size` numbers at a time
-and `stage3_max_live_parameters` altogether. They are released when a module is left, unless they are persistent, in use
-by another module, used again within `stage3_max_reuse_distance` numbers, or were met as coming ones while they were
-there.
+together when it is entered, and then more of those that come next: `stage3_prefetch_bucket_size` numbers each time, up
+to `stage3_max_live_parameters` altogether. They are released when a module is left, unless they are persistent, in use
+by another module, used again within `stage3_max_reuse_distance` numbers, or still there when prefetching came by their
+next use.
 """
 
 from bisect import bisect_left
