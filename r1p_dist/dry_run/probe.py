@@ -80,7 +80,7 @@ class Probe:
         memory = {kind: self._meter.highest[kind] for kind in KINDS}
         memory["total"] = sum(memory.values())
         allocator = torch.accelerator.max_memory_allocated() if self._has_allocator else None
-        self.phases[name] = Phase(memory, allocator, _by_kind(self._counter.summary()))
+        self.phases[name] = Phase(memory, allocator, by_kind(self._counter.summary()))
         self.drop()
 
     def drop(self) -> None:
@@ -167,7 +167,7 @@ def _optimizer_state(engine: TaskEngine) -> Iterator[torch.Tensor]:
         yield from (tensor for tensor in state.values() if tensor.dim())
 
 
-def _by_kind(summary: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+def by_kind(summary: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
     """Returns the counts under the usual names: `allgather` and `allgather_base` are both all_gather."""
     found: dict[str, Counter[str]] = {}
     for name, counts in summary.items():

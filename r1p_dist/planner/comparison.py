@@ -1,7 +1,8 @@
 """The planner held against a dry run of the same configuration: what it predicted, and what rank 0 of N really took."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,10 @@ class Comparison:
     def memory_ratio(self) -> float:
         """Predicted over real."""
         return self.memory.total / self.real_memory
+
+    def as_json(self) -> dict[str, Any]:
+        plan = {"step": self.step, "boundary": self.boundary, "memory": asdict(self.memory)}
+        return {"dry_run": self.run.as_json(), "plan": plan}
 
 
 def compare(config: RunConfig, ranks: int) -> Comparison:
