@@ -227,7 +227,8 @@ class ClipBackbone(nn.Module):
         model: this backbone, or the DeepSpeed engine around it.
         """
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
-        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, self._image_gather)
+        gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
+        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, gather)
 
 
 def load_clip(
