@@ -110,8 +110,9 @@ def test_results_of_a_card_become_tables(tool: ModuleType, tmp_path: Path) -> No
         "gb": {"limit": 10.0, "step": 10.5},
     }
     forward = {"name": "M, 8: forward", "outcome": "figure", "merged/plain": 1.0, "samples_per_second": {"plain": 9.0}}
+    compiled = {"name": "M, 8: compiled", "outcome": "figure", "rounds": 5, "compiled/limit": 1.1}
     skipped = {"name": "other", "outcome": "skip", "reason": "no time"}
-    part = {"title": "steps", "outcome": "PASS", "seconds": 9.0, "results": [speed, memory, forward, skipped]}
+    part = {"title": "steps", "outcome": "PASS", "seconds": 9.0, "results": [speed, memory, compiled, forward, skipped]}
     (tmp_path / "gpu").mkdir()
     content = {"machine": {"card": "Some card"}, "parts": {"c": part}}
     (tmp_path / "gpu" / "card.json").write_text(json.dumps(content))
@@ -119,4 +120,31 @@ def test_results_of_a_card_become_tables(tool: ModuleType, tmp_path: Path) -> No
     parts, steps = table.run(type("Arguments", (), {"folder": tmp_path})).split("\n\n")
     assert parts.splitlines()[2] == "| Some card | steps | PASS | 0 | 0 | 1 |"
     assert steps.splitlines()[0].count("|") == steps.splitlines()[2].count("|") == 11
-    assert steps.splitlines()[2] == "| Some card | M, 8 | 80.0 | 0.400 | 10.5 | 1.250 | – | 1.500 | 1.050 | 1.000 |"
+    assert steps.splitlines()[2] == "| Some card | M, 8 | 80.0 | 0.400 | 10.5 | 1.250 | 1.100 | 1.500 | 1.050 | 1.000 |"
+
+
+def test_what_peft_or_the_compiler_fails_at_takes_no_other_figure_along(
+    tool: ModuleType, tmp_path: Path, monkeypatch
+) -> None:
+    steps, case = (importlib.import_module(f"gpu_check_parts.{name}") for name in ("steps", "case"))
+
+    def fail(*_) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(steps.VARIANTS, "peft", fail)
+    report = case.Report("c", tmp_path / "c.jsonl", tmp_path, "cpu", True, 600)
+    monkeypatch.setattr(steps, "_has_peft", lambda: True)
+    steps.model(report, "tiny", 2)
+    failed, speed, *_ = [json.loads(line) for line in report.path.read_text().splitlines()]
+    assert failed == {"name": "tiny, 2: peft", "outcome": "fail", "reason": "RuntimeError: no such kernel"}
+    assert speed["name"] == "tiny, 2" and speed["step/limit"] > 0 and "peft/step" not in speed
+
+
+def test_aims_are_said_beside_the_figures(tool: ModuleType) -> None:
+    aims = importlib.import_module("gpu_check_parts.steps")._aims
+    assert aims("ViT-L-14", 64, {"step/limit": 1.2, "peft/step": 1.4}) == {
+        "aim step/limit": "<= 1.1: missed",
+        "aim peft/step": ">= 1.3: met",
+    }
+    assert aims("ViT-B-16", 32, {"compiled/limit": 1.2}) == {"aim compiled/limit": "<= 1.3: met"}
+    assert aims("tiny", 2, {"step/limit": 2.0}) == {}

@@ -94,11 +94,11 @@ def _gpu_steps(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     found = {entry["name"]: entry for entry in results}
     rows = []
     for name, entry in found.items():
-        if "rounds" not in entry:
+        if "step/limit" not in entry:
             continue
-        memory, forward = (found.get(f"{name}: {kind}", {}) for kind in ("memory", "forward"))
+        memory, forward, compiled = (found.get(f"{name}: {kind}", {}) for kind in ("memory", "forward", "compiled"))
         values = {
-            **{**entry, **memory},
+            **{**compiled, **entry, **memory},
             "merged/plain": forward.get("merged/plain"),
             "samples/s": entry["samples_per_second"]["step"],
             "utilisation": entry.get("utilisation", {}).get("step"),
