@@ -57,7 +57,8 @@ def _check(arguments: argparse.Namespace) -> int:
         for stage in parse_counts("--zero", arguments.zero, range(4)):
             for ranks in parse_counts("--ranks", arguments.ranks):
                 own = {"name": name, "pretrained": None}, {"reduce_bucket_size": int(arguments.bucket)}
-                overrides = [f"backbone={json.dumps(own[0])}", f"deepspeed.config=zero{stage}", *arguments.overrides]
+                overrides = [f"backbone={json.dumps(own[0])}", f"deepspeed.config=zero{stage}"]
+                overrides += ["evaluation.batch_size=4", *arguments.overrides]  # no plan is made of evaluations
                 overrides.append(f"deepspeed.overrides={json.dumps({'zero_optimization': own[1]})}")
                 config = set_ranks(RunConfig.load("mini_mtil", overrides), ranks, arguments.batch)
                 found.append(compare(config, ranks))
