@@ -67,5 +67,5 @@ def test_big_widths(tmp_path: Path, name: str, stage: int, depth: int | None) ->
     overrides = [f'backbone={{"name": "local-dir:{tmp_path}"}}', f"deepspeed.config=zero{stage}"]
     run = set_ranks(RunConfig.load("mini_mtil", [*overrides, FEW, "train.precision=bf16"]), 64, 2)
     found = compare(run, 64)
-    assert found.is_payload_exact
+    assert found.is_exact
     assert found.memory_ratio == pytest.approx(1, abs=0.1), (found.run.phases["step"].memory, found.memory)
