@@ -49,7 +49,11 @@ def test_meter_follows_tensors_as_they_come_and_go() -> None:
         assert (meter.live, meter.take_peak()) == (0, 4 * 990)
 
 
-WORDS = ["pool.vote=lagged", "deepspeed.overrides.zero_optimization.reduce_bucket_size=500000"]
+WORDS = [
+    "pool.vote=lagged",
+    "evaluation.batch_size=8",
+    "deepspeed.overrides.zero_optimization.reduce_bucket_size=500000",
+]
 
 
 def _two_real_ranks(rank: int, ranks: int, folder: str) -> list[dict[str, dict[str, int]]]:

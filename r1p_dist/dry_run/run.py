@@ -7,6 +7,7 @@ run on that many ranks, and the numbers that it computes mean nothing.
 
 import logging
 import math
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from r1p_dist.dry_run.probe import Phase, Probe, joined
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
-from r1p_dist.interrupts import StepAgreement, Watchdog
+from r1p_dist.interrupts import STOP_SIGNALS, StepAgreement, Watchdog
 from r1p_dist.methods import Stage, make_method
 from r1p_dist.session import Session
 from r1p_dist.train import fit
@@ -119,7 +120,7 @@ def _rank_0(config: RunConfig) -> DryRun:
         session.log.is_silent = True
         watchdog = Watchdog(math.inf, config.run_dir)
         train = config.train.for_task(stage.name).model_copy(update={"iterations": STEPS})
-        agreement = StepAgreement(device)
+        agreement = _agreement(device)
         make_engine = partial(_ObservedEngine, backbone, config, train, agreement, probe)
         try:
             running = session.open_stage(0, loader, make_engine)
@@ -146,6 +147,15 @@ def _rank_0(config: RunConfig) -> DryRun:
     phases = probe.phases
     phases["boundary"] = joined(phases.pop("merge"), phases.pop("next task"))
     return DryRun(config, world_size(), device.type, batch, phases)
+
+
+def _agreement(device: torch.device) -> StepAgreement:
+    """Returns the agreement of a run, but with signals as they were: there is nothing to save before one ends this."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    agreement = StepAgreement(device)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return agreement
 
 
 class _ObservedEngine(TaskEngine):

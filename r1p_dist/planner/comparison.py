@@ -18,28 +18,29 @@ from r1p_dist.planner.zero import Zero
 
 @dataclass(frozen=True)
 class Comparison:
-    """bytes: of a step and of a task boundary, by kind of collective; memory: of a rank at the peak of a step."""
+    """step, boundary: planned calls and bytes by kind of collective; memory: planned for the peak of a step."""
 
     run: DryRun
     stage: int
-    step: dict[str, int]
-    boundary: dict[str, int]
+    step: dict[str, dict[str, int]]
+    boundary: dict[str, dict[str, int]]
     memory: Memory
 
     @property
-    def real_step(self) -> dict[str, int]:
-        return _bytes(self.run, "step")
+    def real_step(self) -> dict[str, dict[str, int]]:
+        return self.run.phases["step"].collectives
 
     @property
-    def real_boundary(self) -> dict[str, int]:
-        return _bytes(self.run, "boundary")
+    def real_boundary(self) -> dict[str, dict[str, int]]:
+        return self.run.phases["boundary"].collectives
 
     @property
     def real_memory(self) -> int:
         return self.run.phases["step"].memory["total"]
 
     @property
-    def is_payload_exact(self) -> bool:
+    def is_exact(self) -> bool:
+        """Whether all collectives are as planned, calls and bytes of each kind."""
         return (self.step, self.boundary) == (self.real_step, self.real_boundary)
 
     @property
@@ -68,12 +69,8 @@ def compare(config: RunConfig, ranks: int) -> Comparison:
     )
 
 
-def _sums(collectives: Collectives) -> dict[str, int]:
-    found: Counter[str] = Counter()
+def _sums(collectives: Collectives) -> dict[str, dict[str, int]]:
+    found: dict[str, Counter[str]] = {}
     for collective, calls in collectives.items():
-        found[collective.kind] += calls * collective.bytes
-    return dict(sorted(found.items()))
-
-
-def _bytes(run: DryRun, phase: str) -> dict[str, int]:
-    return {kind: counts["bytes"] for kind, counts in run.phases[phase].collectives.items()}
+        found.setdefault(collective.kind, Counter()).update(calls=calls, bytes=calls * collective.bytes)
+    return {kind: dict(counts) for kind, counts in sorted(found.items())}
