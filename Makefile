@@ -7,6 +7,8 @@ TESTS ?= tests
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Of pyproject.toml's lower bounds; one for each PYTHON that is given.
+OLDEST := .venv-oldest-$(notdir $(PYTHON))
 
 # One thread per rank: the ranks share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -19,19 +21,27 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint clean
+.PHONY: help setup train smoke test test-all test-quick test-oldest lint clean
 
 help:
 	@echo 'make train      train a recipe: ARGS="--recipe mini_mtil train.lr=5e-3", ACCELERATORS=2 ranks'
 	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them'
 	@echo 'make test-all   all tests'
+	@echo 'make test-quick the tests that take seconds, without SLURM and the other programs that read shards'
+	@echo 'make smoke      two trainings of a minute, which must end above zero-shot'
+	@echo 'make test-oldest  test-quick and smoke with the oldest versions allowed: PYTHON=python3.10 for that Python'
 	@echo 'make lint       ruff: format and rules'
 	@echo 'make setup      only make the virtual environment $(VENV) and install the package'
-	@echo 'make clean      remove the virtual environment and what builds and tests left; runs/ stays'
+	@echo 'make clean      remove the virtual environments and what builds and tests left; runs/ stays'
 
 train: $(VENV)/.installed
 	@command -v numactl >/dev/null || echo 'note: numactl is not installed; nothing here needs it'
 	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py $(ARGS)
+
+smoke: $(VENV)/.installed
+	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_mtil_smoke resume=never
+	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_instruct_smoke resume=never
+	$(BIN)/python tools/check_smoke.py
 
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1
@@ -42,6 +52,15 @@ test: $(VENV)/.installed-test $(VENV)/.installed-peers
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
 	$(BIN)/python -m pytest $(TESTS)
 
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m 'not slow and not campaign' --ignore tests/slurm $(TESTS)
+
+# torch keeps compiled operations by the versions of Python and CUDA alone: here another torch compiles its own.
+test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions
+test-oldest: export PIP_CONSTRAINT := $(CURDIR)/$(OLDEST)/lower_bounds.txt
+test-oldest: $(OLDEST)/lower_bounds.txt
+	$(MAKE) VENV=$(OLDEST) test-quick smoke
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -49,7 +68,7 @@ lint: $(VENV)/.installed-test
 setup: $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest-* build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -58,6 +77,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo 'error: $(PYTHON) cannot make virtual environments: apt install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(OLDEST)/lower_bounds.txt: pyproject.toml tools/lower_bounds.py
+	@mkdir -p $(OLDEST)
+	$(PYTHON) tools/lower_bounds.py > $@
 
 # The second line compiles the one operation that DeepSpeed would otherwise compile in the first run's first minute.
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python

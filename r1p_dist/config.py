@@ -163,7 +163,7 @@ class TrainConfig(_Section):
     """One task's training; an iteration is one optimizer step on one global batch.
 
     `average_over`: what the loss of conversations is the mean of: the answer tokens of a global batch, or its samples,
-    each the mean of its tokens.
+    each the mean of its tokens. `compile`: torch.compile for the blocks, which pays on an accelerator; not with ZeRO-3.
     """
 
     iterations: Count = 500
@@ -176,6 +176,7 @@ class TrainConfig(_Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     gradient_clipping: Positive | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
     average_over: Literal["tokens", "samples"] = "tokens"
     per_task: dict[str, TaskTrainConfig] = {}
 

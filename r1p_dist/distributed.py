@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from r1p_dist.errors import InputError
 
+# The second name is that of torch before 2.14, which warns of it.
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -148,7 +151,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         sent = _to_backend(gradient).contiguous()
         own = sent.new_empty(len(sent) // world_size(), *sent.shape[1:])
-        dist.reduce_scatter_single(own, sent)
+        getattr(dist, REDUCE_SCATTER)(own, sent)
         return own.to(gradient.device), None
 
 

@@ -67,6 +67,11 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
             f"train.global_batch_size={train.global_batch_size} does not divide into {world_size} ranks times "
             f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}; use a multiple of {micro_batches}"
         )
+    if train.compile and resolved["zero_optimization"]["stage"] == 3:
+        raise InputError(
+            f"train.compile=true with deepspeed.config={config.deepspeed.config}: compiled blocks keep their weights, "
+            "and ZeRO stage 3 takes them away; use deepspeed.config=zero2 or train.compile=false"
+        )
     resolved["train_batch_size"] = train.global_batch_size
     resolved["train_micro_batch_size_per_gpu"] = train.global_batch_size // micro_batches
     resolved["gradient_accumulation_steps"] = train.gradient_accumulation_steps

@@ -42,7 +42,7 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")
-    backbone = load_backbone(config.backbone, weights_placement(config, device))
+    backbone = load_backbone(config.backbone, weights_placement(config, device), config.train.compile)
     backbone.check(stream)
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip, transformers)}
     facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}

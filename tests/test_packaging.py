@@ -1,5 +1,6 @@
 """What is installed: every package and data file is in the wheel, and the console script is there."""
 
+import email
 import subprocess
 import sys
 import zipfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +88,18 @@ def test_wheel_declares_the_console_scripts(wheel: Path) -> None:
         scripts = archive.read(entry).decode()
     assert "r1p = r1p_dist.cli:main" in scripts
     assert "r1p-submit = r1p_dist.cluster.main:main" in scripts
+
+
+def test_every_dependency_has_a_lower_bound_that_the_tests_can_install(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
+    declared = [Requirement(line) for line in email.message_from_string(metadata).get_all("Requires-Dist")]
+    bounds = {
+        f"{requirement.name}=={bound.version}"
+        for requirement in declared
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    assert len(bounds) == len({requirement.name for requirement in declared} - {"r1p-dist"})
+    script = [sys.executable, ROOT / "tools/lower_bounds.py"]
+    assert set(subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()) == bounds

@@ -13,7 +13,8 @@ from torch import nn
 
 from r1p_dist.adapters.pristine import file_backed_copy
 from r1p_dist.adapters.product import HALF_PRECISION, Product, composed_product
-from r1p_dist.distributed import drop_whole_copy, gathered, start_sum_over_ranks, stored_copies
+from r1p_dist.adapters.product_operator import compiled_product
+from r1p_dist.distributed import drop_whole_copy, gathered, start_sum_over_ranks, stored_copies, world_size
 
 
 class Factors(NamedTuple):
@@ -193,8 +194,6 @@ def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
     return [] if module is None else list(module.parameters())
 
 
-# Votes are a side effect and can be a collective: torch.compile leaves this out and compiles what lies between.
-@torch.compiler.disable
 def adapted_product(
     linear: nn.Linear,
     adapters: Sequence[LowRankLinear],
@@ -212,19 +211,28 @@ def adapted_product(
         x = x.to(torch.get_autocast_dtype(device))
     kind = type(adapters[0])
     votes = kind.votes(adapters, x)
-    frozen = None if votes is None else _sum_votes(votes, linear, x)
+    frozen = None
+    if votes is not None and world_size() > 1:
+        frozen = _sum_votes(votes, linear, x, torch.compiler.is_compiling() or x.dtype in HALF_PRECISION)
     factors = kind.factors(adapters, x, votes)
     As = [factor.A for factor in factors]
     rate, dropout_kind = adapters[0].dropout, adapters[0].dropout_kind
     if rate > 0 and dropout_kind == "feature":
         keep = ((torch.rand(x.shape[-1], device=x.device) >= rate) / (1 - rate)).to(x.dtype)
         As = [A * keep for A in As]
+    rows, scalings = [adapter.rows for adapter in adapters], [factor.scaling for factor in factors]
+    dropout = rate if dropout_kind == "element" else 0.0
+    if torch.compiler.is_compiling():
+        chosen = [factor.chosen for factor in factors]
+        As = [A if experts is None else A[experts] for A, experts in zip(As, chosen, strict=True)]
+        Bs = [f.B if experts is None else f.B[:, experts] for f, experts in zip(factors, chosen, strict=True)]
+        return compiled_product(linear, x, As, Bs, rows, scalings, dropout)
     product = Product(
         linear,
-        [adapter.rows for adapter in adapters],
-        [factor.scaling for factor in factors],
+        rows,
+        scalings,
         [factor.chosen for factor in factors],
-        dropout=rate if dropout_kind == "element" else 0.0,
+        dropout=dropout,
         frozen=frozen,
         # not its __call__: ZeRO-3's hooks on it belong to the forward pass
         recompute=recompute.forward if recompute is not None and source is not None else None,
@@ -232,18 +240,19 @@ def adapted_product(
     return composed_product(product, x, source, As, [factor.B for factor in factors])
 
 
-def _sum_votes(votes: torch.Tensor, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor | None:
+# A collective on its way cannot be compiled: with several ranks, `global` votes cut a compiled block here.
+@torch.compiler.disable
+def _sum_votes(votes: torch.Tensor, linear: nn.Linear, x: torch.Tensor, waits: bool) -> torch.Tensor | None:
     """Sums the votes over ranks in place; returns the frozen product if it was computed in the meantime.
 
-    In half precision the frozen product waits for the votes, because a small update added to a rounded product is lost
-    (see product.py); `lagged` votes have nothing to wait for.
+    waits: it was not. In half precision it comes after the votes, because a small update added to a rounded product is
+    lost (see product.py), and compiled code computes it with the rest; `lagged` votes have nothing to wait for.
     """
     pending, frozen = start_sum_over_ranks(votes), None
-    if pending is not None:
-        if x.dtype not in HALF_PRECISION:
-            with torch.no_grad():
-                frozen = F.linear(x, linear.weight.to(x.dtype), linear.bias)
-        pending.wait()
+    if not waits:
+        with torch.no_grad():
+            frozen = F.linear(x, linear.weight.to(x.dtype), linear.bias)
+    pending.wait()
     return frozen
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters.low_rank import Factors, LowRankLinear, fill_uniform, full_values
+from r1p_dist.adapters.recomputing import is_recomputing, once
 from r1p_dist.distributed import gathered, sum_over_ranks, sum_over_ranks_with_gradient, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.losses import ago_term
@@ -82,9 +83,9 @@ class AdaptedLinear(LowRankLinear):
         self.router.requires_grad_(router_grad != "none")
         self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
         self.register_buffer("gate_sum", torch.zeros(rank, dtype=torch.float64, device=weight.device))
+        self.register_buffer("gate_steps", torch.zeros((), dtype=torch.int64, device=weight.device), persistent=False)
         # votes of this step that `share_votes` has yet to sum over ranks
         self.register_buffer("pending_votes", torch.zeros_like(self.activation_counts), persistent=False)
-        self.steps = 0
         self.orthogonal_to: torch.Tensor | None = None  # columns (out, n) of past tasks for the AGO loss; None = off
         self.ago: torch.Tensor | None = None  # this micro step's term, with gradient
         self._active: torch.Tensor | None = None  # the experts in use; None until the first vote of a task
@@ -99,16 +100,16 @@ class AdaptedLinear(LowRankLinear):
             nn.init.zeros_(self.B)
             fill_uniform(self.router.weight, router_bound, generator)
             fill_uniform(self.router.bias, router_bound, generator)
-        for state in (self.activation_counts, self.gate_sum, self.pending_votes):
+        for state in (self.activation_counts, self.gate_sum, self.gate_steps, self.pending_votes):
             state.zero_()
-        self.steps, self._active, self._shared = 0, None, False
+        self._active, self._shared = None, False
 
     def state(self) -> dict[str, torch.Tensor]:
         active = self._active if self._active is not None else self.activation_counts[:0]
         return {
             "activation_counts": self.activation_counts,
             "gate_sum": self.gate_sum,
-            "gate_steps": torch.tensor(self.steps),
+            "gate_steps": self.gate_steps,
             "active": active,  # lagged votes: chosen by the last step, for the next one
             "is_shared": torch.tensor(self._shared),
         }
@@ -116,7 +117,8 @@ class AdaptedLinear(LowRankLinear):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self.activation_counts.copy_(state["activation_counts"])
         self.gate_sum = state["gate_sum"].to(self.gate_sum.device)
-        self.steps, self._shared = int(state["gate_steps"]), bool(state["is_shared"])
+        self.gate_steps.copy_(state["gate_steps"])
+        self._shared = bool(state["is_shared"])
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,7 @@ class AdaptedLinear(LowRankLinear):
     @torch.no_grad()
     def votes(adapters: Sequence["AdaptedLinear"], x: torch.Tensor) -> torch.Tensor | None:
         """Returns this rank's votes (adapters, rank), int64, where they must be summed over ranks before their use."""
-        if _is_recomputing() or adapters[0].routing.has_voted:
+        if is_recomputing() or adapters[0].routing.has_voted:
             return None  # activation checkpointing runs the forward again: the vote stands
         return _count_votes(adapters, adapters[0].guide_vector(x.detach()))
 
@@ -163,10 +165,10 @@ class AdaptedLinear(LowRankLinear):
         if self.router_grad == "straight_through":
             return chosen + (mean - mean.detach())
         gate = chosen * self.active * mean / (chosen * mean).sum()
-        if not _is_recomputing():
+        if not is_recomputing():
             # DeepSpeed casts floating-point buffers to the model's precision; a sum of a task's gates needs its own
-            self.gate_sum = self.gate_sum.double() + gate.detach()
-            self.steps += 1
+            self.gate_sum = self.gate_sum.double() + once(gate.detach())
+            self.gate_steps += once(1)
         return gate
 
     def _compute_ago(self) -> None:
@@ -174,15 +176,15 @@ class AdaptedLinear(LowRankLinear):
             return
         current = self.B[:, top(self.activation_counts, self.merge_count)]
         term = ago_term(current, self.orthogonal_to.to(current.dtype))
-        if not _is_recomputing():
+        if not is_recomputing():
             self.ago = term
 
     def update(self, count: int) -> tuple[Factors, torch.Tensor]:
         """Returns the `count` most counted experts as an update, and their indices; a collective under ZeRO-3."""
         chosen = top(self.activation_counts, count)
         A, B = full_values(self.A, self.B)
-        if self.router_grad == "gated" and self.steps:
-            A = A * (self.gate_sum / self.steps).float()[:, None]
+        if self.router_grad == "gated" and self.gate_steps:
+            A = A * (self.gate_sum / self.gate_steps).float()[:, None]
         return Factors(A[chosen], B[:, chosen], self.scaling), chosen
 
     def merge(self) -> torch.Tensor:
@@ -207,7 +209,7 @@ def _count_votes(adapters: Sequence[AdaptedLinear], guide: torch.Tensor) -> torc
     if first.vote == "global":
         return votes
     for adapter, vote in zip(adapters, votes, strict=True):
-        adapter.pending_votes += vote
+        adapter.pending_votes += once(vote)
     if first.vote == "lagged":
         return None if first._shared else votes
     _choose(adapters, votes)
@@ -219,7 +221,7 @@ def _elect(adapters: Sequence[AdaptedLinear], votes: torch.Tensor) -> None:
     _choose(adapters, votes)
     if adapters[0].vote == "global":
         for adapter, vote in zip(adapters, votes, strict=True):
-            adapter.activation_counts += vote
+            adapter.activation_counts += once(vote)
 
 
 @torch.no_grad()
@@ -258,8 +260,3 @@ def share_votes(adapters: Sequence[AdaptedLinear]) -> None:
         adapter.pending_votes.zero_()
         if adapter.vote == "lagged":
             adapter._active, adapter._shared = top(vote, adapter.active), True
-
-
-def _is_recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing's second forward does."""
-    return torch._C._current_graph_task_id() != -1

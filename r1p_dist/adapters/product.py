@@ -37,7 +37,7 @@ class Product:
     rows: the output rows of each update. chosen: the experts of each that take part, None for all. dropout: the rate of
     element dropout on the updates' input. frozen: x W^T + bias where it was computed already; it becomes the output.
     recompute: gives x again from the tensor that is kept for the backward in its place, for any part of its rows; None
-    keeps x itself.
+    keeps x itself. seed: of the dropout masks, drawn where none is given.
     """
 
     linear: nn.Linear
@@ -47,12 +47,19 @@ class Product:
     dropout: float = 0.0
     frozen: torch.Tensor | None = None
     recompute: Callable[[torch.Tensor], torch.Tensor] | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        self.dropout = round(self.dropout * _RATES) / _RATES
+        self.dropout = rounded_rate(self.dropout)
         self.scalings = [scaling / (1 - self.dropout) for scaling in self.scalings]
-        # from the default generator, which activation checkpointing sets back for its second forward
-        self._seed = torch.randint(2**63 - 1, ()).item() if self.dropout else 0
+        if self.dropout and self.seed is None:
+            self.seed = int(draw_seed())
+
+    def parts(self, count: int, width: int, like: torch.Tensor) -> list[slice]:
+        """Returns the parts that the rows of x (count, width) are worked on in; one on an accelerator."""
+        number = -(-count * width // _CHUNK_ELEMENTS) if like.device.type == "cpu" else 1
+        step = -(-count // max(1, number))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)] if count else [slice(0, 0)]
 
     def chunks(self, count: int, width: int, like: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor | None]]:
         """Yields the rows of x (count, width) in parts, each with its dropout mask (1 keeps, 0 drops) or None.
@@ -63,11 +70,8 @@ class Product:
         independently of all others; four share one 64-bit draw, so the rate is a multiple of 1 / 65,536, and the
         scaling uses that very rate.
         """
-        generator = torch.Generator(like.device).manual_seed(self._seed) if self.dropout else None
-        parts = -(-count * width // _CHUNK_ELEMENTS) if like.device.type == "cpu" else 1
-        step = -(-count // parts) if count else 1
-        for start in range(0, count, step):
-            rows = slice(start, min(start + step, count))
+        generator = torch.Generator(like.device).manual_seed(self.seed) if self.dropout else None
+        for rows in self.parts(count, width, like):
             shape = (rows.stop - rows.start, width)
             yield rows, None if generator is None else self._mask(shape, generator).to(like.dtype)
 
@@ -77,6 +81,19 @@ class Product:
         draws.random_(-(2**63), None, generator=generator)
         dropped = round(self.dropout * _RATES) - _RATES // 2 - 1  # the highest 16-bit value that drops
         return draws.view(torch.int16).clamp_(dropped, dropped + 1).sub_(dropped)[:size].view(shape)
+
+
+def rounded_rate(dropout: float) -> float:
+    """Returns the nearest rate that masks can have."""
+    return round(dropout * _RATES) / _RATES
+
+
+def draw_seed() -> torch.Tensor:
+    """Returns a seed () on the CPU.
+
+    It comes from the default generator, which activation checkpointing sets back for its second forward.
+    """
+    return torch.randint(2**63 - 1, ())
 
 
 def composed_product(
@@ -98,19 +115,15 @@ class _ComposedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, product, source, x, *factors):
         As, Bs = factors[: len(product.rows)], factors[len(product.rows) :]
-        flat = x.reshape(-1, x.shape[-1])
         As = [A if chosen is None else A[chosen] for A, chosen in zip(As, product.chosen, strict=True)]
         Bts = [B.T if chosen is None else B.T[chosen] for B, chosen in zip(Bs, product.chosen, strict=True)]
-        Bts = [(scaling * Bt).to(x.dtype) for Bt, scaling in zip(Bts, product.scalings, strict=True)]
-        A = torch.cat(As).to(x.dtype)
-        u = x.new_empty(len(A), len(flat))
-        for part, mask in product.chunks(*flat.shape, flat):
-            kept = flat[part] if mask is None else mask.mul_(flat[part])
-            torch.mm(A, kept.T, out=u[:, part])
         ctx.product, ctx.ranks, ctx.pool_sizes = product, [len(A) for A in As], [B.shape[1] for B in Bs]
+        A = (As[0] if len(As) == 1 else torch.cat(As)).to(x.dtype)
+        Bts = [Bt.to(x.dtype) for Bt in Bts]
+        y, u = forward_product(product, x.reshape(-1, x.shape[-1]), A, Bts, product.linear.weight, product.linear.bias)
         # W is read again instead: ZeRO-3 gathers it once more for the backward and must be free to drop it until then
         ctx.save_for_backward(x if product.recompute is None else source, u, A, *Bts)
-        return _output(product, flat, u.split(ctx.ranks), Bts).view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -119,23 +132,9 @@ class _ComposedProduct(torch.autograd.Function):
         saved, u, A, *Bts = ctx.saved_tensors
         saved = saved.reshape(-1, saved.shape[-1])
         g = gradient.reshape(-1, gradient.shape[-1])
-        gs, us = [g[:, rows] for rows in product.rows], u.split(ctx.ranks)
-        # summed over parts in fp32 at least
-        dA, *dBts = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (A, *Bts))
-        dx = g.new_empty(len(g), A.shape[1]) if ctx.needs_input_grad[2] else None
-        for part, mask in product.chunks(len(g), A.shape[1], g):
-            x = saved[part] if product.recompute is None else product.recompute(saved[part]).to(g.dtype)
-            gB = torch.cat([Bt @ g_i[part].T for Bt, g_i in zip(Bts, gs, strict=True)])  # (k, n), scaled
-            if dx is not None:
-                torch.mm(gB.T, A, out=dx[part])
-                if mask is not None:
-                    dx[part] *= mask
-            dA += gB @ (x if mask is None else mask.mul_(x))
-            for dBt, u_i, g_i in zip(dBts, us, gs, strict=True):
-                dBt += u_i[:, part] @ g_i[part]
+        dx, dA, dBts = backward_product(product, g, saved, u, A, Bts, product.linear.weight, ctx.needs_input_grad[2])
         if dx is not None:
-            dx = dx.addmm_(g, product.linear.weight.to(g.dtype)).view(*gradient.shape[:-1], -1)
-        dBts = [dBt.mul_(scaling) for dBt, scaling in zip(dBts, product.scalings, strict=True)]
+            dx = dx.view(*gradient.shape[:-1], -1)
         dAs = map(_spread, dA.split(ctx.ranks), product.chosen, ctx.pool_sizes)
         dBts = map(_spread, dBts, product.chosen, ctx.pool_sizes)
         return None, None, dx, *dAs, *(dBt.T for dBt in dBts)
@@ -146,19 +145,85 @@ def _spread(gradient: torch.Tensor, chosen: torch.Tensor | None, count: int) -> 
     return gradient if chosen is None else gradient.new_zeros(count, gradient.shape[1]).index_copy_(0, chosen, gradient)
 
 
-def _output(product: Product, x: torch.Tensor, us: Sequence[torch.Tensor], Bts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the output (n, out); the head of this file says why in this order."""
-    weight, bias = product.linear.weight.to(x.dtype), product.linear.bias
-    bias_last = bias is not None and x.dtype in HALF_PRECISION
+def forward_product(
+    product: Product,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    Bts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the output (n, out) and u = A kept^T (k, n); all operands are in the type of x (n, in).
+
+    A (k, in): the chosen experts of all updates; Bts: of each (its k, its rows). The head of this file says why in this
+    order.
+    """
+    u = x.new_empty(len(A), len(x))
+    for part, mask in product.chunks(*x.shape, x):
+        kept = x[part] if mask is None else mask.mul_(x[part])
+        torch.mm(A, kept.T, out=u[:, part])
+    us = u.split([len(Bt) for Bt in Bts])
+    weight = weight.to(x.dtype)
+    is_bias_last = bias is not None and x.dtype in HALF_PRECISION
     if product.frozen is not None:
         y = product.frozen.view(len(x), -1)
-    elif bias is None or bias_last:
+    elif bias is None or is_bias_last:
         y = x.new_zeros(len(x), len(weight))
     else:
         y = bias.to(x.dtype).expand(len(x), -1).clone()
-    for rows, u, Bt in zip(product.rows, us, Bts, strict=True):
-        y[:, rows].addmm_(u.T, Bt)
+    for rows, u_i, Bt, scaling in zip(product.rows, us, Bts, product.scalings, strict=True):
+        y[:, rows].addmm_(u_i.T, Bt, alpha=scaling)
     if product.frozen is None:
         y.addmm_(x, weight.T)
     product.frozen = None
-    return y.add_(bias) if bias_last else y
+    return y.add_(bias) if is_bias_last else y, u
+
+
+def backward_product(
+    product: Product,
+    g: torch.Tensor,
+    saved: torch.Tensor,
+    u: torch.Tensor,
+    A: torch.Tensor,
+    Bts: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    wants_dx: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
+    """Returns the gradients of x (n, in), A (k, in) and Bts from that of the output, g (n, out).
+
+    saved (n, …): x, or what `product.recompute` computes it from. Sums over several parts are fp32 at least.
+    """
+    gs, us = [g[:, rows] for rows in product.rows], u.split([len(Bt) for Bt in Bts])
+    dx = g.new_empty(len(g), A.shape[1]) if wants_dx else None
+    dA, dBts = _Sum(), [_Sum() for _ in Bts]
+    for part, mask in product.chunks(len(g), A.shape[1], g):
+        x = saved[part] if product.recompute is None else product.recompute(saved[part]).to(g.dtype)
+        gBs = [_scaled_mm(Bt, g_i[part].T, scaling) for Bt, g_i, scaling in zip(Bts, gs, product.scalings, strict=True)]
+        gB = gBs[0] if len(gBs) == 1 else torch.cat(gBs)  # (k, n)
+        if dx is not None:
+            torch.mm(gB.T, A, out=dx[part])
+            if mask is not None:
+                dx[part] *= mask
+        dA.add(gB @ (x if mask is None else mask.mul_(x)))
+        for dBt, u_i, g_i, scaling in zip(dBts, us, gs, product.scalings, strict=True):
+            dBt.add(_scaled_mm(u_i[:, part], g_i[part], scaling))
+    if dx is not None:
+        dx.addmm_(g, weight.to(g.dtype))
+    return dx, dA.total, [dBt.total for dBt in dBts]
+
+
+def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scaling: float) -> torch.Tensor:
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scaling)
+
+
+class _Sum:
+    """A sum of tensors: in their own type where there is one, in fp32 at least where there are more."""
+
+    total: torch.Tensor | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        if self.total is None:
+            self.total = part
+        else:
+            wide = torch.promote_types(part.dtype, torch.float32)
+            self.total = self.total.to(wide).add_(part)

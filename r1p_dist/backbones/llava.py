@@ -19,6 +19,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
+from r1p_dist.backbones.blocks import checkpoint_forward
+from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.feature_cache import FeatureCache
 from r1p_dist.backbones.llava_weights import build_on_meta, map_weights, model_folder, read_config, read_processor
@@ -113,10 +115,15 @@ class LlavaBackbone(nn.Module):
 
     def _seen_blocks(self) -> Sequence[nn.Module]:
         """Returns the image tower's blocks up to the last one whose output the projector reads."""
-        blocks, read = self.model.model.vision_tower.encoder.layers, self.config.vision_feature_layer
+        blocks = self.model.model.vision_tower.encoder.layers
         # hidden state 0 is the input of block 0
-        deepest = max(layer % (len(blocks) + 1) for layer in ([read] if isinstance(read, int) else read))
-        return blocks[:deepest]
+        return blocks[: max(layer % (len(blocks) + 1) for layer in self._read_layers)]
+
+    @property
+    def _read_layers(self) -> list[int]:
+        """The hidden states of the image tower that the projector reads."""
+        read = self.config.vision_feature_layer
+        return [read] if isinstance(read, int) else list(read)
 
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
@@ -131,8 +138,8 @@ class LlavaBackbone(nn.Module):
 
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
-        # no determinism check: it compares shapes, and ZeRO-3 has freed small weights by then
-        self.model.activation_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
+        for block in [*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers]:
+            checkpoint_forward(block)
 
     def check(self, stream: Stream) -> None:
         """Raises InputError for a stream that has no conversations, before any training."""
@@ -280,9 +287,8 @@ class LlavaBackbone(nn.Module):
         return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
 
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        """Stands in for the image tower's forward: gives the hidden states that are asked for, kept or computed."""
-        asked = options["output_hidden_states"]
-        layers = [asked] if isinstance(asked, int) else list(asked)
+        """Stands in for the image tower's forward: gives the hidden states that are read, kept or computed."""
+        layers = self._read_layers
 
         def compute(crops: torch.Tensor) -> torch.Tensor:
             states = forward(pixel_values[crops], **options).hidden_states
@@ -346,11 +352,13 @@ def load_llava(
     gradient_checkpointing: bool = False,
     feature_cache_gb: float = 0.0,
     placement: Placement | None = None,
+    compiles: bool = False,
 ) -> LlavaBackbone:
     """Loads `tiny`, a folder or a hub's name of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision model, or a shape of SHAPES.
 
     A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
-    the CPU in fp32 by default. Raises InputError for a model that cannot be had or used.
+    the CPU in fp32 by default. compiles: the training forward of the language model's blocks, by torch.compile. Raises
+    InputError for a model that cannot be had or used.
     """
     placement = placement or Placement()
     config = read_config(name)
@@ -363,6 +371,8 @@ def load_llava(
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     place(model, placement)
     backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None)
+    if compiles:
+        compile_blocks(model.model.language_model.layers)
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone

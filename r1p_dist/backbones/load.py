@@ -5,8 +5,8 @@ from r1p_dist.backbones.weights import Placement
 from r1p_dist.config import BackboneConfig
 
 
-def load_backbone(config: BackboneConfig, placement: Placement | None = None) -> Backbone:
-    """Loads the backbone that a run's configuration names; placement and InputError as in `load_clip`."""
+def load_backbone(config: BackboneConfig, placement: Placement | None = None, compiles: bool = False) -> Backbone:
+    """Loads the backbone that a run's configuration names; placement, compiles and InputError as in `load_clip`."""
     if config.kind == "llava":
         from r1p_dist.backbones.llava import load_llava
 
@@ -15,6 +15,7 @@ def load_backbone(config: BackboneConfig, placement: Placement | None = None) ->
             gradient_checkpointing=config.gradient_checkpointing,
             feature_cache_gb=config.feature_cache_gb,
             placement=placement,
+            compiles=compiles,
         )
     from r1p_dist.backbones.open_clip import load_clip
 
@@ -24,4 +25,5 @@ def load_backbone(config: BackboneConfig, placement: Placement | None = None) ->
         force_quick_gelu=config.force_quick_gelu,
         gradient_checkpointing=config.gradient_checkpointing,
         placement=placement,
+        compiles=compiles,
     )

@@ -5,7 +5,6 @@ are replaced, by ones of the same weights whose linears are open to adapters (bl
 """
 
 import difflib
-import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
-from r1p_dist.backbones.blocks import Block
+from r1p_dist.backbones.blocks import Block, checkpoint_forward
+from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, draw, map_weights, model_source, place, weights_file
 from r1p_dist.config import DataConfig, TrainConfig
@@ -129,14 +128,15 @@ class ClipBackbone(nn.Module):
         self._prompts: torch.Tensor | None = None
         self._image_gather: StartedGather | None = None
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of both towers."""
+        return [*self.model.visual.transformer.resblocks, *self.model.text.transformer.resblocks]
+
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
-        for tower in (self.model.visual, self.model.text):
-            for block in tower.transformer.resblocks:
-                # no determinism check: it compares shapes, and ZeRO-3 has freed the LayerNorm weights by then
-                block.forward = functools.partial(
-                    checkpoint, block.forward, use_reentrant=False, determinism_check="none"
-                )
+        for block in self.blocks:
+            checkpoint_forward(block)
 
     @property
     def device(self) -> torch.device:
@@ -233,13 +233,15 @@ def load_clip(
     force_quick_gelu: bool = False,
     gradient_checkpointing: bool = False,
     placement: Placement | None = None,
+    compiles: bool = False,
 ) -> ClipBackbone:
     """Loads a CLIP model: `tiny`, any open_clip name with a `pretrained` tag or a local weights file, `local-dir:…`,
     `hf-hub:…`.
 
     Without `pretrained` a named model has random weights, with a warning. placement: where the weights go; on the CPU
-    in fp32 by default. Raises InputError for an unknown model or tag, a missing file, weights of another shape, and
-    weights trained with another activation (QuickGELU) than the model's.
+    in fp32 by default. compiles: the training forward of every block, by torch.compile. Raises InputError for an
+    unknown model or tag, a missing file, weights of another shape, and weights trained with another activation
+    (QuickGELU) than the model's.
     """
     source = model_source(name)
     if name == "tiny":
@@ -256,6 +258,8 @@ def load_clip(
             logging.getLogger(__name__).warning("backbone %s has random weights: backbone.pretrained is not set", name)
     backbone = ClipBackbone(model, open_clip.get_tokenizer(source), open_clip.get_model_preprocess_cfg(model))
     place(backbone, placement or Placement())
+    if compiles:
+        compile_blocks(backbone.blocks)
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone

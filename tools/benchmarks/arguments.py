@@ -18,6 +18,11 @@ def _step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
 
 
+def _launches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="ViT-B-16", help="an open_clip name")
+    parser.add_argument("--compiled", action="store_true", help="count compiled blocks of tiny, too (some minutes)")
+
+
 def _precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1e-5, 1e-4, 1e-3], help="of B")
 
@@ -68,6 +73,7 @@ def _table(parser: argparse.ArgumentParser) -> None:
 
 BENCHMARKS = {
     "step": _step,
+    "launches": _launches,
     "precision": _precision,
     "inference": _inference,
     "tasks": _tasks,

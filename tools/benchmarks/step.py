@@ -137,7 +137,7 @@ def random_images(backbone: ClipBackbone, count: int, generator: torch.Generator
 class Limit(Variant):
     def prepare(self, arguments: argparse.Namespace) -> None:
         for tower in (self.backbone.model.visual, self.backbone.model.text):
-            tower.transformer.resblocks[0].register_forward_pre_hook(_require_gradient, with_kwargs=True)
+            tower.transformer.resblocks[0].register_forward_pre_hook(require_gradient, with_kwargs=True)
 
 
 class Step(Variant):
@@ -217,7 +217,7 @@ def _tiny_folder() -> str:
     return str(resources.files("r1p_dist") / "assets" / "tiny")
 
 
-def _require_gradient(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
+def require_gradient(module: nn.Module, inputs: tuple, keywords: dict) -> tuple[tuple, dict]:
     return (inputs[0].detach().requires_grad_(), *inputs[1:]), keywords
 
 
