@@ -1,4 +1,5 @@
-"""The command line `r1p`: `r1p train`, `r1p extend`, `r1p forget`, `r1p methods`, `r1p doctor`.
+"""The command line `r1p`: `r1p train`, `r1p extend`, `r1p forget`, `r1p dry-run`,
+`r1p methods`, `r1p doctor`.
 
 Nothing heavy is imported before it is needed, so that --help and --print-config answer at once.
 """
@@ -18,6 +19,7 @@ from typing import NoReturn
 from r1p_dist.config import RunConfig
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES, examine
 from r1p_dist.errors import EXIT_INTERRUPTED, InputError, Interrupted
+from r1p_dist.files import write_atomically
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
@@ -43,7 +45,9 @@ def launcher_main(argv: Sequence[str] | None = None) -> int:
 
 def _r1p(argv: Sequence[str]) -> int:
     parser = Parser(prog="r1p", description="Distributed continual trainer for vision-language models.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,extend,forget,methods,doctor}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{train,extend,forget,dry-run,methods,doctor}"
+    )
     _add_train_arguments(
         commands.add_parser("train", help="train a recipe on one rank; several: deepspeed launchers/train.py")
     )
@@ -54,11 +58,24 @@ def _r1p(argv: Sequence[str]) -> int:
     forget = commands.add_parser("forget", help="take one task out of a finished run and evaluate it again")
     forget.add_argument("run", type=Path, help="folder of the run")
     forget.add_argument("task", help="name of the task")
+    dry_run = commands.add_parser("dry-run", help="run one rank of any number alone: its memory and collectives")
+    dry_run.usage = f"{dry_run.prog} --recipe RECIPE --ranks N [key.sub=value ...] [--batch N] [--json FILE]"
+    dry_run.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
+    dry_run.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks of the run, this one included")
+    dry_run.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="samples of a rank in a micro step, in place of the recipe's global batch",
+    )
+    dry_run.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     commands.add_parser("methods", help="list the methods")
     commands.add_parser("doctor", help="say what this machine has and what it lacks")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "train":
         return _train(parser, arguments, rest)
+    if arguments.command == "dry-run":
+        return _dry_run(parser, arguments, rest)
     if arguments.command == "extend":
         return _extend(arguments, rest)
     if rest:
@@ -85,11 +102,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    # Overrides may stand before, between and after the flags, which argparse's own positionals cannot.
-    flags = [argument for argument in rest if argument.startswith("-")]
-    if flags:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    config = RunConfig.load(arguments.recipe, rest)
+    config = _load(parser, arguments.recipe, rest)
     if arguments.print_config:
         if _rank() == 0:
             print(config.dump(), end="")
@@ -98,6 +111,26 @@ def _train(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest:
 
     _hint_at_allocator()
     run(config)
+    return 0
+
+
+def _load(parser: argparse.ArgumentParser, recipe: str, rest: Sequence[str]) -> RunConfig:
+    # Overrides may stand before, between and after the flags, which argparse's own positionals cannot.
+    flags = [argument for argument in rest if argument.startswith("-")]
+    if flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return RunConfig.load(recipe, rest)
+
+
+def _dry_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    config = _load(parser, arguments.recipe, rest)
+    from r1p_dist.dry_run.render import as_text
+    from r1p_dist.dry_run.run import dry_run, set_ranks
+
+    result = dry_run(set_ranks(config, arguments.ranks, arguments.batch), arguments.ranks)
+    print(as_text(result))
+    if arguments.json is not None:
+        write_atomically(arguments.json, json.dumps(result.as_json(), indent=2) + "\n")
     return 0
 
 

@@ -18,13 +18,16 @@ from r1p_dist.errors import InputError
 from r1p_dist.methods import method_class
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.optimizer_state import set_adam_steps
-from r1p_dist.rendezvous import export_rendezvous, is_plain_srun
+from r1p_dist.rendezvous import export_rendezvous, is_plain_srun, take_device
 
 _START_TIMEOUT = timedelta(minutes=30)
 
 
 def start_process_group() -> torch.device:
-    """Joins the process group of the launcher or of srun, or makes one of a single rank; returns this rank's device."""
+    """Joins the process group of the launcher or of srun, or makes one of a single rank; returns this rank's device.
+
+    InputError: a rank that is left without one.
+    """
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 is about to drop: thousands of warnings under ZeRO-3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if is_plain_srun():
@@ -32,11 +35,13 @@ def start_process_group() -> torch.device:
     if "RANK" not in os.environ:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        # before the group is made: its communicators are tied to the device
+        index = take_device(torch.accelerator.device_count())
+        device = torch.device(torch.accelerator.current_accelerator().type, index)
+        torch.accelerator.set_device_index(index)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ["LOCAL_RANK"]))
-    torch.accelerator.set_device_index(device.index)
     return device
 
 

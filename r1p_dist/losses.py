@@ -23,14 +23,13 @@ def contrastive_loss(
     of the global batch.
     Source: DAC's released code (lrbmutil.py): target_ij = 1[y_i = y_j] / row sum.
     """
-    all_image, all_text, all_labels = (
-        gather_with_gradient(image, image_gather),
-        gather_with_gradient(text),
-        gather(labels),
-    )
+    all_labels = gather(labels)
     targets = (labels[:, None] == all_labels[None]).to(image.dtype)  # (n, N)
     targets = targets / targets.sum(1, keepdim=True)
+    # Each gather stands before its own product: so the backward has one side's gradient of all features at a time.
+    all_text = gather_with_gradient(text)
     image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, targets)
+    all_image = gather_with_gradient(image, image_gather)
     text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets)
     return (image_to_text + text_to_image) / 2
 

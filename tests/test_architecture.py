@@ -11,9 +11,9 @@ PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "lazy errors host_waits files shipped safe_yaml ds_config config distributed host_copy interrupts data losses "
-    "adapters backbones evaluation methods optimizer optimizer_state rendezvous engine runlog run_folder checkpoint "
-    "session figures page report export train forget doctor cli planner cluster"
+    "lazy errors host_waits files shipped safe_yaml tables storage_meter ds_config config distributed host_copy "
+    "interrupts data losses adapters backbones evaluation methods optimizer optimizer_state rendezvous engine runlog "
+    "run_folder checkpoint session figures page report export train dry_run forget doctor cli planner cluster"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -136,6 +136,10 @@ class LlavaBackbone(nn.Module):
         newline = getattr(self.model.model, "image_newline", None)
         return [] if newline is None else [newline]
 
+    def compile_blocks(self) -> None:
+        """Compiles the training forward of the language model's blocks; before `checkpoint_blocks`."""
+        compile_blocks(self.model.model.language_model.layers)
+
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
         for block in [*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers]:
@@ -372,7 +376,7 @@ def load_llava(
     place(model, placement)
     backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None)
     if compiles:
-        compile_blocks(model.model.language_model.layers)
+        backbone.compile_blocks()
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone

@@ -133,6 +133,10 @@ class ClipBackbone(nn.Module):
         """The blocks of both towers."""
         return [*self.model.visual.transformer.resblocks, *self.model.text.transformer.resblocks]
 
+    def compile_blocks(self) -> None:
+        """Compiles the training forward of every block, by torch.compile; before `checkpoint_blocks`."""
+        compile_blocks(self.blocks)
+
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
         for block in self.blocks:
@@ -223,7 +227,8 @@ class ClipBackbone(nn.Module):
         model: this backbone, or the DeepSpeed engine around it.
         """
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
-        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, self._image_gather)
+        gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
+        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, gather)
 
 
 def load_clip(
@@ -259,7 +264,7 @@ def load_clip(
     backbone = ClipBackbone(model, open_clip.get_tokenizer(source), open_clip.get_model_preprocess_cfg(model))
     place(backbone, placement or Placement())
     if compiles:
-        compile_blocks(backbone.blocks)
+        backbone.compile_blocks()
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone

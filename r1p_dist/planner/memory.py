@@ -76,24 +76,21 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: 
 def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) -> int:
     """Returns the highest sum of activations and of weights that ZeRO-3 holds whole, bytes, over a micro step.
 
-    What is gathered lies there twice for a moment: as the ranks' parts one after another, and parameter by parameter.
-    With prefetch, weights of coming modules are there too.
+    What is gathered lies there twice until the last of those that were gathered together was used: as the ranks' parts
+    one after another, and parameter by parameter.
     """
     trace, size = shape.trace, shape.dtype.itemsize
     coordinator = Coordinator(trace, zero, ranks)
-    everything = sum(parameter.numel for parameter in trace.parameters)
-    ahead = zero.prefetch_bucket_size
-    before = sum(trace.parameters[i].numel for i in coordinator.whole)
+    before = coordinator.held
     highest, is_forward = 0, True
-    for visit, (gathered, whole) in zip(trace.visits, coordinator.run(), strict=True):
-        sums = [(before, visit.peak), (whole + gathered, visit.live)]
+    for visit, move in zip(trace.visits, coordinator.run(), strict=True):
+        sums = [(before, visit.peak), (move.most, visit.live)]
         if visit.is_backward and is_forward:
             sums.append((before, trace.forward_live + loss))
             is_forward = False
-        for numel, activations in sums:
-            highest = max(highest, min(numel + ahead, everything + gathered) * size + activations)
-        before = whole
-    return max(highest, min(before + ahead, everything) * size + trace.tail)
+        highest = max([highest, *(numel * size + activations for numel, activations in sums)])
+        before = move.after
+    return max(highest, before * size + trace.tail)
 
 
 def checkpoint_bytes(shape: ModelShape) -> dict[str, int]:

@@ -1,12 +1,11 @@
 """A plan as tables and as a picture."""
 
-from collections.abc import Sequence
-
 from matplotlib.figure import Figure
 
 from r1p_dist.figures import png_of
 from r1p_dist.planner.memory import checkpoint_bytes
 from r1p_dist.planner.plan import Plan, Setting, communication_rows, parameters
+from r1p_dist.tables import table
 
 _MEMORY = ("weights", "gathered", "gradients", "optimizer", "activations", "buffers")
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999")
@@ -63,7 +62,7 @@ def _settings_table(plan: Plan) -> str:
                 f"{setting.boundary_seconds:.2f}",
             ]
         )
-    return f"Memory of a rank in GB. * predicted, not measured\n\n{_table(head, rows)}"
+    return f"Memory of a rank in GB. * predicted, not measured\n\n{table(head, rows)}"
 
 
 def _communication_table(plan: Plan) -> str:
@@ -81,7 +80,7 @@ def _communication_table(plan: Plan) -> str:
                 )
     return (
         "Collectives of a rank: whole tensors, and what is sent as a ring and as a tree; without checkpointing where "
-        f"that fits\n\n{_table(head, rows)}"
+        f"that fits\n\n{table(head, rows)}"
     )
 
 
@@ -105,14 +104,6 @@ def _best(plan: Plan) -> str:
                 f"{best.samples_per_second:,.0f} samples/s in {best.memory.total / 1e9:.1f} GB"
             )
     return "\n".join(lines)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
-    )
 
 
 def as_png(plan: Plan) -> bytes:

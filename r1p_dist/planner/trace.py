@@ -5,7 +5,6 @@ arrive and the life of every activation are those of the code that trains. Every
 two things: a model on the meta device with its adapters, and a function that runs its forward.
 """
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
+from r1p_dist.storage_meter import StorageMeter
 
 _INDEXING = ("index", "index_put")
 _MATRIX_PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
@@ -100,7 +99,7 @@ def trace_step(model: nn.Module, forward: Callable[[], Sequence[torch.Tensor]]) 
 
     handles = [parameter.register_post_accumulate_grad_hook(on_gradient) for parameter in trained]
     handles += recorder.hooks()
-    meter.ignore(model)
+    meter.ignore([*model.parameters(), *model.buffers()])  # counted as weights
     trace = Trace([_describe(name, parameter) for parameter, name in names.items()], [])
     try:
         with recorder.watched_parameters(), _fused_attention(meter), meter:
@@ -131,26 +130,15 @@ def _borrowed(module: nn.Module) -> list[nn.Parameter]:
     return module.borrowed_parameters() if isinstance(module, LowRankLinear | FusedProjection) else []
 
 
-class _Meter(TorchDispatchMode):
-    """Counts floating-point operations and the bytes of all storages that live, as they come and go.
+class _Meter(StorageMeter):
+    """Counts floating-point operations too.
 
     Tensors on the CPU have content, for code that reads it, and become meta tensors where they meet those.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.flops = self._peak = 0
-        self._known: set[int] = set()
-
-    def ignore(self, model: nn.Module) -> None:
-        """Leaves out what a model holds already."""
-        for tensor in [*model.parameters(), *model.buffers()]:
-            self._known.add(tensor.untyped_storage()._cdata)
-
-    def take_peak(self) -> int:
-        """Returns the highest bytes since the last call."""
-        peak, self._peak = self._peak, self.live
-        return peak
+        self.flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -161,23 +149,8 @@ class _Meter(TorchDispatchMode):
             self.flops += 2 * left.numel() * right.shape[-1]
         elif name == "convolution":
             self.flops += 2 * output.numel() * args[1].shape[1:].numel()
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
+        self.see(output)
         return output
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        weakref.finalize(storage, self._forget, key, storage.nbytes())
-        self.live += storage.nbytes()
-        self._peak = max(self._peak, self.live)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def _without_content(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -32,6 +32,7 @@ class Zero:
     persistence_threshold: int
     max_reuse_distance: int
     prefetch_bucket_size: int
+    max_live: int
     has_clipping: bool
     takes_norm: bool
     checks_overflow: bool
@@ -53,6 +54,7 @@ class Zero:
             int(zero.get("stage3_param_persistence_threshold", 1e5)),
             int(zero.get("stage3_max_reuse_distance", 1e9)),
             int(zero.get("stage3_prefetch_bucket_size", 5e7)) if stage == 3 else 0,
+            int(zero.get("stage3_max_live_parameters", 1e9)),
             resolved["gradient_clipping"] > 0,
             bool(zero.get("compute_grad_norm", True)),
             resolved["bf16"]["enabled"] and resolved["bf16"].get("check_grad_overflow", True),

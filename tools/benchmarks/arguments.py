@@ -8,13 +8,15 @@ VOTES = ("global", "lagged", "local")
 
 
 def _step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="ViT-B-16", help="tiny or an open_clip name (random weights)")
+    parser.add_argument("--model", default="ViT-B-16", help="tiny, an open_clip name or llava-1.5-7b (random weights)")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step, of ten classes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=TYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, in all variants")
     parser.add_argument("--dropout", type=float, default=0.0, help="on the input of the updates, ours and PEFT's")
     parser.add_argument("--dropout-kind", choices=("element", "feature"), default="element", help="ours")
-    parser.add_argument("--against", default="limit,peft", help="limit, peft or both")
+    parser.add_argument("--against", default="limit,peft", help="limit, compiled, peft, or several")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
 
 
@@ -68,7 +70,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="holds step*.json, tasks*.json, scaling*.json and so on")
+    parser.add_argument("folder", type=Path, help="holds step*.json and so on, and of tools/gpu_check.py gpu/*.json")
 
 
 BENCHMARKS = {

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import quiet
-from benchmarks.step import require_gradient
+from benchmarks.models import first_blocks
+from benchmarks.variants import require_gradient
 from r1p_dist import attach_pool, load_clip
 from r1p_dist.backbones import Placement
 from r1p_dist.backbones.compiling import compile_blocks
@@ -56,13 +57,12 @@ class _Calls(TorchDispatchMode):
 
 def _calls(name: str, with_pool: bool) -> tuple[Counter[str], int]:
     """Returns the operations of a forward and backward of both towers, and how many linears are adapted."""
-    model = load_clip(name, placement=Placement(torch.device("meta"))).model
-    if with_pool:
-        adapters = attach_pool(model)
-    else:
-        adapters = []
-        for tower in (model.visual, model.text):
-            tower.transformer.resblocks[0].register_forward_pre_hook(require_gradient, with_kwargs=True)
+    backbone = load_clip(name, placement=Placement(torch.device("meta")))
+    model = backbone.model
+    adapters = attach_pool(model) if with_pool else []
+    if not with_pool:
+        for block in first_blocks(backbone):
+            block.register_forward_pre_hook(require_gradient, with_kwargs=True)
     size = model.visual.image_size
     image = torch.zeros(_BATCH, 3, *size, device="meta")
     text = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64, device="meta")

@@ -2,31 +2,50 @@
 
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+CPU = torch.device("cpu")
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of each call: all variants in turn, `rounds` times, after one round that is not counted."""
+
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device = CPU, limit_s: float = math.inf
+) -> dict[str, list[float]]:
+    """Returns the seconds of each call: all variants in turn, `rounds` times, after one round that is not counted.
+
+    device: whose work is waited for. limit_s: no further round is begun after so long.
+    """
+    ends = time.perf_counter() + limit_s
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            finish(device)
             started = time.perf_counter()
             run()
+            finish(device)
             seconds[name].append(time.perf_counter() - started)
+        if time.perf_counter() > ends:
+            break
     return seconds
+
+
+def finish(device: torch.device) -> None:
+    """Waits for what an accelerator has yet to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
@@ -63,7 +82,7 @@ def live_tensor_bytes() -> int:
     gc.collect()
     # these types alone: torch.compile leaves tensors without storage behind
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return stored_bytes(tensors)
 
 
 @contextmanager
@@ -75,6 +94,21 @@ def quiet():
         yield
     finally:
         logging.disable(before)
+
+
+def peak_of_call(run: Callable[[], Any], device: torch.device) -> int:
+    """Returns the bytes that a call takes on an accelerator, at their highest, beside those in use before it."""
+    finish(device)
+    before = torch.accelerator.memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    run()
+    finish(device)
+    return torch.accelerator.max_memory_allocated(device) - before
+
+
+def stored_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Returns the bytes of the tensors' storages, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 class PeakMemory:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import processor
-from benchmarks.step import CLASSES, random_images
+from benchmarks.models import CLASSES, random_images
 from r1p_dist.backbones import load_backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import CollectiveCounter

@@ -76,10 +76,46 @@ def _checkpoint(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["model", *CHECKPOINT_COLUMNS], rows)
 
 
+def _gpu(results: Sequence[dict[str, Any]]) -> str:
+    """Two tables: what each part of the check came to, and what part c found, both per card."""
+    parts, steps = [], []
+    for result in results:
+        card = result["machine"]["card"]
+        for part in result["parts"].values():
+            outcomes = [entry["outcome"] for entry in part["results"]]
+            counts = [str(outcomes.count(outcome)) for outcome in ("pass", "fail", "skip")]
+            parts.append([card, part["title"], part["outcome"], *counts])
+        steps += [[card, *row] for row in _gpu_steps(result["parts"].get("c", {}).get("results", []))]
+    tables = [_markdown(["card", "part", "outcome", "passed", "failed", "skipped"], parts)]
+    return "\n\n".join([*tables, *([_markdown(["card", "model, batch", *GPU_COLUMNS], steps)] if steps else [])])
+
+
+def _gpu_steps(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    found = {entry["name"]: entry for entry in results}
+    rows = []
+    for name, entry in found.items():
+        if "rounds" not in entry:
+            continue
+        memory, forward = (found.get(f"{name}: {kind}", {}) for kind in ("memory", "forward"))
+        values = {
+            **{**entry, **memory},
+            "merged/plain": forward.get("merged/plain"),
+            "samples/s": entry["samples_per_second"]["step"],
+            "utilisation": entry.get("utilisation", {}).get("step"),
+            "GB": memory.get("gb", {}).get("step"),
+        }
+        rows.append([name, *(_number(values.get(key)) for key in GPU_COLUMNS)])
+    return rows
+
+
 RATIOS = ("step/limit", "peft/step", "flops step/limit", "memory step/limit")
 TASK_COLUMNS = ("step", "switch_s", "stored_mb", "tensors_mb", "resident_mb")
 CHECKPOINT_COLUMNS = ("step with a save / step", "take / step", "bytes_per_number")
 DATA_COLUMNS = ("decode", "decode and transform")
+GPU_COLUMNS = "samples/s utilisation GB step/limit compiled/limit peft/step".split() + [
+    "memory step/limit",
+    "merged/plain",
+]
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "step": _step,
     "precision": _precision,
@@ -88,6 +124,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "scaling": _scaling,
     "data": _data,
     "checkpoint": _checkpoint,
+    "gpu/": _gpu,
 }
 
 

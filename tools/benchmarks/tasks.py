@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import anonymous_bytes, interleaved, live_tensor_bytes, processor, quiet, ratio
-from benchmarks.step import CLASSES, random_images
+from benchmarks.models import CLASSES, random_images
 from r1p_dist.backbones import load_backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.engine import TaskEngine, start_process_group

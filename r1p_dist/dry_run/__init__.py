@@ -1,0 +1,1 @@
+"""Rank 0 of any number of ranks, run alone."""

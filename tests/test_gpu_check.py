@@ -1,0 +1,122 @@
+"""The check of a card, in its CPU form, and what it does with a case that fails, hangs or finds nothing to run on."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    sys.path.insert(0, str(TOOLS))
+    yield importlib.import_module("gpu_check")
+    sys.path.remove(str(TOOLS))
+
+
+@pytest.mark.slow
+def test_the_cpu_form_passes_every_part(tool: ModuleType, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "check.json"
+    # minutes: an upper limit, for machines that do much else
+    code = tool.main(f"--device cpu --quick --minutes 30 --folder {tmp_path / 'runs'} --json {file}".split())
+    out = capsys.readouterr().out
+    assert code == 0, out
+    result = json.loads(file.read_text())
+    found = {entry["name"]: entry for part in result["parts"].values() for entry in part["results"]}
+    assert [part["outcome"] for part in result["parts"].values()].count("PASS") >= 4, out
+    assert found["zero3"]["different_votes"] == 0 and found["zero3"]["update"] <= 1e-3
+    assert found["resume bit for bit"]["equal_tasks"] == 2
+    assert found["mini_mtil_smoke"]["last"] > found["mini_mtil_smoke"]["zero_shot"]
+    assert found["mini_mtil"] == {"name": "mini_mtil", "outcome": "pass", "steps": 2, "waits": {}}
+    assert found["tiny, 2"]["step/limit"] > 0 and found["tiny_llava, 2, checkpointing: forward"]["merged/plain"] > 0
+    assert result["machine"]["versions"]["torch"] and result["machine"]["card"] is None
+
+
+CASES = """
+import time
+from gpu_check_parts.case import NotPossibleError
+
+def fail(report):
+    report.check("half", True, figure=1)
+    raise ValueError("no memory")
+
+def hang(report):
+    report.check("half", True)
+    time.sleep(600)
+
+def lack(report):
+    raise NotPossibleError("not here")
+"""
+
+
+def test_a_case_that_fails_or_hangs_keeps_what_it_found_and_ends_nothing_else(
+    tool: ModuleType, tmp_path: Path, monkeypatch
+) -> None:
+    case = importlib.import_module("gpu_check_parts.case")
+    (tmp_path / "some_cases.py").write_text(CASES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = {
+        name: case.run_case(case.Case(name, f"some_cases:{name}"), tmp_path, "cpu", True, limit)
+        for name, limit in (("fail", 60.0), ("hang", 3.0), ("lack", 60.0))
+    }
+    half = {"name": "half", "outcome": "pass"}
+    assert run["fail"][0] == {**half, "figure": 1}
+    assert run["fail"][1]["reason"] == "ended with code 1: ValueError: no memory"
+    assert run["hang"][-1]["reason"] == "stopped at its limit of 3 s"
+    assert run["lack"] == [{"name": "lack", "outcome": "skip", "reason": "not here"}]
+    assert [tool.outcome(results) for results in run.values()] == ["FAIL", "FAIL", "SKIPPED"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("--parts a,x --device cpu", "--parts a,x: no part 'x'; there are a, b, c, d, e"),
+        ("--minutes 0 --device cpu", "--minutes 0.0: must be above zero"),
+    ],
+)
+def test_wrong_input_is_refused(tool: ModuleType, capsys, arguments: str, error: str) -> None:
+    assert tool.main(arguments.split()) == 2
+    assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_what_no_longer_fits_is_skipped(tool: ModuleType, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(tool, "run_case", lambda *_: [{"name": "machine", "outcome": "figure", "card": "some card"}])
+    assert tool.main(f"--parts c --minutes 0.1 --folder {tmp_path / 'runs'} --json {tmp_path / 'c.json'}".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("c steps        SKIPPED")
+    assert len(lines) == 2 + 6 and all("s left of this part" in line for line in lines[2:])
+    assert json.loads((tmp_path / "c.json").read_text())["parts"]["c"]["outcome"] == "SKIPPED"
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", None), ("Other", None)],
+)
+def test_the_peak_of_a_card_is_known_by_its_name(tool: ModuleType, card: str, peak: float | None) -> None:
+    assert importlib.import_module("gpu_check_parts.steps").known_peak(card) == peak
+
+
+def test_results_of_a_card_become_tables(tool: ModuleType, tmp_path: Path) -> None:
+    speed = {"name": "M, 8", "outcome": "figure", "rounds": 5, "step/limit": 1.25, "peft/step": 1.5}
+    speed |= {"samples_per_second": {"limit": 100.0, "step": 80.0}, "utilisation": {"limit": 0.5, "step": 0.4}}
+    memory = {
+        "name": "M, 8: memory",
+        "outcome": "figure",
+        "memory step/limit": 1.05,
+        "gb": {"limit": 10.0, "step": 10.5},
+    }
+    forward = {"name": "M, 8: forward", "outcome": "figure", "merged/plain": 1.0, "samples_per_second": {"plain": 9.0}}
+    skipped = {"name": "other", "outcome": "skip", "reason": "no time"}
+    part = {"title": "steps", "outcome": "PASS", "seconds": 9.0, "results": [speed, memory, forward, skipped]}
+    (tmp_path / "gpu").mkdir()
+    content = {"machine": {"card": "Some card"}, "parts": {"c": part}}
+    (tmp_path / "gpu" / "card.json").write_text(json.dumps(content))
+    table = importlib.import_module("benchmarks.table")
+    parts, steps = table.run(type("Arguments", (), {"folder": tmp_path})).split("\n\n")
+    assert parts.splitlines()[2] == "| Some card | steps | PASS | 0 | 0 | 1 |"
+    assert steps.splitlines()[0].count("|") == steps.splitlines()[2].count("|") == 11
+    assert steps.splitlines()[2] == "| Some card | M, 8 | 80.0 | 0.400 | 10.5 | 1.250 | – | 1.500 | 1.050 | 1.000 |"

@@ -1,0 +1,103 @@
+"""Models of random weights for measurements: drawn where they are used, and shared between variants of one model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import open_clip
+import torch
+from torch import nn
+
+from r1p_dist.backbones import ClipBackbone, LlavaBackbone, llava_weights
+from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.backbones.llava_shapes import SHAPES
+from r1p_dist.backbones.open_clip import build_on_meta
+from r1p_dist.backbones.weights import model_source
+
+CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
+TINY_LLAVA = "tiny_llava"
+LLAVAS = (TINY_LLAVA, *SHAPES)
+TOKENS, ANSWER_TOKENS = 700, 64  # of a conversation with its picture, and of them, those of the answer
+_SHORT = (48, 8)  # for TINY_LLAVA, beside its picture
+_STD = 0.02
+
+Weights = Mapping[str, nn.Parameter]
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype, weights: Weights | None = None):
+    """Returns a `ClipBackbone` or `LlavaBackbone` of random weights; name: tiny, one of open_clip, or of LLAVAS.
+
+    weights: those of another such model, which are taken instead of new ones.
+    """
+    if name in LLAVAS:
+        own = "tiny" if name == TINY_LLAVA else name
+        model = llava_weights.build_on_meta(llava_weights.read_config(own))
+        backbone = LlavaBackbone(model, llava_weights.read_processor(own))
+    else:
+        source = model_source(name)
+        model = build_on_meta(source, None, False)
+        backbone = ClipBackbone(model, open_clip.get_tokenizer(source), open_clip.get_model_preprocess_cfg(model))
+    fill(backbone, device, dtype, weights or {})
+    return backbone
+
+
+def fill(model: nn.Module, device: torch.device, dtype: torch.dtype, weights: Weights) -> None:
+    """Gives a model on the meta device its parameters, those in `weights` by name and the others drawn; all frozen."""
+    filled: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in filled:
+                whole = f"{prefix}.{name}"
+                filled[id(parameter)] = weights[whole] if whole in weights else _drawn(name, parameter, device, dtype)
+            module._parameters[name] = filled[id(parameter)]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def _drawn(name: str, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    value = torch.empty(parameter.shape, device=device, dtype=dtype)
+    is_norm = name == "weight" and parameter.ndim == 1
+    value = value.fill_(1) if is_norm else value.zero_() if name.endswith("bias") else value.normal_(0, _STD)
+    return nn.Parameter(value, requires_grad=False)
+
+
+def pictures(backbone: ClipBackbone, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Returns a batch of random pictures of ten classes, on the CPU."""
+    return {
+        "image": random_images(backbone, count, generator),
+        "label": torch.randint(len(CLASSES), (count,), generator=generator),
+    }
+
+
+def random_images(backbone: ClipBackbone, count: int, generator: torch.Generator) -> torch.Tensor:
+    size = backbone.preprocess["size"]
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return torch.randn(count, 3, height, width, generator=generator)
+
+
+def conversations(
+    backbone: LlavaBackbone, name: str, count: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Returns a batch of random conversations of equal length, each about one picture, on the CPU."""
+    vision, image_token = backbone.config.vision_config, backbone.config.image_token_id
+    seen = (vision.image_size // vision.patch_size) ** 2
+    seen += backbone.config.vision_feature_select_strategy != "default"  # [CLS] is seen, too
+    tokens, answer = (seen + _SHORT[0], _SHORT[1]) if name == TINY_LLAVA else (TOKENS, ANSWER_TOKENS)
+    ids = torch.randint(image_token + 1, backbone.config.text_config.vocab_size, (count, tokens), generator=generator)
+    ids[:, :seen] = image_token
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -answer:] = ids[:, -answer:]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "prompt_length": torch.full((count,), tokens - answer),
+        "image_counts": torch.ones(count, dtype=torch.int64),
+        "pixel_values": torch.randn(count, 3, vision.image_size, vision.image_size, generator=generator),
+    }
+
+
+def first_blocks(backbone: ClipBackbone | LlavaBackbone) -> Iterator[nn.Module]:
+    """Yields the modules whose input needs a gradient where all adapters of the model are trained."""
+    if isinstance(backbone, LlavaBackbone):
+        yield backbone.model.model.multi_modal_projector
+    else:
+        yield from (tower.transformer.resblocks[0] for tower in (backbone.model.visual, backbone.model.text))

@@ -1,0 +1,154 @@
+"""Part c: how fast a training step is on the card, against the frozen model and PEFT's LoRA; a speed fails nothing.
+
+tools/benchmarks/step.py says what is compared; all variants encode one prompt per picture (`same_work`) and share their
+frozen weights. samples_per_second and utilisation are those of the median step. Utilisation counts the operations of
+the frozen model without recomputation, for every variant, over the card's dense bf16 peak.
+"""
+
+import argparse
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from benchmarks.inference import time_forward
+from benchmarks.measure import interleaved, medians, ratio
+from benchmarks.models import TINY_LLAVA
+from benchmarks.step import count_flops, peak_memory, steps_of, time_ratios
+from benchmarks.variants import Variant, make_variants
+
+from gpu_check_parts.case import Report
+from r1p_dist.planner.accelerators import ACCELERATORS
+
+# On an H100; per model and batch.
+AIMS = {
+    ("ViT-B-16", 32): {"step/limit": 1.3},
+    ("ViT-B-16", 256): {"step/limit": 1.1},
+    ("ViT-L-14", 64): {"step/limit": 1.1},
+    ("ViT-bigG-14", 16): {"step/limit": 1.05},
+    ("llava-1.5-7b", 8): {"step/limit": 1.05},
+}
+AIMS_OF_ALL = {"peft/step": 1.3, "memory step/limit": 1.1}
+ROUNDS = 15
+FLOP_SAMPLES = 2
+
+
+def tiny(report: Report) -> None:
+    """Measures the small models, to try the check itself."""
+    model(report, "tiny", 2)
+    model(report, TINY_LLAVA, 2, checkpointing=True)
+
+
+def model(report: Report, name: str, batch: int, checkpointing: bool = False, dropout: float = 0.0) -> None:
+    """Measures one model; with activation checkpointing where it does not fit on the card without."""
+    try:
+        _measure(report, name, batch, checkpointing, dropout)
+        return
+    except torch.OutOfMemoryError as error:
+        if checkpointing:
+            raise
+        report.figures(f"{name}, {batch}: out of memory", error=str(error).partition(".")[0])
+    torch.cuda.empty_cache()
+    _measure(report, name, batch, True, dropout)
+
+
+def _measure(report: Report, name: str, batch: int, checkpointing: bool, dropout: float) -> None:
+    """Measures first what matters most, so that a case that is stopped has it."""
+    arguments = argparse.Namespace(
+        model=name,
+        batch=batch,
+        dtype="float32" if report.device == "cpu" else "bfloat16",
+        device=report.device,
+        dropout=dropout,
+        dropout_kind="element",
+        checkpointing=checkpointing,
+    )
+    title = f"{name}, {batch}" + (", checkpointing" if checkpointing else "") + (f", dropout {dropout}" * bool(dropout))
+    names = ["limit", "step"] + ([] if report.quick else ["compiled"]) + (["peft"] if _has_peft() else [])
+    variants = make_variants(names, arguments)
+    flops = batch / FLOP_SAMPLES * _model_flops(variants["limit"])
+    if checkpointing:
+        for variant in variants.values():
+            variant.checkpoint_blocks()
+    steps = steps_of(variants, "same_work")
+    rounds = 1 if report.quick else ROUNDS
+    seconds = interleaved(steps, rounds, variants["step"].device, limit_s=report.seconds_left / 3)
+    speed: dict[str, Any] = {"rounds": len(seconds["step"]), **_rounded(time_ratios(seconds))}
+    speed["samples_per_second"] = {key: _figures(batch / value) for key, value in medians(seconds).items()}
+    if (peak := peak_flops(report.device)) is not None:
+        speed["utilisation"] = {key: round(flops / value / peak, 3) for key, value in medians(seconds).items()}
+    report.figures(title, **speed, **_aims(name, batch, speed))
+    if report.quick:
+        report.skip(f"{title}: compiled", "--quick")
+    if not _has_peft():
+        report.skip(f"{title}: peft", "PEFT is not installed")
+    if report.device != "cpu":  # there it takes a process for each
+        memory = {key: peak_memory(arguments, variant, key, "same_work") for key, variant in variants.items()}
+        figures = {"memory step/limit": round(memory["step"] / memory["limit"], 3)}
+        gb = {key: round(value / 1e9, 2) for key, value in memory.items()}
+        report.figures(f"{title}: memory", **figures, gb=gb, **_aims(name, batch, figures))
+    _forward(report, title, variants["limit"], variants["step"], rounds)
+
+
+def _forward(report: Report, title: str, plain: Variant, ours: Variant, rounds: int) -> None:
+    """Measures a forward pass with merged experts against the plain model's.
+
+    They share the weights that it is merged into, whose values take no time; into a LLaVA's, whose pristine copy is too
+    large for that, nothing is merged.
+    """
+    if plain.is_clip:
+        for adapter in ours.method.adapters:
+            adapter.merge()
+        batch = {"image": plain.batch["image"], "tokens": plain.prompts[plain.batch["label"]]}
+    else:
+        batch = {"batch": plain.batch}
+    seconds = time_forward(plain.backbone, ours.backbone, batch, rounds, plain.device)
+    speeds = {key: _figures(plain.arguments.batch / value) for key, value in medians(seconds).items()}
+    merged = round(ratio(seconds, "merged", "plain"), 3)
+    report.figures(f"{title}: forward", **{"merged/plain": merged}, samples_per_second=speeds)
+
+
+def _model_flops(limit: Variant) -> int:
+    """Returns the operations of forward and backward of the frozen model on FLOP_SAMPLES samples."""
+    batch = limit.make_batch(FLOP_SAMPLES)
+    return count_flops(lambda: limit.loss(batch, end_to_end=False).backward())
+
+
+def peak_flops(device: str) -> float | None:
+    """Returns the card's dense bf16 peak in operations per second; None where it is not known."""
+    return known_peak(torch.cuda.get_device_name()) if device == "cuda" else None
+
+
+def known_peak(card: str) -> float | None:
+    """Returns the dense bf16 peak of a card of that name; None: not known, as of the slower PCIe and NVL forms."""
+    words = re.split(r"\W+", card.lower())
+    if {"pcie", "nvl"} & set(words):
+        return None
+    return next((ACCELERATORS[word].bf16 for word in words if word in ACCELERATORS), None)
+
+
+def _aims(name: str, batch: int, figures: dict[str, Any]) -> dict[str, str]:
+    """Returns for each figure that has an aim whether it is met; a faster step may be the compiled one."""
+    aims = {**AIMS.get((name, batch), {}), **AIMS_OF_ALL}
+    said = {}
+    for key, aim in aims.items():
+        if key == "peft/step" and key in figures:
+            said[f"aim {key}"] = f">= {aim}: {'met' if figures[key] >= aim else 'missed'}"
+        elif key in figures:
+            best = figures[key]
+            if key == "step/limit":
+                best = min(best, figures.get("compiled/limit", best))
+            said[f"aim {key}"] = f"<= {aim}: {'met' if best <= aim else 'missed'}"
+    return said
+
+
+def _has_peft() -> bool:
+    return find_spec("peft") is not None
+
+
+def _rounded(ratios: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 3) for key, value in ratios.items()}
+
+
+def _figures(value: float) -> float:
+    return float(f"{value:.4g}")
