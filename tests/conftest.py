@@ -30,6 +30,34 @@ PRELOADED = [
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: those of a file stay together, for they share fixtures, and files with
+    most slow tests start first, after those of SLURM, which mostly wait."""
+    if not hasattr(config, "workerinput"):
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("xdist_group")
+        if marker is None:
+            marker = pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix())
+            item.add_marker(marker)
+        groups.setdefault(marker.args[0], []).append(item)
+
+    def place(group: str) -> tuple[bool, int]:
+        return group != "slurm", -sum(item.get_closest_marker("slow") is not None for item in groups[group])
+
+    items[:] = [item for group in sorted(groups, key=place) for item in groups[group]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch compiles is kept for this session alone: a test must not pass by what an earlier one left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Return run(function, world_size, *args, timeout_s=120, new_interpreter=False) -> results by rank.
