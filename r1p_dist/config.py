@@ -315,15 +315,6 @@ class RunConfig(_Section):
     faults: FaultsConfig = FaultsConfig()
 
     @model_validator(mode="after")
-    def _check_skipping(self) -> RunConfig:
-        if self.faults.not_finite == "skip" and self.train.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "faults.not_finite=skip leaves out whole steps, so it needs train.gradient_accumulation_steps=1, got "
-                f"{self.train.gradient_accumulation_steps}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_blindness(self) -> RunConfig:
         if self.data.blind and self.backbone.kind != "llava":
             raise ValueError(f"data.blind=true needs backbone.kind=llava, got {self.backbone.kind}")

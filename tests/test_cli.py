@@ -72,7 +72,7 @@ def test_only_rank_0_prints_the_configuration(
         (["train", "--recipe", "mini_mtil", "--dry"], "error: unrecognized arguments: --dry"),
         (["train"], "error: the following arguments are required: --recipe"),
         (["methods", "dac"], "error: unrecognized arguments: dac"),
-        (["trane"], "error: argument {train,extend,forget,methods,doctor}: invalid choice: 'trane'"),
+        (["trane"], "error: argument {train,extend,forget,dry-run,methods,doctor}: invalid choice: 'trane'"),
         ([], "error: the following arguments are required"),
     ],
 )

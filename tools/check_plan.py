@@ -16,16 +16,17 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from big_model_check import write_clip
 
 from r1p_dist.cli import report_errors
 from r1p_dist.config import RunConfig
-from r1p_dist.dry_run.run import set_ranks
 from r1p_dist.files import write_atomically
-from r1p_dist.planner.comparison import Comparison, compare
-from r1p_dist.planner.plan import parse_counts
 from r1p_dist.tables import table
+
+if TYPE_CHECKING:  # --help needs no torch
+    from r1p_dist.planner.comparison import Comparison
 
 TOLERANCE = 0.1
 HEAD = ["model", "ranks", "ZeRO", "of a step MB", "of a boundary MB", "payload", "memory MB", "planned MB", "ratio"]
@@ -49,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from r1p_dist.dry_run.run import set_ranks
+    from r1p_dist.planner.comparison import compare
+    from r1p_dist.planner.plan import parse_counts
+
     found: list[Comparison] = []
     with tempfile.TemporaryDirectory() as folder:
         name = arguments.model
@@ -68,7 +73,7 @@ def _check(arguments: argparse.Namespace) -> int:
     return int(not all(c.is_payload_exact and abs(c.memory_ratio - 1) <= TOLERANCE for c in found))
 
 
-def _row(arguments: argparse.Namespace, comparison: Comparison) -> list[str]:
+def _row(arguments: argparse.Namespace, comparison: "Comparison") -> list[str]:
     name = arguments.model if arguments.depth is None else f"{arguments.model}, {arguments.depth} blocks"
     megabytes = [sum(part.values()) / 1e6 for part in (comparison.real_step, comparison.real_boundary)]
     return [
