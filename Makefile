@@ -4,6 +4,8 @@ PYTHON ?= python3
 ACCELERATORS ?= 2
 ARGS ?= --recipe mini_mtil
 TESTS ?= tests
+# Processes that run tests: one for those of SLURM, which mostly wait, and two for the others.
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
 	@echo 'make train      train a recipe: ARGS="--recipe mini_mtil train.lr=5e-3", ACCELERATORS=2 ranks'
-	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them'
+	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them, WORKERS=3'
 	@echo 'make test-all   all tests'
 	@echo 'make test-quick the tests that take seconds, without SLURM and the other programs that read shards'
 	@echo 'make smoke      two trainings of a minute, which must end above zero-shot'
@@ -43,17 +45,20 @@ smoke: $(VENV)/.installed
 	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_instruct_smoke resume=never
 	$(BIN)/python tools/check_smoke.py
 
+# Which tests stay together and in which order they start: tests/conftest.py.
+PARALLEL := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1
 
 test: $(VENV)/.installed-test $(VENV)/.installed-peers
-	$(BIN)/python -m pytest -m 'not campaign' $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not campaign' $(TESTS)
 
 test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m 'not slow and not campaign' --ignore tests/slurm $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not campaign' --ignore tests/slurm $(TESTS)
 
 # torch keeps compiled operations by the versions of Python and CUDA alone: here another torch compiles its own.
 test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions

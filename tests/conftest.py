@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no hub, and a way to run a function on several ranks."""
+"""What all tests share: one thread, no hub, a way to run a function on several ranks, and small models and streams."""
 
 import os
 
@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import multiprocessing
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,36 @@ PRELOADED = [
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
-@pytest.fixture
-def run_distributed(tmp_path: Path) -> Callable[..., list[Any]]:
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests: those of a file stay together, for they share fixtures, and files with
+    most slow tests start first, after those of SLURM, which mostly wait."""
+    if not hasattr(config, "workerinput"):
+        return
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        marker = item.get_closest_marker("xdist_group")
+        if marker is None:
+            marker = pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix())
+            item.add_marker(marker)
+        groups.setdefault(marker.args[0], []).append(item)
+
+    def place(group: str) -> tuple[bool, int]:
+        return group != "slurm", -sum(item.get_closest_marker("slow") is not None for item in groups[group])
+
+    items[:] = [item for group in sorted(groups, key=place) for item in groups[group]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fresh_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch compiles is kept for this session alone: a test must not pass by what an earlier one left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """Return run(function, world_size, *args, timeout_s=120, new_interpreter=False) -> results by rank.
 
     `function(rank, world_size, *args)` must stand at the top level of its module. It runs in a process per rank with
@@ -54,11 +82,12 @@ def run_distributed(tmp_path: Path) -> Callable[..., list[Any]]:
         # drivers of accelerators do not survive a fork
         is_forked = not new_interpreter and not torch.accelerator.is_available()
 
-        folder = tmp_path / f"ranks-{time.monotonic_ns()}"
-        folder.mkdir()
+        folder = tmp_path_factory.mktemp("ranks")
+        # bound here, so that no port is looked for first and taken by another program before it is used
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = torch.multiprocessing.start_processes(
             _run_rank,
-            args=(function, world_size, _free_port(), timeout_s, folder, dict(os.environ), args),
+            args=(function, world_size, store.port, timeout_s, folder, dict(os.environ), args),
             nprocs=world_size,
             join=False,
             start_method="forkserver" if is_forked else "spawn",
@@ -101,13 +130,27 @@ def _run_rank(
     import torch
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+    store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=timeout_s))
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
     torch.save(function(rank, world_size, *args), folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """A port for the rendezvous of a launcher's ranks; bound until the test ends, so that no other program gets it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store: both may bind, one may listen
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides of the recipe `mini_mtil` with which a whole run takes a quarter of the time (tests/toy_run.py)."""
+    from tests.toy_run import write_toy
+
+    return write_toy(tmp_path_factory.mktemp("toy"))

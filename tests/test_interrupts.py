@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -25,10 +26,24 @@ ROOT = Path(__file__).parents[1]
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 
 
-def start(run_dir: Path, *settings: str, script: str = "launchers/train.py") -> subprocess.Popen:
-    command = [DEEPSPEED, "--num_accelerators", "2", "--master_port", str(20000 + os.getpid() % 20000), script]
-    command += ["--recipe", "mini_mtil", *SHORT, f"run_dir={run_dir}", *settings]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture
+def start(toy: list[str], free_port: int) -> Iterator[Callable[..., subprocess.Popen]]:
+    """start(run_dir, *settings, script=...) starts two ranks through DeepSpeed's launcher; none outlives the test."""
+    started: list[subprocess.Popen] = []
+
+    def start(run_dir: Path, *settings: str, script: str = "launchers/train.py") -> subprocess.Popen:
+        command = [DEEPSPEED, "--num_accelerators", "2", "--master_port", str(free_port), script]
+        command += ["--recipe", "mini_mtil", *SHORT, *toy, f"run_dir={run_dir}", *settings]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # the test has failed or took too long
+            for descendant in [*psutil.Process(process.pid).children(recursive=True), process]:
+                descendant.kill()
+        process.communicate()
 
 
 def wait_for(run_dir: Path, process: subprocess.Popen, state: str) -> dict:
@@ -54,7 +69,7 @@ def family(process: subprocess.Popen) -> tuple[psutil.Process, dict[str, psutil.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["USR2 to rank 1", "TERM to the launcher", "KILL to the launcher"])
-def test_all_ranks_save_and_end_together(tmp_path: Path, how: str) -> None:
+def test_all_ranks_save_and_end_together(start, tmp_path: Path, how: str) -> None:
     settings = ["train.iterations=500", "checkpoint.every_steps=null", f"tasks=[{'playing_cards'}]"]
     process = start(tmp_path, *settings)
     wait_for(tmp_path, process, "training")
@@ -119,9 +134,9 @@ def run_with_bad_losses(rank: int, world_size: int, overrides: list[str], bad_at
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_checkpoint(
-    run_distributed, tmp_path: Path, value: float
+    run_distributed, toy: list[str], tmp_path: Path, value: float
 ) -> None:
-    settings = [f"run_dir={tmp_path}", "checkpoint.every_steps=2"]
+    settings = [*toy, f"run_dir={tmp_path}", "checkpoint.every_steps=2"]
     found = run_distributed(run_with_bad_losses, 2, settings, [4], value, timeout_s=200)
     assert found[0] == found[1]
     assert re.search(
@@ -135,8 +150,8 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_check
 
 
 @pytest.mark.slow
-def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, tmp_path: Path) -> None:
-    settings = [f"run_dir={tmp_path}", "faults.not_finite=skip", "log.every_steps=1", "tasks=[playing_cards]"]
+def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, toy: list[str], tmp_path: Path) -> None:
+    settings = [*toy, f"run_dir={tmp_path}", "faults.not_finite=skip", "log.every_steps=1", "tasks=[playing_cards]"]
     settings.append("train.gradient_accumulation_steps=2")  # one micro batch of the second step is enough
     found = run_distributed(run_with_bad_losses, 2, settings, [3], math.nan, timeout_s=200)
     assert "metrics" in found[0] and found[0].keys() == found[1].keys()
@@ -164,7 +179,7 @@ sys.exit(launcher_main())
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_ends_all_with_their_stacks(start, tmp_path: Path) -> None:
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
     process = start(tmp_path / "run", "faults.hang_minutes=0.25", script=str(script))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import r1p_dist.train
 from r1p_dist.checkpoint.checkpoints import checkpoint_folders
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError, Interrupted
@@ -18,6 +19,12 @@ TASKS = "tasks=[playing_cards, animal_silhouettes]"
 SHORT = [TASKS, "train.iterations=4", "train.global_batch_size=8", "train.lr=1e-2", "log.every_steps=3"]
 
 
+def without_reports() -> None:
+    """A run's page is not what is compared here, and takes a quarter of a short run."""
+    assert callable(r1p_dist.train.write_report)
+    r1p_dist.train.write_report = lambda run_dir: None
+
+
 def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], signals: list[int]) -> list[str]:
     """Runs undisturbed in FOLDER/calm, then in FOLDER/stopped with a signal to the last rank after so many moves.
 
@@ -25,6 +32,8 @@ def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], 
     """
     from r1p_dist.interrupts import Watchdog
     from r1p_dist.train import run
+
+    without_reports()
 
     moved, left = Watchdog.moved, []
 
@@ -97,8 +106,8 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_stopped_run_ends_as_an_undisturbed_one(run_distributed, tmp_path: Path, case: str) -> None:
-    endings = run_distributed(run_in_parts, 2, str(tmp_path), CASES[case], [5, 6], timeout_s=400)
+def test_a_stopped_run_ends_as_an_undisturbed_one(run_distributed, toy: list[str], tmp_path: Path, case: str) -> None:
+    endings = run_distributed(run_in_parts, 2, str(tmp_path), [*toy, *CASES[case]], [5, 6], timeout_s=400)
     assert endings[0] == endings[1] and endings[0][-1] == "finished"
     stops = endings[0][:-1]
     assert len(stops) == 2 and all("SIGUSR2" in stop and "goes on from" in stop for stop in stops)
@@ -109,6 +118,8 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(run_distributed, tmp_path: Pat
 def run_once(rank: int, world_size: int, overrides: list[str], stop_at: int | None = None) -> str:
     from r1p_dist.interrupts import Watchdog
     from r1p_dist.train import run
+
+    without_reports()
 
     moved, steps = Watchdog.moved, []
 
@@ -127,8 +138,10 @@ def run_once(rank: int, world_size: int, overrides: list[str], stop_at: int | No
 
 
 @pytest.mark.slow
-def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_samples(run_distributed, tmp_path: Path) -> None:
-    calm, stopped = [f"run_dir={tmp_path}/calm"], [f"run_dir={tmp_path}/stopped"]
+def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_samples(
+    run_distributed, toy: list[str], tmp_path: Path
+) -> None:
+    calm, stopped = [*toy, f"run_dir={tmp_path}/calm"], [*toy, f"run_dir={tmp_path}/stopped"]
     assert run_distributed(run_once, 1, calm, timeout_s=200) == ["finished"]
     two = run_distributed(run_once, 2, [*stopped, "deepspeed.config=zero3"], 6, timeout_s=200)
     assert "SIGTERM" in two[0]
@@ -147,8 +160,10 @@ def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_samples(r
 
 
 @pytest.mark.slow
-def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(run_distributed, tmp_path: Path) -> None:
-    settings = [f"run_dir={tmp_path}", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(
+    run_distributed, toy: list[str], tmp_path: Path
+) -> None:
+    settings = [*toy, f"run_dir={tmp_path}", "checkpoint.every_steps=1", "checkpoint.keep=1"]
     assert run_distributed(run_once, 1, settings, timeout_s=200) == ["finished"]
     names = [
         str(folder.relative_to(tmp_path / "checkpoints")) for folder in checkpoint_folders(tmp_path / "checkpoints")
@@ -167,7 +182,7 @@ def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(run_dis
     assert "train.lr: 0.01 there, 0.005 here" in refused and "resume=never" in refused
 
     begun = tmp_path / "checkpoints/00-playing_cards/step-4"
-    other = [f"run_dir={tmp_path}/other", f"resume={begun}"]
+    other = [*toy, f"run_dir={tmp_path}/other", f"resume={begun}"]
     assert run_distributed(run_once, 1, other, timeout_s=200) == ["finished"]
     ours, theirs = experts(tmp_path), experts(tmp_path / "other")
     assert theirs and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())

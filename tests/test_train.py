@@ -32,8 +32,8 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "metrics.json").read_text())
 
 
-def plain_clip() -> tuple[torch.nn.Module, Any, Any]:
-    source = f"local-dir:{ASSETS / 'tiny'}"
+def plain_clip(folder: Path = ASSETS / "tiny") -> tuple[torch.nn.Module, Any, Any]:
+    source = f"local-dir:{folder}"
     model, _, preprocess = open_clip.create_model_and_transforms(source)
     return model.eval(), preprocess, open_clip.get_tokenizer(source)
 
@@ -56,8 +56,10 @@ def add_adapters(model: torch.nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, preprocess: Any, tokenizer: Any, task: str) -> float:
-    folder = ASSETS / "mini_mtil" / task
+def accuracy(
+    model: torch.nn.Module, preprocess: Any, tokenizer: Any, task: str, stream: Path = ASSETS / "mini_mtil"
+) -> float:
+    folder = stream / task
     classes = (folder / "classnames.txt").read_text().splitlines()
     templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
     prompts = tokenizer([template.replace("{c}", name) for name in classes for template in templates])
@@ -72,13 +74,15 @@ def accuracy(model: torch.nn.Module, preprocess: Any, tokenizer: Any, task: str)
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run")
-
-
-def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(run_distributed, run_dir: Path) -> None:
+def on_two_ranks(run_distributed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run folder, and what `run` returned on each rank."""
+    run_dir = tmp_path_factory.mktemp("run")
     overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.tensorboard=true"]
-    first, second = (json.loads(text) for text in run_distributed(run_stream, 2, overrides, timeout_s=300))
+    return run_dir, [json.loads(text) for text in run_distributed(run_stream, 2, overrides, timeout_s=300)]
+
+
+def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks) -> None:
+    run_dir, (first, second) = on_two_ranks
     metrics = read_metrics(run_dir)
     assert first == metrics and {**second, "wall_seconds": 0} == {**metrics, "wall_seconds": 0}
 
@@ -92,7 +96,8 @@ def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(run_distribut
     assert metrics["accuracy"][-1] != metrics["accuracy"][0] != metrics["accuracy"][1]
 
 
-def test_the_files_of_a_run_agree_with_each_other(run_dir: Path) -> None:
+def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
+    run_dir, _ = on_two_ranks
     metrics = read_metrics(run_dir)
     assert metrics["tasks"] == TASKS and len(metrics["accuracy"]) == 1 + len(TASKS)
     facts = [metrics[key] for key in ("world_size", "zero_stage", "method", "seed")]
@@ -114,8 +119,8 @@ def test_the_files_of_a_run_agree_with_each_other(run_dir: Path) -> None:
     assert [value is not None for value in metrics["before_merge"]] == [True, True]
 
 
-def test_zero_shot_repeats_its_row_and_has_the_identities(run_distributed, tmp_path: Path) -> None:
-    run_distributed(run_stream, 1, [*SHORT, "method=zero_shot", f"run_dir={tmp_path}"])
+def test_zero_shot_repeats_its_row_and_has_the_identities(run_distributed, toy: list[str], tmp_path: Path) -> None:
+    run_distributed(run_stream, 1, [*SHORT, *toy, "method=zero_shot", f"run_dir={tmp_path}"])
     metrics = read_metrics(tmp_path)
     row = metrics["accuracy"][0]
     assert metrics["accuracy"] == [row] * 3 and metrics["trainable_parameters"] == 0
@@ -124,8 +129,8 @@ def test_zero_shot_repeats_its_row_and_has_the_identities(run_distributed, tmp_p
     assert metrics["bwt"] == metrics["forgetting"] == 0 and metrics["before_merge"] == [None, None]
 
 
-def test_joint_has_one_trained_row(run_distributed, tmp_path: Path) -> None:
-    run_distributed(run_stream, 1, [*SHORT, "method=joint", f"run_dir={tmp_path}"])
+def test_joint_has_one_trained_row(run_distributed, toy: list[str], tmp_path: Path) -> None:
+    run_distributed(run_stream, 1, [*SHORT, *toy, "method=joint", f"run_dir={tmp_path}"])
     metrics = read_metrics(tmp_path)
     assert len(metrics["accuracy"]) == 2 and metrics["last"] == pytest.approx(fmean(metrics["accuracy"][1]))
     assert metrics["transfer"] is None and metrics["bwt"] is None
@@ -133,13 +138,17 @@ def test_joint_has_one_trained_row(run_distributed, tmp_path: Path) -> None:
     assert steps[-1] == 8  # as many as the tasks have together
 
 
-def test_lora_kept_going_and_restarted_differ_after_the_first_task(run_distributed, tmp_path: Path) -> None:
+def test_lora_kept_going_and_restarted_differ_after_the_first_task(
+    run_distributed, toy: list[str], tmp_path: Path
+) -> None:
     rows = {}
     for restart in ("false", "true"):
         folder = tmp_path / restart
-        run_distributed(run_stream, 1, [*SHORT, "method=lora", f"lora.restart={restart}", f"run_dir={folder}"])
+        overrides = [*SHORT, *toy, "train.lr=5e-2", "method=lora", f"lora.restart={restart}", f"run_dir={folder}"]
+        run_distributed(run_stream, 1, overrides)
         rows[restart] = read_metrics(folder)["accuracy"]
     assert rows["false"][:2] == rows["true"][:2] and rows["false"][2] != rows["true"][2]
+    assert rows["false"][0] != rows["false"][1]
 
 
 def fail_for(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:

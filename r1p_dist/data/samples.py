@@ -36,6 +36,7 @@ IMAGE_MARK = "<image>"  # LLaVA's place of a picture in a text
 _PIXELS = 1 << 28  # of all pictures of a sample; PIL's own limit is per picture
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 _WANTED = {*IMAGE_SUFFIXES, *TEXT_SUFFIXES}
+_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)$")
 _NUMBERED = re.compile(rf"([0-9]{{1,4}})\.({'|'.join(IMAGE_SUFFIXES)})")
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -70,12 +71,13 @@ class Sample:
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
-    """Return webdataset's key and suffix of a member's name; None where it belongs to no sample."""
-    from webdataset.tariterators import base_plus_ext  # here, for it imports torch
+    """Return webdataset's key and suffix of a member's name; None where it belongs to no sample.
 
-    key, suffix = base_plus_ext(name)
+    By our own means, because webdataset imports torch, which conversion does without.
+    """
+    parts = _NAME.match(name)
     # As webdataset does: `__meta__` files and folders belong to no sample.
-    return None if key is None or re.match(r"__[^/]*__($|/)", name) else (key, suffix.lower())
+    return None if parts is None or re.match(r"__[^/]*__($|/)", name) else (parts[1], parts[2].lower())
 
 
 def split_sample(content: bytes, key: str, where: str) -> dict[str, bytes]:
@@ -83,7 +85,7 @@ def split_sample(content: bytes, key: str, where: str) -> dict[str, bytes]:
 
     BadSampleError: damaged headers, another key, or files of several samples.
     """
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys, tar_file_expander  # here, for it imports torch
 
     source = {"url": where, "stream": io.BytesIO(content)}
     try:

@@ -292,6 +292,10 @@ def _shards(value: Any, path: Path, where: str, split: str) -> tuple[Path | str,
 
 
 def _expand(text: str, where: str) -> list[str]:
+    # braceexpand makes all numbers of a range before it gives the first
+    for first, last, step in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", text):
+        if abs(int(last) - int(first)) // max(1, int(step or 1)) >= _MOST_SHARDS:
+            raise InputError(f"{where}: {text}: stands for more than {_MOST_SHARDS} shards")
     try:
         names = list(itertools.islice(braceexpand(text), _MOST_SHARDS + 1))
     except UnbalancedBracesError as error:

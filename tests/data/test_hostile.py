@@ -1,22 +1,27 @@
 """Hostile shards, one test for each kind: what is in them is never run, trusted, or followed out of the archive."""
 
+import inspect
 import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
+from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from r1p_dist.data import Stream
 from r1p_dist.data.convert.sources import SourceOptions, open_source
 from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.convert.writer import write_tar as write_tar_of_samples
 from r1p_dist.data.index import SAMPLE_BYTES, index_shard
-from r1p_dist.data.samples import BadSampleError, split_sample
+from r1p_dist.data.samples import BadSampleError, key_and_suffix, split_sample
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.errors import InputError
 from tests.data.toy_task import picture, sample_files, write_tar
@@ -156,6 +161,31 @@ def test_dots_in_names_cut_the_key_as_webdataset_does_and_clash_loudly(tmp_path:
     assert "key a: needs one picture" in refusal(write_tar(tmp_path / "b.tar", files))
     files = [("v1.0/a.png", picture(0)), ("v1.0/a.cls", b"2")]
     assert ShardDataset([write_tar(tmp_path / "c.tar", files)], CLASSES).labels == [2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "a.jpg a.B.JPG .a a. a v1.0/a.jpg v1.0/a v1.0/.a v1.0/ ./a.cls a//b.txt /a.x a/b.c/d.e.f __a__/b.c __a__ "
+    "a/__b__.c x__a__.c __a__.c ..a .a.b a..b /.x.y".split()
+    + ["", "/", ".", "a\nb.c", "a.\n", "a/b\n.c"],
+)
+def test_keys_and_suffixes_are_those_of_webdataset(name: str) -> None:
+    key, suffix = base_plus_ext(name)
+    is_meta = re.match(inspect.signature(tar_file_iterator).parameters["skip_meta"].default, name)
+    assert key_and_suffix(name) == (None if key is None or is_meta else (key, suffix.lower()))
+
+
+def test_written_bytes_are_those_of_webdataset(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"s{i:09d}", "cls": b"%d" % i, "jpg": bytes(i * 511), "0.png": b"x" * 512 * i} for i in range(30)
+    ]
+    theirs = io.BytesIO()
+    with webdataset.TarWriter(theirs, encoder=False, mtime=0, user="root", group="root") as writer:
+        for sample in samples:
+            writer.write(sample)
+    ours = io.BytesIO()
+    write_tar_of_samples(ours, samples)
+    assert ours.getvalue() == theirs.getvalue() and len(samples) == 30
 
 
 def test_files_of_a_sample_that_stand_apart_are_refused_with_the_remedy(tmp_path: Path):

@@ -12,9 +12,11 @@ from tests.slurm.runs import ask, wait_until
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NOT_INSTALLABLE = 77
+# There is one cluster, so one process runs these tests; they wait for SLURM's own times.
+SLURM = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1800)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Starts the cluster, lets SLURM's programs find it, and returns the folder of its files."""
     folder = tmp_path_factory.mktemp("slurm")

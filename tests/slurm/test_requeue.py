@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.conftest import SCRIPT
+from tests.slurm.conftest import SCRIPT, SLURM
 from tests.slurm.runs import RECIPE, SETTINGS, Run, ask, submit, wait_until
 from tests.test_resume import assert_equal
 
-pytestmark = pytest.mark.slow
+pytestmark = SLURM
 TWO_NODES = ["--profile", "loopback"]
 
 

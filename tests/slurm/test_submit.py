@@ -10,11 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from r1p_dist.checkpoint.checkpoints import checkpoint_folders
+from tests.slurm.conftest import SLURM
 from tests.slurm.runs import PATIENCE_S, ROOT, Run, ask, submit, wait_until
 from tests.test_resume import experts, log_lines
 from tests.test_train import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = SLURM
 SHORT = ["--recipe", "mini_mtil", "tasks=[fashion, playing_cards]", "train.iterations=6", "train.global_batch_size=8"]
 SHORTEST = ["--recipe", "mini_mtil", "tasks=[fashion]", "train.iterations=2", "train.global_batch_size=8"]
 TWO_NODES = ["--profile", "loopback"]

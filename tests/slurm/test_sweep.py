@@ -3,11 +3,10 @@
 import csv
 from pathlib import Path
 
-import pytest
-
+from tests.slurm.conftest import SLURM
 from tests.slurm.runs import Run, ask, submit
 
-pytestmark = pytest.mark.slow
+pytestmark = SLURM
 ALTERNATIVES = ["train.lr=1e-3,1e-2", "seed=0,1"]
 SHORT = ["tasks=[fashion]", "train.iterations=2", "train.global_batch_size=8"]
 ONE_RANK = ["--profile", "loopback", "--nodes", "1", "--parallel", "2"]

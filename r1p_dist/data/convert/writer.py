@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import shutil
+import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -279,12 +280,17 @@ def _samples(
 
 
 def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
-    """Writes a tar file whose bytes depend on the samples alone."""
-    import webdataset  # here, for it imports torch
+    """Writes a tar file whose bytes depend on the samples alone, and are those that webdataset's writer makes.
 
-    with webdataset.TarWriter(file, encoder=False, mtime=0, user="root", group="root") as tar:
+    By our own means, because webdataset imports torch: a worker would take seconds to start.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            tar.write(sample)
+            for suffix in sorted(sample.keys() - {"__key__"}):
+                member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
+                member.size, member.mode = len(sample[suffix]), 0o444
+                member.uname = member.gname = "root"
+                tar.addfile(member, io.BytesIO(sample[suffix]))
 
 
 def _prepare(files: dict[str, bytes], resize: int | None, where: str) -> dict[str, bytes]:
