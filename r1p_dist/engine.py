@@ -128,7 +128,6 @@ class TaskEngine:
                 deepspeed.zero.register_external_parameter(module, parameter)
         parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
-        optimizer.guard = guard
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -139,6 +138,7 @@ class TaskEngine:
                 lr_scheduler=schedule,
                 config=resolve_deepspeed(config, world_size),
             )
+        optimizer.guard = guard  # not before: DeepSpeed makes some optimizers' states by a step of its own
 
     def __call__(self, *args, **kwargs):
         return self.engine(*args, **kwargs)
@@ -152,6 +152,8 @@ class TaskEngine:
         boundary = self.engine.is_gradient_accumulation_boundary()
         self.engine.backward(loss)
         self.engine.step()
+        if boundary and not self.engine.was_step_applied():
+            self.engine.lr_scheduler.step()  # the schedule counts steps, also one that DeepSpeed left out
         return boundary
 
     def go_on_at(self, step: int, adam_steps: int) -> None:

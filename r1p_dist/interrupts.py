@@ -43,6 +43,7 @@ class StepAgreement:
         self._device, self._signals = device, set()
         self._bad = torch.zeros((), dtype=torch.bool, device=device)
         self._step, self._unread = 0, deque[tuple[int, HostCopy]]()
+        self._is_exchanged = False  # for this step
         # Several ranks have a launcher. Without it nobody would end them together, or start them again.
         self._launcher = os.getppid() if world_size() > 1 else None
         if threading.current_thread() is threading.main_thread():
@@ -69,9 +70,19 @@ class StepAgreement:
                 flags[place].fill_(1)
         flags[-1].copy_(self._bad | ~gradients_are_finite.to(self._device))
         sum_over_ranks(flags)
-        self._bad = torch.zeros_like(self._bad)
+        self._bad, self._is_exchanged = torch.zeros_like(self._bad), True
         self._unread.append((self._step, HostCopy(flags)))
         return (flags[-1] > 0).float()
+
+    def end_step(self) -> None:
+        """Is called behind a step's update, on all ranks.
+
+        Where DeepSpeed itself looks at the gradients (bf16 at stage 0, stage 3, clipping), it leaves the update out on
+        all ranks when they are not finite; nobody has exchanged anything then.
+        """
+        if not self._is_exchanged:
+            self.exchange(torch.zeros((), dtype=torch.bool, device=self._device))
+        self._is_exchanged = False
 
     def findings(self, keep: int = 0) -> Iterator[Finding]:
         """Yields what is known of the steps that were not read yet, but for the last `keep`."""
@@ -84,6 +95,7 @@ class StepAgreement:
     def stop_signal(self) -> signal.Signals | None:
         """Returns the signal that any rank got; for places outside of steps that all ranks pass."""
         self.exchange(torch.ones((), dtype=torch.bool, device=self._device))
+        self._is_exchanged = False
         return list(self.findings())[-1].signal
 
 

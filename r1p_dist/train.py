@@ -238,6 +238,7 @@ def train_step(
         sums[0] += loss.detach().where(is_finite, 0)
         sums[1] += parts["ago"].detach().where(is_finite, 0) if "ago" in parts else 0
         sums[3] += is_finite
+    agreement.end_step()
     method.end_step()
 
 

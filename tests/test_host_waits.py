@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.engine import TaskEngine
 from r1p_dist.host_copy import HostCopy, on_device
@@ -82,6 +84,50 @@ def test_a_step_waits_for_nothing(run_distributed) -> None:
     deepspeeds += [["deepspeed.config=zero2", "train.precision=bf16", "train.gradient_clipping=1.0"]]
     found = run_distributed(waits_of_a_step, 1, [*ours, *deepspeeds], timeout_s=300)[0]
     assert found == [{}] * len(ours) + [{"_local_scalar_dense": 1}] * len(deepspeeds)
+
+
+def scaled_loss(compute: Callable, factor: float, *arguments: Any) -> tuple[torch.Tensor, dict]:
+    return compute(*arguments)[0] * factor, {}
+
+
+def steps_with_a_bad_one(rank: int, world_size: int, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """Three steps, the second with a loss that is no number; returns what was found, the weights and the rates."""
+    found = []
+    for overrides in cases:
+        config = RunConfig.load("mini_mtil", [*SMALL, *overrides, "train.iterations=10"])
+        backbone = make_backbone()
+        method = make_method(config, backbone)
+        agreement = StepAgreement(torch.device("cpu"))
+        backbone.set_prompts(PROMPTS)
+        method.begin_task(0)
+        engine = TaskEngine(backbone, config, config.train, world_size, agreement.exchange)
+        backbone.train()
+        compute, sums = method.loss, torch.zeros(4, dtype=torch.float64)
+        values, rates = [], []
+        for step in range(3):
+            factor = math.nan if step == 1 else 1.0
+            method.loss = partial(scaled_loss, compute, factor)
+            batches = [backbone.prepare(global_batch(0, step, GLOBAL_BATCH))]
+            train_step(method, engine, batches, config.train, agreement, step + 1, sums)
+            values.append(torch.cat([v.flatten() for a in method.adapters for v in full_values(a.A, a.B)]))
+            rates.append(engine.lr)
+        findings = [[finding.step, finding.not_finite] for finding in agreement.findings()]
+        found.append({"findings": findings, "values": values, "rates": rates, "sums": sums})
+        engine.close()
+    return found
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_known(run_distributed) -> None:
+    bf16, clips = "train.precision=bf16", "train.gradient_clipping=1.0"
+    cases = [["deepspeed.config=zero0"], ["deepspeed.config=zero0", bf16], ["deepspeed.config=zero2", clips]]
+    cases += [["deepspeed.config=zero2", bf16], ["deepspeed.config=zero3"], ["deepspeed.config=zero3", bf16, clips]]
+    found = run_distributed(steps_with_a_bad_one, 1, cases, timeout_s=300)[0]
+    for case, result in zip(cases, found, strict=True):
+        assert result["findings"] == [[1, False], [2, True], [3, False]], case
+        before, bad, after = result["values"]
+        assert torch.equal(before, bad) and not torch.equal(bad, after) and after.isfinite().all(), case
+        assert result["rates"] == pytest.approx(found[0]["rates"]), (case, "the schedule counts every step")
+        assert result["sums"][3] == 2 and result["sums"][0].isfinite()
 
 
 def test_an_update_that_is_not_finite_is_not_made() -> None:

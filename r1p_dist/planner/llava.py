@@ -97,26 +97,27 @@ def describe_llava(config: RunConfig, backbone: LlavaBackbone, batch: Conversati
         )
     adapters = attach_adapters(config, backbone, dtype)
 
+    ids = torch.full((batch.conversations, batch.tokens), model.image_token_id + 1)
+    ids[:, :seen] = model.image_token_id
+    labels = ids.clone()
+    labels[:, : -batch.answer_tokens] = IGNORED
+    count, size = max(1, batch.conversations * batch.pictures), vision.image_size
+    example = backbone.prepare(
+        {
+            "input_ids": ids,
+            "labels": labels,
+            # as conversations of unlike lengths have; with four dimensions it is not looked into
+            "attention_mask": torch.empty(
+                batch.conversations, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta"
+            ),
+            "prompt_length": torch.full((batch.conversations,), batch.tokens - batch.answer_tokens),
+            "image_counts": torch.full((batch.conversations,), batch.pictures),
+            "pixel_values": torch.empty(count, vision.num_channels, size, size, device="meta"),
+        }
+    )
+
     def forward() -> list[torch.Tensor]:
-        ids = torch.full((batch.conversations, batch.tokens), model.image_token_id + 1)
-        ids[:, :seen] = model.image_token_id
-        labels = ids.clone()
-        labels[:, : -batch.answer_tokens] = IGNORED
-        count, size = max(1, batch.conversations * batch.pictures), vision.image_size
-        losses, _ = backbone(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                # as conversations of unlike lengths have; with four dimensions it is not looked into
-                "attention_mask": torch.empty(
-                    batch.conversations, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta"
-                ),
-                "prompt_length": torch.full((batch.conversations,), batch.tokens - batch.answer_tokens),
-                "image_counts": torch.full((batch.conversations,), batch.pictures),
-                "pixel_values": torch.empty(count, vision.num_channels, size, size, device="meta"),
-            }
-        )
-        return [losses]
+        return [backbone(example)[0]]
 
     trace = trace_step(backbone, forward)
     tower_learns = "image" in config.targets.towers
