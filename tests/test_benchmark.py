@@ -148,7 +148,7 @@ def run_checkpoint(rank: int, world_size: int) -> str:
 
 def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:
     assert tool.main(["step", "--against", "limits"]) == 2
-    assert "error: --against limits: no variant 'limits'; there are limit and peft" in capsys.readouterr().err
+    assert "error: --against limits: no variant 'limits'; there are limit, compiled and peft" in capsys.readouterr().err
 
 
 def test_the_published_tables_are_those_of_the_published_results(tool: ModuleType, capsys) -> None:
