@@ -4,9 +4,8 @@ PYTHON ?= python3
 ACCELERATORS ?= 2
 ARGS ?= --recipe mini_mtil
 TESTS ?= tests
-# Processes that run tests; 0: make's own. Several need a pytest before 9.2, where pytest-xdist 3.8 still keeps those of
-# a file, and those of SLURM, in one process.
-WORKERS ?= 0
+# Processes that run tests; 0: make's own.
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -47,7 +46,7 @@ smoke: $(VENV)/.installed
 	$(BIN)/python tools/check_smoke.py
 
 # Which tests stay together and in which order they start: tests/conftest.py.
-PARALLEL := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1

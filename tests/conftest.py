@@ -10,12 +10,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import multiprocessing
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Ranks are forked from a server that imported these once: several CPU seconds per rank otherwise. None of them may
 # start a thread or touch an accelerator when it is imported (test_run_distributed.py looks).
@@ -30,24 +32,28 @@ PRELOADED = [
 multiprocessing.set_forkserver_preload(PRELOADED)
 
 
+class ByFile(LoadScopeScheduling):
+    """Gives the tests of a file to one process, for they share fixtures; those of SLURM too, for there is one cluster.
+
+    pytest-xdist's own `loadgroup` marks a test's name, which pytest 9.2 no longer shows it.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::", 1)[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests: those of a file stay together, for they share fixtures, and files with
-    most slow tests start first, after those of SLURM, which mostly wait."""
+    """Where several processes share the tests: SLURM's start first, for they mostly wait; then files with most slow
+    tests."""
     if not hasattr(config, "workerinput"):
         return
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        marker = item.get_closest_marker("xdist_group")
-        if marker is None:
-            marker = pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix())
-            item.add_marker(marker)
-        groups.setdefault(marker.args[0], []).append(item)
-
-    def place(group: str) -> tuple[bool, int]:
-        return group != "slurm", -sum(item.get_closest_marker("slow") is not None for item in groups[group])
-
-    items[:] = [item for group in sorted(groups, key=place) for item in groups[group]]
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (item.path.parent.name != "slurm", -slow[item.path], item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

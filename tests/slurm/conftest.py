@@ -12,8 +12,8 @@ from tests.slurm.runs import ask, wait_until
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 NOT_INSTALLABLE = 77
-# There is one cluster, so one process runs these tests; they wait for SLURM's own times.
-SLURM = [pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(1800)]
+# They wait for SLURM's own times.
+SLURM = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="package")
