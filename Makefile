@@ -19,6 +19,8 @@ export HF_HUB_OFFLINE ?= 1
 # On CPU most of a step can go into page faults of freed and regrown buffers; read when the process starts.
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
+# What is compiled at run time is kept per environment: two that share a folder would compile it anew in turns.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 # torch looks for the ninja program on the PATH when DeepSpeed loads its operation.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -60,8 +62,6 @@ test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not campaign' --ignore tests/slurm $(TESTS)
 
-# torch keeps compiled operations by the versions of Python and CUDA alone: here another torch compiles its own.
-test-oldest: export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(OLDEST)/torch_extensions
 test-oldest: export PIP_CONSTRAINT := $(CURDIR)/$(OLDEST)/lower_bounds.txt
 test-oldest: $(OLDEST)/lower_bounds.txt
 	$(MAKE) VENV=$(OLDEST) test-quick smoke

@@ -170,11 +170,18 @@ class TaskEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+        # Else it is called again when Python finds the engine unused, which can be after the next one was made on the
+        # same parameters, and takes away what that one keeps on them: parts of a checkpoint were zeros.
+        self.engine.destroy = _nothing
         _remove_hooks(self.engine.module, self._hooks_before)
         for module in self.engine.module.modules():
             # else the next engine's backward goes on with this one's: it would fetch weights twice
             for name in ("pre_bwd_fn", "post_bwd_fn"):
                 module.__dict__.pop(name, None)
+
+
+def _nothing() -> None:
+    pass
 
 
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

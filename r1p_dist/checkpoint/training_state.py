@@ -4,23 +4,26 @@ Legend: a column is one of value, exp_avg and exp_avg_sq; every trainable parame
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, sum_on_first_rank, world_size
+from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, sum_on_first_rank, sum_over_ranks, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.optimizer_state import COLUMNS, part_of
 
+# Numbers that ranks other than the first hold at a time, so that a save of billions does not need room for all there.
+_PIECE = 64 << 20
+
 
 class Capture:
-    """What one save takes from the running training: one reduction to rank 0, then copies that nobody changes.
+    """What one save takes from the running training: reductions to rank 0, then copies that nobody changes.
 
     parameters: name -> trainable parameter. engine: DeepSpeed's, or None between two tasks, where there are no moments.
-    local: uint8, equally long on every rank, kept rank by rank.
+    local: uint8, equally long on every rank, kept rank by rank. RuntimeError: a number is kept by no rank or by two.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, local: torch.Tensor) -> None:
@@ -28,12 +31,22 @@ class Capture:
         self._columns = COLUMNS if engine is not None else COLUMNS[:1]
         sizes = [len(self._columns) * shape.numel() for shape in self.shapes.values()]
         *self._starts, self._end = itertools.accumulate(sizes, initial=0)
-        self._local = -(-len(local) // 4)  # int32 words per rank
-        self._local_bytes = len(local)
+        self._buffer = torch.empty(self._end, dtype=torch.int32) if rank() == 0 else None
         device = next(iter(parameters.values())).device
+        for names in _pieces(self.shapes):
+            self._take({name: parameters[name] for name in names}, engine, device)
+        locals_ = torch.zeros(world_size(), len(local), dtype=torch.uint8, device=device)
+        locals_[rank()] = local.to(device)
+        self._locals = sum_on_first_rank(locals_).cpu()
+
+    def _take(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, device: torch.device) -> None:
+        """Brings these parameters' columns to rank 0."""
+        sizes = [len(self._columns) * self.shapes[name].numel() for name in parameters]
+        *starts, end = itertools.accumulate(sizes, initial=0)
         # As bits, so that the sum of one rank's numbers and the others' zeros is exact in every case.
-        buffer = torch.zeros(self._end + world_size() * self._local, dtype=torch.int32, device=device)
-        for (name, parameter), start in zip(parameters.items(), self._starts, strict=True):
+        buffer = torch.zeros(end, dtype=torch.int32, device=device)
+        given = torch.zeros(len(sizes), dtype=torch.int64)
+        for number, ((name, parameter), start) in enumerate(zip(parameters.items(), starts, strict=True)):
             size = self.shapes[name].numel()
             if engine is None:
                 values = full_values(parameter)[0].view(-1)
@@ -44,10 +57,14 @@ class Capture:
                 parts = [(column * size + part.start, part[1 + column]) for column in range(3)] if is_mine else []
             for offset, values in parts:
                 buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
-        mine = buffer[self._end + rank() * self._local :][: self._local]
-        mine.view(torch.uint8)[: len(local)] = local.to(device)
+                given[number] += len(values)
+        if sum_over_ranks(given).tolist() != sizes:  # else what no rank gave would look like zeros
+            odd = next(name for name, count, size in zip(parameters, given, sizes, strict=True) if count != size)
+            raise RuntimeError(f"{odd}: the ranks' parts do not make a whole")
         sum_on_first_rank(buffer)
-        self._buffer = buffer.cpu() if rank() == 0 else None
+        if rank() == 0:
+            place = self._starts[list(self.shapes).index(next(iter(parameters)))]
+            self._buffer[place : place + end] = buffer
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns NAME.COLUMN -> full tensor; on rank 0."""
@@ -61,8 +78,18 @@ class Capture:
 
     def locals(self) -> torch.Tensor:
         """Returns what each rank gave as `local`, (ranks, bytes) uint8; on rank 0."""
-        words = self._buffer[self._end :].view(-1, self._local)
-        return words.contiguous().view(torch.uint8)[:, : self._local_bytes]
+        return self._locals
+
+
+def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+    """Yields the names in order, as many at a time as have some `_PIECE` numbers together."""
+    names: list[str] = []
+    for name, shape in shapes.items():
+        if names and sum(shapes[other].numel() for other in names) + shape.numel() > _PIECE:
+            yield names
+            names = []
+        names.append(name)
+    yield names
 
 
 @torch.no_grad()

@@ -93,15 +93,65 @@ def capture_and_restore(rank_: int, world: int, overrides: list[str]) -> dict:
     return facts
 
 
+def capture_and_restore_all(rank_: int, world: int) -> dict:
+    return {case: capture_and_restore(rank_, world, overrides) for case, overrides in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def restored(request, run_distributed) -> tuple[int, list[dict]]:
+    return request.param, run_distributed(capture_and_restore_all, request.param, timeout_s=400)
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_restored_training_goes_on_bit_for_bit(run_distributed, case: str, world: int) -> None:
-    ranks = run_distributed(capture_and_restore, world, CASES[case], timeout_s=200)
+def test_a_restored_training_goes_on_bit_for_bit(restored: tuple[int, list[dict]], case: str) -> None:
+    world, ranks = restored
     for facts in ranks:
-        assert facts["equals DeepSpeed's"]
-        assert facts["losses resumed"] == facts["losses after"] != facts["losses"]
-    assert ranks[0]["is restored"] and ranks[0]["ends equal"] and ranks[0]["moves"]
-    assert ranks[0]["locals"] == [[10 * number + byte for byte in range(5)] for number in range(world)]
+        assert facts[case]["equals DeepSpeed's"]
+        assert facts[case]["losses resumed"] == facts[case]["losses after"] != facts[case]["losses"]
+    first = ranks[0][case]
+    assert first["is restored"] and first["ends equal"] and first["moves"]
+    assert first["locals"] == [[10 * number + byte for byte in range(5)] for number in range(world)]
+
+
+def capture_behind_an_engine_that_is_deleted_late(rank_: int, world: int) -> list[bool]:
+    warnings.simplefilter("ignore")
+    whole = []
+    for case in ("stage 0", "stage 1", "stage 2 bf16", "stage 3"):
+        training = Training(CASES[case])
+        training.step(0)
+        first = training.engine
+        first.close()
+        training.engine = TaskEngine(training.backbone, training.config, training.config.train, world_size())
+        first.engine.__del__()  # as Python's garbage collector does when it comes to it
+        training.step(1)
+        tensors = training.capture().tensors() if rank() == 0 else {}
+        if rank() != 0:
+            training.capture()
+        whole.append(all(value.count_nonzero() for name, value in tensors.items() if name.endswith("A.exp_avg_sq")))
+    return whole
+
+
+def test_an_engine_that_is_deleted_late_takes_nothing_from_the_next(run_distributed) -> None:
+    assert run_distributed(capture_behind_an_engine_that_is_deleted_late, 2)[0] == [True] * 4
+
+
+def a_save_that_lacks_a_part(rank_: int, world: int) -> str:
+    warnings.simplefilter("ignore")
+    training = Training(CASES["stage 1"])
+    training.step(0)
+    if rank() == 1:
+        for parameter in training.parameters.values():
+            parameter._hp_mapping = None
+    try:
+        training.capture()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_save_that_lacks_a_part_fails(run_distributed) -> None:
+    for message in run_distributed(a_save_that_lacks_a_part, 2):
+        assert message.endswith("the ranks' parts do not make a whole")
 
 
 def restore_on_another_world(rank_: int, world: int, overrides: list[str], content: dict | None) -> dict:
