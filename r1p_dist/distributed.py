@@ -71,6 +71,11 @@ def fake_ranks(count: int) -> Iterator[None]:
             deepspeed.comm.comm.cdb = None
 
 
+def is_faked() -> bool:
+    """Whether the other ranks are not there, as in `fake_ranks`."""
+    return is_distributed() and dist.get_backend() == "fake"
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """Sums the tensor over all ranks in place and returns it; on one rank nothing happens."""
     if world_size() > 1:

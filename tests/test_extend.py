@@ -54,7 +54,7 @@ def test_an_extended_run_equals_one_that_had_all_tasks(extended, method: str) ->
 def test_a_forgotten_task_leaves_the_pristine_weights_and_the_others(run_distributed, extended, toy: list[str]) -> None:
     stream, model_folder = (Path(setting.partition("=")[2].removeprefix("local-dir:")) for setting in toy)
     run = extended("dac") / "stopped"
-    assert run_distributed(command_line, 1, ["forget", str(run), "animal_silhouettes"], timeout_s=200) == [0]
+    assert run_distributed(command_line, 1, ["forget", str(run), "animal_silhouettes"], timeout_s=400) == [0]
     found = json.loads((run / "without-animal_silhouettes/metrics.json").read_text())
     kept = [path.name for path in sorted((run / "without-animal_silhouettes/adapters").iterdir())]
     assert kept == ["00-playing_cards", "02-country_flags"] and found["with"] == read_metrics(run)["accuracy"][-1]
@@ -62,9 +62,9 @@ def test_a_forgotten_task_leaves_the_pristine_weights_and_the_others(run_distrib
     add_adapters(model, run / "without-animal_silhouettes/adapters")
     expected = [accuracy(model, preprocess, tokenizer, task, stream) for task in found["tasks"]]
     assert found["without"] == pytest.approx(expected)
-    assert run_distributed(command_line, 1, ["forget", str(run), "fashion"], timeout_s=200) == [2]
+    assert run_distributed(command_line, 1, ["forget", str(run), "fashion"], timeout_s=400) == [2]
     lora = extended("lora") / "stopped"
-    assert run_distributed(command_line, 1, ["forget", str(lora), "playing_cards"], timeout_s=200) == [2]
+    assert run_distributed(command_line, 1, ["forget", str(lora), "playing_cards"], timeout_s=400) == [2]
 
 
 def test_added_tasks_stand_behind_the_others_under_their_own_names() -> None:

@@ -137,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_check
     run_distributed, toy: list[str], tmp_path: Path, value: float
 ) -> None:
     settings = [*toy, f"run_dir={tmp_path}", "checkpoint.every_steps=2"]
-    found = run_distributed(run_with_bad_losses, 2, settings, [4], value, timeout_s=200)
+    found = run_distributed(run_with_bad_losses, 2, settings, [4], value, timeout_s=400)
     assert found[0] == found[1]
     assert re.search(
         r"task playing_cards step 4: the loss or a gradient is not finite; "
@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_check
 def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, toy: list[str], tmp_path: Path) -> None:
     settings = [*toy, f"run_dir={tmp_path}", "faults.not_finite=skip", "log.every_steps=1", "tasks=[playing_cards]"]
     settings.append("train.gradient_accumulation_steps=2")  # one micro batch of the second step is enough
-    found = run_distributed(run_with_bad_losses, 2, settings, [3], math.nan, timeout_s=200)
+    found = run_distributed(run_with_bad_losses, 2, settings, [3], math.nan, timeout_s=400)
     assert "metrics" in found[0] and found[0].keys() == found[1].keys()
     steps = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3, 4]

@@ -117,7 +117,7 @@ def load_weights(backbone, adapters, weights) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merge_reaches_every_copy(run_distributed, name: str) -> None:
     copies = 2 if "copy per node" in name else 1
-    for facts in run_distributed(train_merge_unmerge, 2, CONFIGS[name], copies, timeout_s=240):
+    for facts in run_distributed(train_merge_unmerge, 2, CONFIGS[name], copies, timeout_s=400):
         assert all(facts.values()) and len(facts) == 12, facts
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.distributed import drop_whole_copy, rank, stored_copies, sum_on_first_rank, sum_over_ranks, world_size
+from r1p_dist.distributed import (
+    drop_whole_copy,
+    is_faked,
+    rank,
+    stored_copies,
+    sum_on_first_rank,
+    sum_over_ranks,
+    world_size,
+)
 from r1p_dist.errors import InputError
 from r1p_dist.optimizer_state import COLUMNS, part_of
 
@@ -58,7 +66,7 @@ class Capture:
             for offset, values in parts:
                 buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
                 given[number] += len(values)
-        if sum_over_ranks(given).tolist() != sizes:  # else what no rank gave would look like zeros
+        if not is_faked() and sum_over_ranks(given).tolist() != sizes:  # else what no rank gave would look like zeros
             odd = next(name for name, count, size in zip(parameters, given, sizes, strict=True) if count != size)
             raise RuntimeError(f"{odd}: the ranks' parts do not make a whole")
         sum_on_first_rank(buffer)
