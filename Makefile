@@ -5,7 +5,7 @@ ACCELERATORS ?= 2
 ARGS ?= --recipe mini_mtil
 TESTS ?= tests
 # Processes that run tests; 0: make's own.
-WORKERS ?= 3
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin

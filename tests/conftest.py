@@ -77,7 +77,7 @@ def no_shared_memory_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
-    """Return run(function, world_size, *args, timeout_s=300, new_interpreter=False) -> results by rank.
+    """Return run(function, world_size, *args, timeout_s=900, new_interpreter=False) -> results by rank.
 
     `function(rank, world_size, *args)` must stand at the top level of its module. It runs in a process per rank with
     the launcher's environment and a gloo process group. Its results are tensors, numbers, strings, and lists and dicts
@@ -91,7 +91,7 @@ def run_distributed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., l
         function: Callable[..., Any],
         world_size: int,
         *args: Any,
-        timeout_s: float = 300,
+        timeout_s: float = 900,
         new_interpreter: bool = False,
     ) -> list[Any]:
         import torch

@@ -31,7 +31,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "RANK"}
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, env=clean | environment, cwd=ROOT
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=500, env=clean | environment, cwd=ROOT
     )
 
 
@@ -206,7 +206,7 @@ def test_doctor_knows_which_processors_are_fast_in_bf16(flags: set[str], expecte
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_alone_prints_what_there_is() -> None:
-    result = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(["make", "--no-print-directory"], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert result.returncode == 0, result.stderr
     for target in ("make train", "make test ", "make test-all", "make lint", "make clean"):
         assert target in result.stdout

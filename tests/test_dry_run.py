@@ -93,7 +93,7 @@ def test_command_prints_what_it_counted_and_leaves_nothing(tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_a_step_is_that_of_real_ranks(run_distributed, tmp_path: Path) -> None:
-    real, other = run_distributed(_two_real_ranks, 2, str(tmp_path / "real"), timeout_s=400)
+    real, other = run_distributed(_two_real_ranks, 2, str(tmp_path / "real"), timeout_s=1100)
     assert real == other == _dry_run(tmp_path)["phases"]["step"]["collectives"]
 
 

@@ -29,10 +29,10 @@ def extended(run_distributed, toy: list[str], tmp_path_factory: pytest.TempPathF
     def extend(method: str) -> Path:
         folder, settings = tmp_path_factory.mktemp(method), [*toy, f"method={method}"]
         whole = [TASKS.replace("]", f", {MORE}]"), f"run_dir={folder}/calm", *settings]
-        assert run_distributed(run_once, 1, whole, timeout_s=300) == ["finished"]
-        assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings], timeout_s=300) == ["finished"]
+        assert run_distributed(run_once, 1, whole, timeout_s=900) == ["finished"]
+        assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings], timeout_s=900) == ["finished"]
         argv = ["extend", f"{folder}/stopped", "--task", f"{stream}:{MORE}"]
-        assert run_distributed(command_line, 1, argv, timeout_s=300) == [0]
+        assert run_distributed(command_line, 1, argv, timeout_s=900) == [0]
         # the added columns are evaluated later, so only the order of the lines differs
         both = [sorted((folder / part / "correct.jsonl").read_text().splitlines()) for part in ("calm", "stopped")]
         assert both[0] == both[1]
@@ -54,7 +54,7 @@ def test_an_extended_run_equals_one_that_had_all_tasks(extended, method: str) ->
 def test_a_forgotten_task_leaves_the_pristine_weights_and_the_others(run_distributed, extended, toy: list[str]) -> None:
     stream, model_folder = (Path(setting.partition("=")[2].removeprefix("local-dir:")) for setting in toy)
     run = extended("dac") / "stopped"
-    assert run_distributed(command_line, 1, ["forget", str(run), "animal_silhouettes"], timeout_s=400) == [0]
+    assert run_distributed(command_line, 1, ["forget", str(run), "animal_silhouettes"], timeout_s=1100) == [0]
     found = json.loads((run / "without-animal_silhouettes/metrics.json").read_text())
     kept = [path.name for path in sorted((run / "without-animal_silhouettes/adapters").iterdir())]
     assert kept == ["00-playing_cards", "02-country_flags"] and found["with"] == read_metrics(run)["accuracy"][-1]
@@ -62,9 +62,9 @@ def test_a_forgotten_task_leaves_the_pristine_weights_and_the_others(run_distrib
     add_adapters(model, run / "without-animal_silhouettes/adapters")
     expected = [accuracy(model, preprocess, tokenizer, task, stream) for task in found["tasks"]]
     assert found["without"] == pytest.approx(expected)
-    assert run_distributed(command_line, 1, ["forget", str(run), "fashion"], timeout_s=400) == [2]
+    assert run_distributed(command_line, 1, ["forget", str(run), "fashion"], timeout_s=1100) == [2]
     lora = extended("lora") / "stopped"
-    assert run_distributed(command_line, 1, ["forget", str(lora), "playing_cards"], timeout_s=400) == [2]
+    assert run_distributed(command_line, 1, ["forget", str(lora), "playing_cards"], timeout_s=1100) == [2]
 
 
 def test_added_tasks_stand_behind_the_others_under_their_own_names() -> None:

@@ -123,8 +123,8 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def test_ranks_and_stages_equal_one_rank(run_distributed) -> None:
-    references = run_distributed(run_cases, 1, CASES, timeout_s=400)[0]
-    results = run_distributed(run_cases, 2, CASES, timeout_s=600)
+    references = run_distributed(run_cases, 1, CASES, timeout_s=1100)[0]
+    results = run_distributed(run_cases, 2, CASES, timeout_s=1100)
     for case, reference, first, second in zip(CASES, references, *results, strict=True):
         bound = 1e-3 if case[1] == "adamw" else 1e-5
         assert torch.equal(first["counts"], reference["counts"]), case

@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source],
         check=True,
-        timeout=120,
+        timeout=500,
     )
     return next(folder.glob("*.whl"))
 
@@ -76,7 +76,7 @@ def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Pa
         "print(config.RunConfig.load('mini_mtil').dump())"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=500, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)["run_dir"] == "runs/mini_mtil"

@@ -115,8 +115,8 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_and_stages_equal_one_rank(run_distributed, ranks: int) -> None:
-    references = run_distributed(run_cases, 1, CASES, timeout_s=400)[0]
-    results = run_distributed(run_cases, ranks, CASES, timeout_s=600)[0]
+    references = run_distributed(run_cases, 1, CASES, timeout_s=1100)[0]
+    results = run_distributed(run_cases, ranks, CASES, timeout_s=1100)[0]
     for case, reference, result in zip(CASES, references, results, strict=True):
         bound = 1e-3 if case[1] == "adamw" else 1e-5
         assert result["same_on_ranks"], case
@@ -130,7 +130,7 @@ def test_ranks_and_stages_equal_one_rank(run_distributed, ranks: int) -> None:
 
 def test_stages_equal_each_other_on_one_rank(run_distributed) -> None:
     cases = [(stage, "sgd", [], False) for stage in (0, 1, 2, 3)]
-    plain, *others = run_distributed(run_cases, 1, cases, timeout_s=300)[0]
+    plain, *others = run_distributed(run_cases, 1, cases, timeout_s=900)[0]
     for case, other in zip(cases[1:], others, strict=True):
         assert torch.equal(other["counts"], plain["counts"]), case
         for name in ("loss", "ago", "experts", "delta", "weights"):
@@ -143,7 +143,7 @@ def local_votes(rank: int, world_size: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_local_votes_are_counted_over_all_ranks(run_distributed, ranks: int) -> None:
-    first, *others = run_distributed(local_votes, ranks, timeout_s=400)
+    first, *others = run_distributed(local_votes, ranks, timeout_s=1100)
     for stage, result in enumerate(first):
         # every sample casts 3 votes per layer and step
         steps = result["counts"].view(TASKS, STEPS, -1, 6).sum(-1)

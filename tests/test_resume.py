@@ -107,7 +107,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_ends_as_an_undisturbed_one(run_distributed, toy: list[str], tmp_path: Path, case: str) -> None:
-    endings = run_distributed(run_in_parts, 2, str(tmp_path), [*toy, *CASES[case]], [5, 6], timeout_s=400)
+    endings = run_distributed(run_in_parts, 2, str(tmp_path), [*toy, *CASES[case]], [5, 6], timeout_s=1100)
     assert endings[0] == endings[1] and endings[0][-1] == "finished"
     stops = endings[0][:-1]
     assert len(stops) == 2 and all("SIGUSR2" in stop and "goes on from" in stop for stop in stops)
@@ -142,12 +142,12 @@ def test_another_number_of_ranks_and_another_stage_go_on_with_the_same_samples(
     run_distributed, toy: list[str], tmp_path: Path
 ) -> None:
     calm, stopped = [*toy, f"run_dir={tmp_path}/calm"], [*toy, f"run_dir={tmp_path}/stopped"]
-    assert run_distributed(run_once, 1, calm, timeout_s=400) == ["finished"]
-    two = run_distributed(run_once, 2, [*stopped, "deepspeed.config=zero3"], 6, timeout_s=400)
+    assert run_distributed(run_once, 1, calm, timeout_s=1100) == ["finished"]
+    two = run_distributed(run_once, 2, [*stopped, "deepspeed.config=zero3"], 6, timeout_s=1100)
     assert "SIGTERM" in two[0]
-    refused = run_distributed(run_once, 3, stopped, timeout_s=400)[0]
+    refused = run_distributed(run_once, 3, stopped, timeout_s=1100)[0]
     assert "train.global_batch_size=8 does not divide into 3 ranks" in refused or "is not divisible" in refused
-    assert run_distributed(run_once, 1, [*stopped, "deepspeed.config=zero1"], timeout_s=400) == ["finished"]
+    assert run_distributed(run_once, 1, [*stopped, "deepspeed.config=zero1"], timeout_s=1100) == ["finished"]
     ours, theirs = experts(tmp_path / "calm"), experts(tmp_path / "stopped")
     updates = [
         {name: run[f"{name}.B"] @ run[f"{name}.A"] for name in {key.rpartition(".")[0] for key in run}}
@@ -164,7 +164,7 @@ def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(
     run_distributed, toy: list[str], tmp_path: Path
 ) -> None:
     settings = [*toy, f"run_dir={tmp_path}", "checkpoint.every_steps=1", "checkpoint.keep=1"]
-    assert run_distributed(run_once, 1, settings, timeout_s=400) == ["finished"]
+    assert run_distributed(run_once, 1, settings, timeout_s=1100) == ["finished"]
     names = [
         str(folder.relative_to(tmp_path / "checkpoints")) for folder in checkpoint_folders(tmp_path / "checkpoints")
     ]
@@ -175,15 +175,15 @@ def test_a_finished_run_stays_as_it_is_and_keeps_one_checkpoint_per_task(
     before = {path: path.read_bytes() for path in tmp_path.rglob("adapter.safetensors")}
     metrics = read_metrics(tmp_path)
     (tmp_path / "metrics.json").unlink()  # as if killed just before it was written
-    assert run_distributed(run_once, 1, settings, timeout_s=400) == ["finished"]
+    assert run_distributed(run_once, 1, settings, timeout_s=1100) == ["finished"]
     assert {**read_metrics(tmp_path), "wall_seconds": 0} == {**metrics, "wall_seconds": 0}
     assert {path: path.read_bytes() for path in before} == before
-    refused = run_distributed(run_once, 1, [*settings, "train.lr=5e-3"], timeout_s=400)[0]
+    refused = run_distributed(run_once, 1, [*settings, "train.lr=5e-3"], timeout_s=1100)[0]
     assert "train.lr: 0.01 there, 0.005 here" in refused and "resume=never" in refused
 
     begun = tmp_path / "checkpoints/00-playing_cards/step-4"
     other = [*toy, f"run_dir={tmp_path}/other", f"resume={begun}"]
-    assert run_distributed(run_once, 1, other, timeout_s=400) == ["finished"]
+    assert run_distributed(run_once, 1, other, timeout_s=1100) == ["finished"]
     ours, theirs = experts(tmp_path), experts(tmp_path / "other")
     assert theirs and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert read_metrics(tmp_path / "other")["accuracy"] == metrics["accuracy"]

@@ -47,7 +47,7 @@ def test_help_needs_nothing_heavy() -> None:
         input=json.dumps([HEAVY, COMMANDS]),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=500,
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr

@@ -99,7 +99,7 @@ def capture_and_restore_all(rank_: int, world: int) -> dict:
 
 @pytest.fixture(scope="module", params=[1, 2])
 def restored(request, run_distributed) -> tuple[int, list[dict]]:
-    return request.param, run_distributed(capture_and_restore_all, request.param, timeout_s=400)
+    return request.param, run_distributed(capture_and_restore_all, request.param, timeout_s=1100)
 
 
 @pytest.mark.parametrize("case", CASES)

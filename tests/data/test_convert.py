@@ -84,7 +84,7 @@ writer.write_atomically = die_half_way
 import convert_shards
 convert_shards.main([{str(folder)!r}, {str(killed)!r}, "--shard-samples", "2", "--workers", "1", "--name", "task"])
 """
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=500)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
     assert not (killed / "train/index.json").exists()
     before = {path: path.stat().st_mtime_ns for path in (killed / "train/.parts").glob("0*.json")}

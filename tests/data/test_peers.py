@@ -43,7 +43,7 @@ def run_python(script: str, *arguments: object, path: tuple[Path, ...] = ()) -> 
     """Runs a script with folders first on its module path; returns the last line that it printed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "no_proxy": "127.0.0.1"}
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1] if result.stdout else ""
 

@@ -242,7 +242,7 @@ def test_processes_share_a_cache_and_a_killed_one_leaves_nothing_behind(
     victim.stdout.close()
     assert list(tmp_path.glob("[!.]*")) == []
     readers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
-    digests = {reader.communicate(timeout=120)[0].split()[1] for reader in readers}
+    digests = {reader.communicate(timeout=500)[0].split()[1] for reader in readers}
     assert len(digests) == 1 and all(reader.returncode == 0 for reader in readers)
     assert server.requests["/train/000000.tar"] == 2, "the killed one and one of the three"
     assert all(server.requests[f"/train/{number:06d}.tar"] == 1 for number in range(1, 8))

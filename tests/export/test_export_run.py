@@ -105,7 +105,7 @@ def test_the_tool_writes_the_folder_and_tells_what_is_wrong(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, TOOL, run, "--output", tmp_path / "out", "--tasks", "fashion"]
-    done = subprocess.run([*command, "--to", "hf", "--dtype", "bf16"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--to", "hf", "--dtype", "bf16"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors")["visual_projection.weight"].dtype == torch.bfloat16

@@ -103,7 +103,7 @@ def check(
     predict: Callable[[ModelShape, Zero, int, int], Counter],
 ) -> None:
     """Compares what each rank measures with what is predicted for it, case by case."""
-    measured = run_distributed(measure, ranks, cases, timeout_s=400)
+    measured = run_distributed(measure, ranks, cases, timeout_s=1100)
     for i, (sizes, overrides) in enumerate(cases):
         shape, zero, config = describe(sizes, overrides, ranks)
         predicted = counted(predict(shape, zero, ranks, config.train.gradient_accumulation_steps))

@@ -31,7 +31,7 @@ def submit(*words: str, expect: int = 0) -> subprocess.CompletedProcess:
 
 
 def ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=True).stdout.strip()
 
 
 def wait_until(what: str, is_so: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
