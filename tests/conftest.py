@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import multiprocessing
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -73,6 +74,21 @@ def no_shared_memory_left() -> Iterator[None]:
         with suppress(OSError):
             if time.time() - buffer.stat().st_mtime > 1200:
                 buffer.unlink()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    """What runs in a test's own process leaves its group of one rank; a file must not depend on those before it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        import deepspeed
+
+        if deepspeed.comm.comm.cdb is None:
+            distributed.destroy_process_group()
+        else:
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension  # says once that there is no GPU, which is no line of ours
 
 from r1p_dist.cli import main
 from r1p_dist.config import RunConfig
