@@ -33,7 +33,7 @@ MODELS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.campaign  # 4 to 10 minutes on a CPU without bf16 arithmetic
 @pytest.mark.parametrize("model", MODELS)
 def test_a_run_with_one_block_per_tower(tmp_path: Path, capsys: pytest.CaptureFixture, model: str) -> None:
     spec = importlib.util.spec_from_file_location("big_model_check", TOOL)
