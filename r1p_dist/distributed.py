@@ -62,13 +62,18 @@ def fake_ranks(count: int) -> Iterator[None]:
     try:
         yield
     finally:
-        import deepspeed
+        end_process_group()
 
-        if deepspeed.comm.comm.cdb is None:
-            dist.destroy_process_group()
-        else:
-            deepspeed.comm.destroy_process_group()  # and what DeepSpeed knows of its groups
-            deepspeed.comm.comm.cdb = None
+
+def end_process_group() -> None:
+    """Ends the process group, and what DeepSpeed knows of it, so that another can be made in this process."""
+    import deepspeed
+
+    if deepspeed.comm.comm.cdb is None:
+        dist.destroy_process_group()
+    else:
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
 
 
 def is_faked() -> bool:

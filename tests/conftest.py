@@ -82,13 +82,9 @@ def no_process_group_left() -> Iterator[None]:
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        import deepspeed
+        from r1p_dist.distributed import end_process_group
 
-        if deepspeed.comm.comm.cdb is None:
-            distributed.destroy_process_group()
-        else:
-            deepspeed.comm.destroy_process_group()
-            deepspeed.comm.comm.cdb = None
+        end_process_group()
 
 
 @pytest.fixture(scope="session")

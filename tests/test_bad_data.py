@@ -47,7 +47,7 @@ def overrides(stream: Path, run_dir: Path) -> list[str]:
 @pytest.mark.slow
 def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, tmp_path: Path) -> None:
     settings = [*overrides(stream, tmp_path / "run"), "data.max_bad_fraction=0.02"]
-    run_distributed(run_stream, 2, settings, timeout_s=900)
+    run_distributed(run_stream, 2, settings)
     metrics = read_metrics(tmp_path / "run")
     assert metrics["bad_samples"] == {"train": [2, 0], "evaluation": [3, 0]}
     rows = [json.loads(line) for line in (tmp_path / "run/correct.jsonl").read_text().splitlines()]

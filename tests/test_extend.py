@@ -29,10 +29,10 @@ def extended(run_distributed, toy: list[str], tmp_path_factory: pytest.TempPathF
     def extend(method: str) -> Path:
         folder, settings = tmp_path_factory.mktemp(method), [*toy, f"method={method}"]
         whole = [TASKS.replace("]", f", {MORE}]"), f"run_dir={folder}/calm", *settings]
-        assert run_distributed(run_once, 1, whole, timeout_s=900) == ["finished"]
-        assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings], timeout_s=900) == ["finished"]
+        assert run_distributed(run_once, 1, whole) == ["finished"]
+        assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings]) == ["finished"]
         argv = ["extend", f"{folder}/stopped", "--task", f"{stream}:{MORE}"]
-        assert run_distributed(command_line, 1, argv, timeout_s=900) == [0]
+        assert run_distributed(command_line, 1, argv) == [0]
         # the added columns are evaluated later, so only the order of the lines differs
         both = [sorted((folder / part / "correct.jsonl").read_text().splitlines()) for part in ("calm", "stopped")]
         assert both[0] == both[1]

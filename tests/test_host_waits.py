@@ -82,7 +82,7 @@ def test_a_step_waits_for_nothing(run_distributed) -> None:
     # DeepSpeed's own: the norm of all gradients, and where it clips by it
     deepspeeds = [["deepspeed.config=zero3"], ["deepspeed.config=zero3", "train.precision=bf16"]]
     deepspeeds += [["deepspeed.config=zero2", "train.precision=bf16", "train.gradient_clipping=1.0"]]
-    found = run_distributed(waits_of_a_step, 1, [*ours, *deepspeeds], timeout_s=900)[0]
+    found = run_distributed(waits_of_a_step, 1, [*ours, *deepspeeds])[0]
     assert found == [{}] * len(ours) + [{"_local_scalar_dense": 1}] * len(deepspeeds)
 
 
@@ -121,7 +121,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_known(run_distributed)
     bf16, clips = "train.precision=bf16", "train.gradient_clipping=1.0"
     cases = [["deepspeed.config=zero0"], ["deepspeed.config=zero0", bf16], ["deepspeed.config=zero2", clips]]
     cases += [["deepspeed.config=zero2", bf16], ["deepspeed.config=zero3"], ["deepspeed.config=zero3", bf16, clips]]
-    found = run_distributed(steps_with_a_bad_one, 1, cases, timeout_s=900)[0]
+    found = run_distributed(steps_with_a_bad_one, 1, cases)[0]
     for case, result in zip(cases, found, strict=True):
         assert result["findings"] == [[1, False], [2, True], [3, False]], case
         before, bad, after = result["values"]

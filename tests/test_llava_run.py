@@ -46,7 +46,7 @@ def test_runs_on_two_ranks(run_distributed, tmp_path: Path) -> None:
     from r1p_dist.forget import forget
 
     calm, again = tmp_path / "calm", tmp_path / "again"
-    run_distributed(run_stream, 2, [*SHORT, f"run_dir={calm}"], timeout_s=900)
+    run_distributed(run_stream, 2, [*SHORT, f"run_dir={calm}"])
     metrics = read_metrics(calm)
     assert metrics["metric"] == ["exact_match", "exact_match"] and metrics["bad_samples"]["evaluation"] == [0, 0]
     records = [json.loads(line) for line in (calm / "answers.jsonl").read_text().splitlines()]
@@ -65,7 +65,7 @@ def test_runs_on_two_ranks(run_distributed, tmp_path: Path) -> None:
     shutil.copytree(calm, again)
     for later in ("metrics.json", "adapters/01-read_digit", "checkpoints/01-read_digit/step-4"):
         shutil.rmtree(again / later) if (again / later).is_dir() else (again / later).unlink()
-    run_distributed(run_stream, 2, [*SHORT, f"run_dir={again}"], timeout_s=900)
+    run_distributed(run_stream, 2, [*SHORT, f"run_dir={again}"])
     assert essence(again) == essence(calm)
 
     found = forget(calm, "yes_no")
@@ -75,7 +75,7 @@ def test_runs_on_two_ranks(run_distributed, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_joint_training_mixes_the_tasks(run_distributed, tmp_path: Path) -> None:
     overrides = [*SHORT, f"run_dir={tmp_path}", "method=joint", "data.group_by_length=2"]
-    metrics = json.loads(run_distributed(run_stream, 1, [*overrides, "data.workers=1"], timeout_s=900)[0])
+    metrics = json.loads(run_distributed(run_stream, 1, [*overrides, "data.workers=1"])[0])
     assert len(metrics["accuracy"]) == 2 and len(metrics["instruction_following"]) == 2
     assert metrics["last"] == pytest.approx(fmean(metrics["accuracy"][1]))
 

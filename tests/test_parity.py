@@ -130,7 +130,7 @@ def test_ranks_and_stages_equal_one_rank(run_distributed, ranks: int) -> None:
 
 def test_stages_equal_each_other_on_one_rank(run_distributed) -> None:
     cases = [(stage, "sgd", [], False) for stage in (0, 1, 2, 3)]
-    plain, *others = run_distributed(run_cases, 1, cases, timeout_s=900)[0]
+    plain, *others = run_distributed(run_cases, 1, cases)[0]
     for case, other in zip(cases[1:], others, strict=True):
         assert torch.equal(other["counts"], plain["counts"]), case
         for name in ("loss", "ago", "experts", "delta", "weights"):

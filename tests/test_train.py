@@ -78,7 +78,7 @@ def on_two_ranks(run_distributed, tmp_path_factory: pytest.TempPathFactory) -> t
     """A run folder, and what `run` returned on each rank."""
     run_dir = tmp_path_factory.mktemp("run")
     overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.tensorboard=true"]
-    return run_dir, [json.loads(text) for text in run_distributed(run_stream, 2, overrides, timeout_s=900)]
+    return run_dir, [json.loads(text) for text in run_distributed(run_stream, 2, overrides)]
 
 
 def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks) -> None:

@@ -38,17 +38,21 @@ class Capture:
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
         self._columns = COLUMNS if engine is not None else COLUMNS[:1]
         sizes = [len(self._columns) * shape.numel() for shape in self.shapes.values()]
-        *self._starts, self._end = itertools.accumulate(sizes, initial=0)
-        self._buffer = torch.empty(self._end, dtype=torch.int32) if rank() == 0 else None
+        *self._starts, end = itertools.accumulate(sizes, initial=0)
+        self._buffer = torch.empty(end, dtype=torch.int32) if rank() == 0 else None
         device = next(iter(parameters.values())).device
+        place = 0
         for names in _pieces(self.shapes):
-            self._take({name: parameters[name] for name in names}, engine, device)
+            piece = self._take({name: parameters[name] for name in names}, engine, device)
+            if rank() == 0:
+                self._buffer[place : place + len(piece)] = piece
+            place += len(piece)
         locals_ = torch.zeros(world_size(), len(local), dtype=torch.uint8, device=device)
         locals_[rank()] = local.to(device)
         self._locals = sum_on_first_rank(locals_).cpu()
 
-    def _take(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, device: torch.device) -> None:
-        """Brings these parameters' columns to rank 0."""
+    def _take(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, device: torch.device) -> torch.Tensor:
+        """Returns these parameters' columns, whole on rank 0 alone."""
         sizes = [len(self._columns) * self.shapes[name].numel() for name in parameters]
         *starts, end = itertools.accumulate(sizes, initial=0)
         # As bits, so that the sum of one rank's numbers and the others' zeros is exact in every case.
@@ -69,10 +73,7 @@ class Capture:
         if not is_faked() and sum_over_ranks(given).tolist() != sizes:  # else what no rank gave would look like zeros
             odd = next(name for name, count, size in zip(parameters, given, sizes, strict=True) if count != size)
             raise RuntimeError(f"{odd}: the ranks' parts do not make a whole")
-        sum_on_first_rank(buffer)
-        if rank() == 0:
-            place = self._starts[list(self.shapes).index(next(iter(parameters)))]
-            self._buffer[place : place + end] = buffer
+        return sum_on_first_rank(buffer)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns NAME.COLUMN -> full tensor; on rank 0."""
