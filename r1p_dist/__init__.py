@@ -5,6 +5,7 @@ from r1p_dist.lazy import lazy_exports
 _EXPORTS = {
     "RunConfig": "r1p_dist.config",
     "Stream": "r1p_dist.data",
+    "load_config": "r1p_dist.recipes",
     "attach_pool": "r1p_dist.backbones",
     "load_clip": "r1p_dist.backbones",
 }

@@ -6,7 +6,6 @@ Nothing heavy is imported before it is needed, so that --help and --print-config
 
 import argparse
 import errno
-import inspect
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from r1p_dist.config import RunConfig
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES, examine
 from r1p_dist.errors import EXIT_INTERRUPTED, InputError, Interrupted
 from r1p_dist.files import write_atomically
+from r1p_dist.recipes import load_config
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
@@ -119,7 +119,7 @@ def _load(parser: argparse.ArgumentParser, recipe: str, rest: Sequence[str]) -> 
     flags = [argument for argument in rest if argument.startswith("-")]
     if flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    return RunConfig.load(recipe, rest)
+    return load_config(recipe, rest)
 
 
 def _dry_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -136,8 +136,8 @@ def _dry_run(parser: argparse.ArgumentParser, arguments: argparse.Namespace, res
 
 def _extend(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     recipe = _config_of(arguments.run)
-    tasks = [*RunConfig.load(recipe).extend, *arguments.task]
-    config = RunConfig.load(recipe, [f"run_dir={arguments.run}", f"extend={json.dumps(tasks)}", *rest])
+    tasks = [*load_config(recipe).extend, *arguments.task]
+    config = load_config(recipe, [f"run_dir={arguments.run}", f"extend={json.dumps(tasks)}", *rest])
     from r1p_dist.train import run
 
     run(config)
@@ -172,11 +172,9 @@ def _hint_at_allocator() -> None:
 
 
 def _list_methods() -> int:
-    from r1p_dist.methods import METHODS
+    from r1p_dist.method_list import describe_all
 
-    width = max(len(name) for name in METHODS)
-    for name, method in METHODS.items():
-        print(f"{name:<{width}}  {(inspect.getdoc(method) or '').partition(chr(10))[0]}")
+    print("\n".join(line for description in describe_all() for line in description.lines()))
     return 0
 
 

@@ -1,24 +1,15 @@
-"""The run configuration: one typed tree, read from a recipe (YAML) and `key.sub=value` overrides.
+"""The run configuration: one typed tree of values.
 
-The same words stand in YAML, in code, on the command line and in the run folder's config.yaml.
+The same words stand in YAML, in code, on the command line and in the run folder's config.yaml; recipes.py reads them.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from r1p_dist.ds_config import load_deepspeed_config
-from r1p_dist.errors import InputError
-from r1p_dist.safe_yaml import parse_yaml
-from r1p_dist.shipped import shipped_files
-
-COMMAND_LINE = "command line"
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -43,11 +34,13 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Section(BaseModel):
+    """A section of a configuration. A field's docstring says what its key means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class BackboneConfig(_Section):
+class BackboneConfig(Section):
     """Which frozen model.
 
     `open_clip`: `name` and `pretrained` as in open_clip (`pretrained`: a tag or a local safetensors file). `llava`:
@@ -83,7 +76,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class TargetsConfig(_Section):
+class TargetsConfig(Section):
     """Which linears of every block get an adapter; null: all of the backbone's kind, but not a LLaVA's image tower."""
 
     towers: Annotated[list[Tower], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
@@ -103,54 +96,7 @@ class TargetsConfig(_Section):
         )
 
 
-class GuideConfig(_Section):
-    """Which vector of a layer's input the router reads, per tower; `cls_image`: the image tower's [CLS] for all."""
-
-    image: Literal["first", "mean"] = "first"
-    text: Literal["first", "eot", "mean"] = "first"
-    language: Literal["cls_image", "first", "mean", "last_prompt"] = "cls_image"
-    projector: Literal["cls_image", "first", "mean"] = "cls_image"
-
-
-class PoolConfig(_Section):
-    """The pool of rank-1 experts of one adapted linear; scaling is alpha / rank."""
-
-    rank: Count = 12
-    alpha: Positive = 1.0
-    active: Count = 8
-    merged: Count = 4
-    dropout: Probability = 0.0
-    dropout_kind: Literal["element", "feature"] = "element"
-    guide: GuideConfig = GuideConfig()
-    router_grad: Literal["none", "straight_through", "gated"] = "none"
-    vote: Literal["global", "lagged", "local"] = "global"
-
-    @model_validator(mode="after")
-    def _check_sizes(self) -> PoolConfig:
-        if self.active > self.rank:
-            raise ValueError(f"pool.active={self.active} must not be larger than pool.rank={self.rank}")
-        if self.merged > self.active:
-            raise ValueError(f"pool.merged={self.merged} must not be larger than pool.active={self.active}")
-        return self
-
-
-class AgoConfig(_Section):
-    """The activation-guided orthogonal loss: its weight (the paper's lambda) and how pairs are reduced."""
-
-    weight: NotNegative = 0.1
-    reduction: Literal["sum_top", "paper_mean", "code_all"] = "sum_top"
-
-
-class LoraConfig(_Section):
-    """Sequential LoRA; `restart` merges after each task and begins anew, else one adapter is kept going."""
-
-    rank: Count = 12
-    alpha: Positive = 1.0
-    dropout: Probability = 0.0
-    restart: bool = False
-
-
-class TaskTrainConfig(_Section):
+class TaskTrainConfig(Section):
     """What one task trains with instead of the values in `train`."""
 
     lr: Positive | None = None
@@ -159,7 +105,7 @@ class TaskTrainConfig(_Section):
     weight_decay: NotNegative | None = None
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """One task's training; an iteration is one optimizer step on one global batch.
 
     `average_over`: what the loss of conversations is the mean of: the answer tokens of a global batch, or its samples,
@@ -205,7 +151,7 @@ class TrainConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """`shots`: training pictures per class (null: all). Workers are loader processes per rank.
 
     `samples`: training samples of each task of conversations (null: all). `group_by_length`: how many global batches'
@@ -247,34 +193,34 @@ class DataConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """`batch_size`: pictures per rank in one forward pass."""
 
     batch_size: Count = 256
 
 
-class DeepSpeedConfig(_Section):
+class DeepSpeedConfig(Section):
     """A name in ds_configs/ or the path of a JSON file, and keys laid over it."""
 
     config: str = "zero2"
     overrides: dict[str, Any] = {}
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """How often the log gets a line (in steps), and whether TensorBoard files are written too."""
 
     every_steps: Count = 10
     tensorboard: bool = False
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """How often a run is saved, in optimizer steps (null: only after each task), and how many of a task are kept."""
 
     every_steps: Count | None = 100
     keep: Count = 2
 
 
-class FaultsConfig(_Section):
+class FaultsConfig(Section):
     """What is done when something goes wrong.
 
     `not_finite`: a loss that is NaN or infinite stops the run, or its step is skipped. `hang_minutes`: the run ends
@@ -285,10 +231,11 @@ class FaultsConfig(_Section):
     hang_minutes: Positive | None = 30
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that decides a run.
 
-    `resume`: `auto` goes on from the newest whole checkpoint in `run_dir`, `never` begins anew, a path names a
+    `method`: a shipped one, one of an installed package, or `package.module:Class`; `options`: its own, which its class
+    checks. `resume`: `auto` goes on from the newest whole checkpoint in `run_dir`, `never` begins anew, a path names a
     checkpoint. `extend`: tasks behind those of the stream, each `STREAM:TASK`, or `STREAM` for all of its tasks; a run
     that is finished goes on with them.
     """
@@ -302,10 +249,8 @@ class RunConfig(_Section):
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
     extend: list[str] = []
     backbone: BackboneConfig = BackboneConfig()
+    options: dict[str, Any] = {}
     targets: TargetsConfig = TargetsConfig()
-    pool: PoolConfig = PoolConfig()
-    ago: AgoConfig = AgoConfig()
-    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -323,178 +268,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _check_targets(self) -> RunConfig:
         targets = self.targets.of_kind(self.backbone.kind)
-        if self.backbone.kind == "llava" and self.pool.router_grad != "none" and targets.towers != ["language"]:
-            raise ValueError(
-                f"pool.router_grad={self.pool.router_grad}: only for the language model of a llava backbone, because "
-                "ranks have unlike numbers of pictures; set targets.towers=[language]"
-            )
         object.__setattr__(self, "targets", targets)  # what null stands for depends on another section
         return self
 
-    @classmethod
-    def load(cls, recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-        """Return the configuration of a recipe (a shipped name or a YAML file) with `key.sub=value` overrides.
-
-        Raises InputError, one line that names file, key and value, for anything that is wrong in them.
-        """
-        path = _find_recipe(recipe)
-        tree, origins = _read_with_bases(path, ())
-        for override in overrides:
-            _lay_over(tree, _parse_override(override), origins, COMMAND_LINE)
-        tree.setdefault("run_dir", None)
-        if tree["run_dir"] is None:
-            tree["run_dir"] = str(Path("runs") / path.stem)
-        try:
-            config = cls.model_validate(tree)
-        except ValidationError as error:
-            raise InputError(_describe(error, origins, str(path))) from error
-        # Read here as well, so that --print-config and every rank find a wrong DeepSpeed key before any work.
-        load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
-        return config
-
     def dump(self) -> str:
-        """Return the resolved configuration as YAML, keys in the order of the fields; `load` reads it back."""
+        """Return the resolved configuration as YAML, keys in the order of the fields; `load_config` reads it back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
-    shipped = shipped_files("recipes", ".yaml")
-    if isinstance(recipe, str) and recipe in shipped:
-        return shipped[recipe]
-    path = Path(recipe) if beside is None else beside / recipe
-    if path.is_file():
-        return path
-    nearest = difflib.get_close_matches(str(recipe), shipped, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise InputError(f"recipe {str(recipe)!r}: no file and no shipped recipe; {hint}shipped: {', '.join(shipped)}")
-
-
-_Origins = dict[tuple[str, ...], str]
-
-
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], _Origins]:
-    if path.resolve() in seen:
-        chain = " -> ".join(entry.name for entry in (*seen, path))
-        raise InputError(f"{path}: base: the recipes form a circle: {chain}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    recipe = parse_yaml(text, str(path))
-    if recipe is None:
-        recipe = {}
-    if not isinstance(recipe, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds a {type(recipe).__name__}")
-    tree: dict[str, Any] = {}
-    origins: _Origins = {}
-    if "base" in recipe:
-        base = recipe.pop("base")
-        if not isinstance(base, str):
-            raise InputError(f"{path}: base: {base!r}: must be the name or path of a recipe")
-        try:
-            base_path = _find_recipe(base, beside=path.parent)
-        except InputError as error:
-            raise InputError(f"{path}: base: {error}") from error
-        tree, origins = _read_with_bases(base_path, (*seen, path.resolve()))
-    _lay_over(tree, recipe, origins, str(path))
-    return tree, origins
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise InputError(f"{COMMAND_LINE}: {override!r} is not an override; write key.sub=value, as in train.lr=1e-3")
-    value = parse_yaml(text, f"{COMMAND_LINE}: {key}")
-    for part in reversed(parts):
-        value = {part: value}
-    return value
-
-
-def _lay_over(tree: dict[str, Any], over: dict[Any, Any], origins: _Origins, source: str) -> None:
-    """Merge `over` into `tree` and note in `origins` where each value came from; unknown keys raise InputError."""
-    _refuse_unknown_keys(RunConfig, over, (), source)
-    _merge(tree, over, (), origins, source)
-
-
-def _merge(tree: dict[str, Any], over: dict[Any, Any], at: tuple[str, ...], origins: _Origins, source: str) -> None:
-    for key, value in over.items():
-        here = (*at, str(key))
-        if isinstance(value, dict):
-            if not isinstance(tree.get(str(key)), dict):
-                tree[str(key)] = {}
-            _merge(tree[str(key)], value, here, origins, source)
-        else:
-            tree[str(key)] = value
-            for below in [entry for entry in origins if entry[: len(here)] == here]:
-                del origins[below]
-            origins[here] = source
-
-
-def _refuse_unknown_keys(model: type[BaseModel], section: Any, at: tuple[str, ...], source: str) -> None:
-    if not isinstance(section, dict):
-        return  # not a section at all: the validation says so, with its type
-    for key, value in section.items():
-        here = (*at, str(key))
-        if key not in model.model_fields:
-            allowed = list(model.model_fields)
-            hint = _nearest_key(here, allowed)
-            raise InputError(f"{source}: unknown key {'.'.join(here)}; {hint}allowed: {', '.join(allowed)}")
-        inner = _model_of(model.model_fields[key].annotation)
-        if inner is TaskTrainConfig and isinstance(value, dict):
-            for task, entry in value.items():
-                _refuse_unknown_keys(inner, entry, (*here, str(task)), source)
-        elif inner is not None:
-            _refuse_unknown_keys(inner, value, here, source)
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *get_args(annotation)]
-    return next((entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel)), None)
-
-
-def _nearest_key(key: tuple[str, ...], allowed: list[str]) -> str:
-    every = list(_all_keys(RunConfig, ()))
-    same_name = [dotted for dotted in every if dotted.split(".")[-1] == key[-1]]
-    if same_name:
-        return f"did you mean {' or '.join(same_name)}? "
-    nearest = difflib.get_close_matches(key[-1], allowed, n=1)
-    if nearest:
-        return f"did you mean {'.'.join((*key[:-1], nearest[0]))}? "
-    anywhere = difflib.get_close_matches(".".join(key), every, n=1)
-    return f"did you mean {anywhere[0]}? " if anywhere else ""
-
-
-def _all_keys(model: type[BaseModel], at: tuple[str, ...]) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield ".".join((*at, name))
-        inner = _model_of(field.annotation)
-        if inner is not None and inner is not TaskTrainConfig:
-            yield from _all_keys(inner, (*at, name))
-
-
-def _describe(error: ValidationError, origins: _Origins, recipe: str) -> str:
-    return "; ".join(_describe_one(entry, origins, recipe) for entry in error.errors(include_url=False))
-
-
-def _describe_one(entry: Any, origins: _Origins, recipe: str) -> str:
-    at = tuple(str(part) for part in entry["loc"])
-    if entry["type"] == "value_error":
-        reason = str(entry["ctx"]["error"])
-    elif entry["type"] in ("model_type", "dict_type"):
-        reason = "must be a mapping of keys to values"
-    else:
-        reason = entry["msg"]
-    where = _sources(at, origins, recipe)
-    if isinstance(entry["input"], dict) and entry["type"] == "value_error":
-        return f"{where}: {reason}"  # a check over several keys names them and their values itself
-    value = repr(entry["input"])
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return f"{where}: {'.'.join(at)}={shown}: {reason[0].lower()}{reason[1:]}"
-
-
-def _sources(at: tuple[str, ...], origins: _Origins, recipe: str) -> str:
-    below = [source for key, source in origins.items() if key[: len(at)] == at]
-    if below:
-        return " and ".join(dict.fromkeys(below))
-    return next((origins[at[:length]] for length in range(len(at), 0, -1) if at[:length] in origins), recipe)

@@ -76,6 +76,11 @@ def end_process_group() -> None:
         deepspeed.comm.comm.cdb = None
 
 
+def owner(number: int) -> int:
+    """Returns the rank that keeps what is large of the layer with this number."""
+    return number % world_size()
+
+
 def is_faked() -> bool:
     """Whether the other ranks are not there, as in `fake_ranks`."""
     return is_distributed() and dist.get_backend() == "fake"
@@ -90,13 +95,18 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_on_first_rank(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums the tensor over all ranks in place, on rank 0 alone, and returns it; other ranks' values are undefined."""
+def sum_on_rank(tensor: torch.Tensor, where: int) -> torch.Tensor:
+    """Sums the tensor over all ranks in place, on one rank alone, and returns it; other ranks' values are undefined."""
     if world_size() > 1:
         sent = _to_backend(tensor)
-        dist.reduce(sent, 0)
+        dist.reduce(sent, where)
         _bring_back(tensor, sent)
     return tensor
+
+
+def sum_on_first_rank(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums the tensor over all ranks in place, on rank 0 alone, and returns it; other ranks' values are undefined."""
+    return sum_on_rank(tensor, 0)
 
 
 class StartedSum:
@@ -253,10 +263,12 @@ def drop_whole_copy(parameter: torch.nn.Parameter) -> None:
         parameter.partition()
 
 
-def _from_first_rank(tensor: torch.Tensor) -> torch.Tensor:
-    """Gives the tensor, equally large on all ranks, rank 0's values and returns it."""
+def from_rank(tensor: torch.Tensor, where: int) -> torch.Tensor:
+    """Gives the tensor, equally large on all ranks, the values of one rank and returns it."""
+    if world_size() == 1:
+        return tensor
     sent = _to_backend(tensor)
-    dist.broadcast(sent, 0)
+    dist.broadcast(sent, where)
     return _bring_back(tensor, sent)
 
 
@@ -273,9 +285,9 @@ def agree(action: Callable[[], Any]) -> Any:
             answer = {"error": str(error)}
     if world_size() > 1:
         content = torch.tensor(list(json.dumps(answer).encode()), dtype=torch.uint8)
-        size = _from_first_rank(torch.tensor([len(content)]))
+        size = from_rank(torch.tensor([len(content)]), 0)
         content = content if rank() == 0 else torch.empty(int(size), dtype=torch.uint8)
-        answer = json.loads(bytes(_from_first_rank(content).tolist()))
+        answer = json.loads(bytes(from_rank(content, 0).tolist()))
     if "error" in answer:
         raise InputError(answer["error"])
     return answer["result"]

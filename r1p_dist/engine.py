@@ -93,7 +93,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
 def weights_placement(config: RunConfig, device: torch.device) -> Placement:
     """Returns where a run's frozen weights go: sharded under ZeRO-3, whole for a method that trains nothing."""
     resolved = resolve_deepspeed(config, world_size())
-    is_sharded = resolved["zero_optimization"]["stage"] == 3 and method_class(config.method).sections
+    is_sharded = resolved["zero_optimization"]["stage"] == 3 and method_class(config.method).trains
     return Placement(device, precision_type(config), resolved if is_sharded else None)
 
 
@@ -120,7 +120,6 @@ class TaskEngine:
         guard: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         """guard: as in `GuardedAdamW`."""
-        self._hooks_before = _hooks(backbone)
         for module in backbone.modules():
             # ZeRO-3 fetches a module's own parameters only. A leaf module would fetch its children's too, but is
             # released too early where its input needs no gradient, as in the first block.
@@ -149,12 +148,32 @@ class TaskEngine:
 
     def step(self, loss: torch.Tensor) -> bool:
         """Backward and, at the end of an accumulation, an optimizer step; returns whether it was one."""
-        boundary = self.engine.is_gradient_accumulation_boundary()
+        is_last = self.engine.is_gradient_accumulation_boundary()
+        self.backward(loss)
+        if is_last:
+            self.update()
+        return is_last
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro batch; before the last one of an accumulation that is all there is to it."""
+        is_last = self.engine.is_gradient_accumulation_boundary()
         self.engine.backward(loss)
+        if not is_last:
+            self.engine.step()  # counts
+
+    def backward_whole_step(self, loss: torch.Tensor) -> None:
+        """Backward of a loss that stands for all micro batches of the step, whose gradient is taken as it is."""
+        micro_batches = self.engine.gradient_accumulation_steps()
+        self.engine.micro_steps += micro_batches - 1
+        self.backward(micro_batches * loss)  # the engine divides
+
+    def update(self) -> None:
+        """Makes the optimizer step. RuntimeError: backwards of an accumulation are missing."""
+        if not self.engine.is_gradient_accumulation_boundary():
+            raise RuntimeError("update() before the backward of every micro batch of the step")
         self.engine.step()
-        if boundary and not self.engine.was_step_applied():
+        if not self.engine.was_step_applied():
             self.engine.lr_scheduler.step()  # the schedule counts steps, also one that DeepSpeed left out
-        return boundary
 
     def go_on_at(self, step: int, adam_steps: int) -> None:
         """Sets the counters and the learning rate to those after `step` optimizer steps."""
@@ -173,7 +192,7 @@ class TaskEngine:
         # Else it is called again when Python finds the engine unused, which can be after the next one was made on the
         # same parameters, and takes away what that one keeps on them: parts of a checkpoint were zeros.
         self.engine.destroy = _nothing
-        _remove_hooks(self.engine.module, self._hooks_before)
+        _remove_deepspeed_hooks(self.engine.module)
         for module in self.engine.module.modules():
             # else the next engine's backward goes on with this one's: it would fetch weights twice
             for name in ("pre_bwd_fn", "post_bwd_fn"):
@@ -187,13 +206,15 @@ def _nothing() -> None:
 _HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _hooks(model: nn.Module) -> dict[tuple[nn.Module, str], set[int]]:
-    return {(module, table): set(getattr(module, table)) for module in model.modules() for table in _HOOK_TABLES}
-
-
-def _remove_hooks(model: nn.Module, before: dict[tuple[nn.Module, str], set[int]]) -> None:
+def _remove_deepspeed_hooks(model: nn.Module) -> None:
+    """Takes away the hooks that DeepSpeed put on modules; a method's and others' stay."""
     for module in model.modules():
         for table in _HOOK_TABLES:
             hooks = getattr(module, table)
-            for key in set(hooks) - before.get((module, table), set()):
+            for key in [key for key, hook in hooks.items() if _is_deepspeeds(hook)]:
                 del hooks[key]
+
+
+def _is_deepspeeds(hook: Callable) -> bool:
+    function = getattr(hook, "func", hook)  # of a partial
+    return (getattr(function, "__module__", None) or "").split(".")[0] == "deepspeed"

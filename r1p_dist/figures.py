@@ -189,12 +189,14 @@ def merge_figure(matrix: ScoreMatrix, before_merge: Row) -> Figure:
 
 
 def curves_figure(log: Sequence[dict[str, Any]]) -> Figure | None:
-    """Draw loss, AGO loss and learning rate, whichever the log has, over the steps of the whole stream.
+    """Draw the loss, its terms and the learning rate, whichever the log has, over the steps of the whole stream.
 
     log: records of log.jsonl; `step` counts within its task. None when there is nothing to draw.
     """
     log = [record for record in log if "task" in record and _is_finite(record.get("step"))]
-    curves = [("loss", "loss", BLUE), ("ago", "AGO loss", GREEN), ("lr", "learning rate", ORANGE)]
+    terms = dict.fromkeys(key for record in log for key in record if key.startswith("loss_"))
+    named = [(key, f"loss: {_plain(key.removeprefix('loss_'))}", GREEN) for key in terms]
+    curves = [("loss", "loss", BLUE), *named, ("lr", "learning rate", ORANGE)]
     curves = [curve for curve in curves if any(_is_finite(record.get(curve[0])) for record in log)]
     if not curves:
         return None

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 from r1p_dist.backbones import Placement, load_backbone
-from r1p_dist.checkpoint import load_adapter
-from r1p_dist.config import RunConfig
+from r1p_dist.checkpoint import load_updates
 from r1p_dist.data import Stream, evaluation_loaders
 from r1p_dist.engine import precision_type, start_process_group
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 
 
 def forget(run_dir: Path, task: str) -> dict:
@@ -22,7 +22,7 @@ def forget(run_dir: Path, task: str) -> dict:
     Returns {"forgotten", "tasks", "with": accuracies of the run, "without": those now}. InputError: no finished task of
     that name, or a method whose tasks cannot be told apart in the weights.
     """
-    config = RunConfig.load(run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    config = load_config(run_dir / "config.yaml", [f"run_dir={run_dir}"])
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     finished = {
         name: folder
@@ -34,10 +34,11 @@ def forget(run_dir: Path, task: str) -> dict:
     device = start_process_group()
     backbone = load_backbone(config.backbone, Placement(device, precision_type(config)))
     method = make_method(config, backbone)
-    if method.deployed_tasks(2) != [0, 1]:
+    if not method.tasks_add_up:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")
     kept = [folder for name, folder in finished.items() if name != task]
-    method.restore_merged([load_adapter(folder / "adapter.safetensors", method.adapters) for folder in kept])
+    places = method.update_places()
+    method.set_merged([load_updates(folder / "adapter.safetensors", places, device) for folder in kept])
     loaders = evaluation_loaders(config, stream.tasks, backbone.encoder(config.data))
     results = make_evaluator(config.evaluation, backbone, loaders).evaluate(backbone, stream.tasks)
     before = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["accuracy"][-1]

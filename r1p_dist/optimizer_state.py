@@ -4,6 +4,7 @@ DeepSpeed's own accessors are collectives, one for each tensor. Here a rank find
 copied or overwritten where it lies.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,18 +16,21 @@ COLUMNS = ("value", "exp_avg", "exp_avg_sq")
 
 
 class Part(NamedTuple):
-    """This rank's elements start … of a flattened parameter: flat fp32 views that can be written."""
+    """This rank's elements start … of a flattened parameter: flat fp32 views that can be written, by column."""
 
     start: int
-    value: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    columns: dict[str, torch.Tensor]
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.columns["value"]
 
 
-def part_of(engine: Any, parameter: nn.Parameter) -> Part | None:
+def part_of(engine: Any, parameter: nn.Parameter, columns: Sequence[str] = COLUMNS) -> Part | None:
     """Returns what this rank keeps of a trainable parameter; None where it keeps nothing of it.
 
-    engine: a DeepSpeed engine with AdamW. Before the first step the moments are made, as zeros.
+    engine: a DeepSpeed engine with AdamW. columns: value, its moments and others, which a method keeps beside them;
+    what is not there yet is made, as zeros.
     """
     optimizer = engine.optimizer
     if hasattr(parameter, "ds_id"):  # ZeRO-3: an equal share of every parameter on each rank, the last ones padded
@@ -45,8 +49,11 @@ def part_of(engine: Any, parameter: nn.Parameter) -> Part | None:
     if count <= 0:
         return None
     state = _adam_state(optimizer, flat)
-    whole = (flat.detach(), state["exp_avg"], state["exp_avg_sq"])
-    return Part(start, *(tensor.view(-1).narrow(0, offset, count) for tensor in whole))
+    for column in columns:
+        if column != "value" and column not in state:
+            state[column] = torch.zeros_like(flat)
+    whole = {column: flat.detach() if column == "value" else state[column] for column in columns}
+    return Part(start, {column: tensor.view(-1).narrow(0, offset, count) for column, tensor in whole.items()})
 
 
 def adam_steps(engine: Any) -> int:

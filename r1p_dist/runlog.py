@@ -81,7 +81,8 @@ class RunLog:
         if self.is_silent:
             return
         self._append("log.jsonl", {"task": task, "step": step, **values})
-        facts = f"loss {values['loss']:.3f} ago {values['ago']:.4f} {values['samples_per_second']:.0f} samples/s"
+        terms = "".join(f" {k.removeprefix('loss_')} {v:.4f}" for k, v in values.items() if k.startswith("loss_"))
+        facts = f"loss {values['loss']:.3f}{terms} {values['samples_per_second']:.0f} samples/s"
         self._progress.update(self._bar, completed=step, facts=facts)
         if not self._console.is_terminal:
             self.say(f"{task} step {step}: {facts}")

@@ -2,24 +2,38 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from r1p_dist.checkpoint import Capture, Checkpoints, load_adapter, restore_values, save_adapter
+from r1p_dist.adapters import Dense, Update
+from r1p_dist.checkpoint import (
+    Capture,
+    Checkpoint,
+    Checkpoints,
+    TensorFile,
+    load_updates,
+    restore_values,
+    save_memory,
+    save_updates,
+    write_facts,
+)
 from r1p_dist.config import RunConfig
 from r1p_dist.data import TrainLoader
 from r1p_dist.data.order import digest_number
 from r1p_dist.distributed import agree, rank, world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.errors import InputError
-from r1p_dist.methods import Method, Stage
+from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import adam_steps
+from r1p_dist.protocol import Method, Stage
 from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
+from r1p_dist.step_meter import StepMeter
+from r1p_dist.trainer import TaskTrainer
 
 _logger = logging.getLogger(__name__)
 
@@ -39,14 +53,15 @@ class Progress:
 
 @dataclass
 class Running:
-    """A stage in progress. sums: of loss, AGO loss and new faults since the last logged step, and their number."""
+    """A stage in progress."""
 
     index: int
     stage: Stage
     loader: TrainLoader
     model: TaskEngine
+    trainer: TaskTrainer
+    meter: StepMeter
     step: int = 0
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
 
 class Session:
@@ -68,9 +83,10 @@ class Session:
         agree(lambda: self._folder.append(RunFolder(config.run_dir, lock_patience_s)))
         self.config, self.method, self.stages, self.facts = config, method, stages, facts
         self.checkpoints = Checkpoints(config)
-        self.point = self.checkpoints.find() if method.adapters else None
+        self.point = self.checkpoints.find() if method.trains else None
         self.progress = Progress()
         self.last_saved: str | None = None
+        self._updates: dict[int, dict[str, Update]] = {}  # of finished stages, those that were asked for
         self._started = time.perf_counter()
         if self.point is not None:
             self._check_facts()
@@ -113,44 +129,114 @@ class Session:
         """Waits until the last save is on the disk; no rank ends before, or a launcher would end rank 0 with it."""
         agree(self.checkpoints.wait)
 
-    def open_stage(self, index: int, loader: TrainLoader, make_engine: Callable[[], TaskEngine]) -> Running:
-        """Begins a stage, or takes it up where the checkpoint was taken."""
+    def open_stage(
+        self,
+        index: int,
+        loader: TrainLoader,
+        make_engine: Callable[[], TaskEngine],
+        agreement: StepAgreement,
+        scan_loader: Callable[[int | None], TrainLoader],
+        further: Mapping[str, TrainLoader],
+    ) -> Running:
+        """Begins a stage, or takes it up where the checkpoint was taken.
+
+        scan_loader, further: as in TaskTrainer. Either way the method sees the same weights and values first.
+        """
         stage, point, method = self.stages[index], self.point, self.method
-        if point is None or point.stage != index:
-            method.begin_task(index)
-            return Running(index, stage, loader, make_engine())
-        tensors, ranks = point.tensors("training"), point.tensors("ranks").get("ranks", torch.zeros(0, 0))
-        bytes_per_rank = 32 + sum(map(len, _random_states()))
-        if ranks.dtype != torch.uint8 or ranks.shape != (point.state["world_size"], bytes_per_rank):
-            raise InputError(f"{point.folder}/ranks.safetensors: has other random states than this machine's")
-        if not point.step:
-            restore_values(method.trainable_parameters(), None, tensors, str(point.folder))
-            self._restore_method()
+        if point is not None and point.stage != index:
+            point = None
+        ranks = self._saved_ranks(point)
+        self.deploy(method.merged(index))
+        if point is not None:
+            self._restore_start(point)
+        method.prepare(index)
+        if point is not None and not point.step:
             self._restore_random_states(ranks)
-        method.begin_task(index)
-        # The engine casts and shards the weights; what was merged is computed on its result, as it was then.
-        running = Running(index, stage, loader, make_engine(), point.step)
-        self.restore_merged(method.merged_tasks(index))
-        if point.step:
-            engine = running.model.engine
-            restore_values(method.trainable_parameters(), engine, tensors, str(point.folder))
-            self._restore_method()
-            running.model.go_on_at(point.step, point.state["adam_steps"])
-            loader.resume(point.state["cursor"])
-            running.sums = self._restore_random_states(ranks)
+        model = make_engine()
+        meter = StepMeter(method.backbone.device, point.state["terms"] if point else ())
+        memory = [TensorFile(self._stage_file(past, "memory")) for past in range(index)]
+        trainer = TaskTrainer(method, model, agreement, meter, scan_loader, memory)
+        running = Running(index, stage, loader, model, trainer, meter)
+        method.begin(stage, trainer)
+        if point is not None and point.step:
+            self._restore_step(running, ranks)
+        for name, further_loader in further.items():
+            if point is not None and point.step:
+                further_loader.resume(point.state["cursor"]["further"][name])
+            trainer.add_stream(name, further_loader)
         return running
 
-    def _restore_method(self) -> None:
-        state = self.point.tensors("method")
+    def _saved_ranks(self, point: Checkpoint | None) -> torch.Tensor:
+        """Returns what each rank saved of itself: its sums and random states."""
+        if point is None:
+            return torch.zeros(0, 0)
+        ranks = point.tensors("ranks").get("ranks", torch.zeros(0, 0))
+        bytes_per_rank = len(self._local(StepMeter(torch.device("cpu"), point.state["terms"])))
+        if ranks.dtype != torch.uint8 or ranks.shape != (point.state["world_size"], bytes_per_rank):
+            raise InputError(f"{point.folder}/ranks.safetensors: has other random states than this machine's")
+        return ranks
+
+    def _restore_start(self, point: Checkpoint) -> None:
+        """Puts back the values that the stage begins with."""
+        name = "start" if point.step else "training"
+        if (point.folder / f"{name}.safetensors").is_file():
+            parameters = self.method.trainable_parameters()
+            values = {key: value for key, value in point.tensors(name).items() if key.endswith(".value")}
+            restore_values(parameters, None, values, f"{point.folder}/{name}.safetensors")
+        if not point.step:
+            self._restore_method(point)
+
+    def _restore_step(self, running: Running, ranks: torch.Tensor) -> None:
+        point, method, engine = self.point, self.method, running.model.engine
+        tensors = point.tensors("training")
+        restore_values(method.trainable_parameters(), engine, tensors, str(point.folder), method.columns)
+        self._restore_method(point)
+        running.model.go_on_at(point.step, point.state["adam_steps"])
+        running.loader.resume(point.state["cursor"])
+        running.step = running.trainer.step_number = point.step
+        self._restore_random_states(ranks)
+        running.meter.restore(ranks[:, : len(running.meter.to_bytes())])
+
+    def _restore_method(self, point: Checkpoint) -> None:
+        state = point.tensors("method")
         try:
             self.method.load_state(state)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"{self.point.folder}/method.safetensors: does not fit this run: {error}") from error
+            raise InputError(f"{point.folder}/method.safetensors: does not fit this run: {error}") from error
 
-    def restore_merged(self, tasks: Sequence[int]) -> None:
-        """Makes the weights those of the pristine model with what these finished tasks merged."""
-        files = [self.point.folder / f"merged-{task:02d}.safetensors" for task in tasks]
-        self.method.restore_merged([load_adapter(file, self.method.adapters) for file in files])
+    def finish_stage(self, index: int) -> None:
+        """Keeps what the method leaves of a stage, on disk too, and makes the weights those of the model after it."""
+        updates = self.method.updates()
+        try:
+            save_updates(self._own_file(index, "adapter"), updates)
+            save_memory(self._own_file(index, "memory"), self.method.memory())
+        except InputError as error:
+            raise InputError(f"{error}; make room, the same command then goes on from {self.last_saved}") from error
+        self._updates[index] = updates
+        self.deploy(self.method.deployed(index + 1))
+        if any(isinstance(update, Dense) for update in updates.values()):
+            del self._updates[index]  # large; the file has it
+
+    def deploy(self, stages: Sequence[int]) -> None:
+        """Makes the weights those of the pristine model with what these finished stages left."""
+        method = self.method
+        for index in stages:
+            if index not in self._updates:
+                file = self._stage_file(index, "adapter")
+                self._updates[index] = load_updates(file, method.update_places(), method.backbone.device)
+        method.set_merged([self._updates[index] for index in stages])
+
+    def _own_file(self, index: int, name: str) -> Path:
+        return self.config.run_dir / "adapters" / f"{index:02d}-{self.stages[index].name}" / f"{name}.safetensors"
+
+    def _stage_file(self, index: int, name: str) -> Path:
+        """Returns a file of a finished stage: this run's, or that of the checkpoint which `resume` named."""
+        own = self._own_file(index, name)
+        if self.point is not None and self.point.stage > index:
+            linked = {"adapter": "merged", "memory": "memory"}[name]
+            there = self.point.folder / f"{linked}-{index:02d}.safetensors"
+            return there if there.is_file() else own
+        return own
 
     def save_step(self, running: Running) -> None:
         """Saves a stage in progress; the writing goes on in the background."""
@@ -158,31 +244,25 @@ class Session:
         state = {
             "stage": running.index,
             "step": running.step,
-            "cursor": running.loader.cursor(running.step),
+            "cursor": running.loader.cursor(running.step) | {"further": running.trainer.cursors()},
             "adam_steps": adam_steps(running.model.engine),
         }
-        self._save(running.index, running.step, state, running.model.engine, running.sums)
+        self._save(running.index, running.step, state, running.model.engine, running.meter)
 
     def save_task(self, index: int) -> None:
-        """Saves the end of a stage, after its merge and evaluation: its merged experts, and a checkpoint."""
-        agree(lambda: self._save_adapter(index))
-        state = {"stage": index + 1, "step": 0}
-        self._save(index, self.stages[index].iterations, state, None, torch.zeros(4, dtype=torch.float64))
-
-    def _save_adapter(self, index: int) -> None:
+        """Saves the end of a stage, after its merge and evaluation: its folder is complete then, and a checkpoint."""
         name = self.stages[index].name
-        facts = {"method": self.config.method, "backbone": self.config.backbone.name, "seed": self.config.seed}
-        folder = self.config.run_dir / "adapters" / f"{index:02d}-{name}"
-        try:
-            save_adapter(folder, self.method.adapters, {"task": name, **facts})
-        except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written: {error}; make room, the same command then goes on from {self.last_saved}"
-            ) from error
+        facts = {"task": name, "method": self.config.method}
+        facts |= {"backbone": self.config.backbone.name, "seed": self.config.seed}
+        updates = self._updates.get(index) or self.method.updates()
+        agree(lambda: write_facts(self._own_file(index, "adapter").parent, updates, facts))
+        state = {"stage": index + 1, "step": 0}
+        self._save(index, self.stages[index].iterations, state, None, StepMeter(torch.device("cpu")))
 
-    def _save(self, index: int, step: int, state: dict[str, Any], engine: Any | None, sums: torch.Tensor) -> None:
-        random_states = _random_states()
-        local = torch.cat([sums.cpu().view(torch.uint8), *random_states])
+    def _local(self, meter: StepMeter) -> torch.Tensor:
+        return torch.cat([meter.to_bytes(), *_random_states()])
+
+    def _save(self, index: int, step: int, state: dict[str, Any], engine: Any | None, meter: StepMeter) -> None:
         progress = asdict(self.progress) | {"seconds": round(self.seconds, 1)}
         state |= {
             "task": self.stages[index].name,
@@ -190,34 +270,45 @@ class Session:
             "log_bytes": self.log.sizes(),
             "world_size": world_size(),
             "facts": self.facts,
+            "terms": meter.names,
         }
         name = f"{index:02d}-{self.stages[index].name}/step-{step}"
-        capture = Capture(self.method.trainable_parameters(), engine, local)
-        self.checkpoints.save(name, state, self.method.state(), capture, self._merged_files(state["stage"]))
+        capture = Capture(self.method.trainable_parameters(), engine, self._local(meter), self.method.columns)
+        self.checkpoints.save(name, state, self.method.state(), capture, self._links(state["stage"], state["step"]))
         self.last_saved = str(self.checkpoints.root / name)
 
-    def _merged_files(self, count: int) -> list[Path]:
-        """Returns the file of merged experts of each of the first `count` stages."""
-        files = []
-        for index, stage in enumerate(self.stages[:count]):
-            own = self.config.run_dir / "adapters" / f"{index:02d}-{stage.name}" / "adapter.safetensors"
-            # `resume` may have named a checkpoint of another run
-            is_own = own.is_file() or self.point is None
-            files.append(own if is_own else self.point.folder / f"merged-{index:02d}.safetensors")
-        return files
+    def _links(self, count: int, step: int) -> dict[str, Path]:
+        """Returns the files of finished stages that a checkpoint needs, by the names that they get in it."""
+        links = {}
+        for index in range(count):
+            links[f"merged-{index:02d}.safetensors"] = self._stage_file(index, "adapter")
+            links[f"memory-{index:02d}.safetensors"] = self._stage_file(index, "memory")
+        if step and (start := self._start_file(count)) is not None:
+            links["start.safetensors"] = start
+        return links
 
-    def _restore_random_states(self, ranks: torch.Tensor) -> torch.Tensor:
-        """Sets this rank's random states; returns its sums. On another number of ranks both begin anew."""
-        sums = ranks[:, :32].contiguous().view(torch.float64)
+    def _start_file(self, index: int) -> Path | None:
+        """Returns the file of the values that a stage began with; None for the first one."""
+        if self.point is not None and self.point.stage == index:
+            there = self.point.folder / f"{'start' if self.point.step else 'training'}.safetensors"
+            return there if there.is_file() else None
+        if index == 0:
+            return None
+        before = self.stages[index - 1]
+        folder = self.checkpoints.root / f"{index - 1:02d}-{before.name}" / f"step-{before.iterations}"
+        return folder / "training.safetensors"
+
+    def _restore_random_states(self, ranks: torch.Tensor) -> None:
+        """Sets this rank's random states; on another number of ranks they begin anew."""
         if len(ranks) != world_size():
             point = self.point
             torch.manual_seed(digest_number("random", self.config.seed, point.stage, point.step, rank()))
-            return sums.sum(0) if rank() == 0 else torch.zeros(4, dtype=torch.float64)
-        states = ranks[rank(), 32:].split([len(state) for state in _random_states()])
+            return
+        sizes = [len(state) for state in _random_states()]
+        states = ranks[rank()][-sum(sizes) :].split(sizes)
         torch.set_rng_state(states[0].clone())
         if len(states) > 1:
             torch.get_device_module().set_rng_state(states[1].clone())
-        return sums[rank()].clone()
 
 
 def _random_states() -> list[torch.Tensor]:

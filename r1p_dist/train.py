@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from r1p_dist.backbones import load_backbone, weights_identity
+from r1p_dist.backbones.backbone import Batch
 from r1p_dist.config import RunConfig, TrainConfig
-from r1p_dist.data import Stream, Task, TrainLoader, evaluation_loaders, train_loader
-from r1p_dist.distributed import CollectiveCounter, agree, rank, sum_over_ranks, world_size
+from r1p_dist.data import Encoder, Stream, Task, TrainLoader, evaluation_loaders, train_loader
+from r1p_dist.distributed import CollectiveCounter, agree, rank, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError, Interrupted
 from r1p_dist.evaluation.evaluator import Evaluator
@@ -25,9 +26,11 @@ from r1p_dist.evaluation.metrics import continual_metrics
 from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.host_copy import on_device
 from r1p_dist.interrupts import Finding, StepAgreement, Watchdog
-from r1p_dist.methods import Method, Stage, make_method
+from r1p_dist.methods import make_method
+from r1p_dist.protocol import Method, Stage
 from r1p_dist.report import write_report
 from r1p_dist.session import Running, Session
+from r1p_dist.trainer import TaskTrainer
 
 
 def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
@@ -54,6 +57,13 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
         train_loader(config, stage.tasks, stage.iterations, encoder, past=_tasks(stages[:index]), reference=reference)
         for index, stage in enumerate(stages)
     ]
+    further = [
+        {
+            name: train_loader(config, request.tasks, stage.iterations, encoder)
+            for name, request in method.further_data(stage, _tasks(stages[:index])).items()
+        }
+        for index, stage in enumerate(stages)
+    ]
     test_loaders = evaluation_loaders(config, stream.tasks, encoder)
     limit = config.faults.hang_minutes
     watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
@@ -63,7 +73,7 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
         config.evaluation, backbone, test_loaders, partial(stop_if_asked, agreement, session), watchdog.moved
     )
     try:
-        return train_stream(stream, loaders, evaluator, session, agreement, watchdog)
+        return train_stream(stream, loaders, further, encoder, evaluator, session, agreement, watchdog)
     finally:
         watchdog.stop()
         session.close()
@@ -72,6 +82,8 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
 def train_stream(
     stream: Stream,
     loaders: Sequence[TrainLoader],
+    further: Sequence[Mapping[str, TrainLoader]],
+    encoder: Encoder,
     evaluator: Evaluator,
     session: Session,
     agreement: StepAgreement,
@@ -94,11 +106,12 @@ def train_stream(
         log.say(f"goes on from {session.point.folder}")
     for index in range(session.first_stage, len(stages)):
         stage, loader = stages[index], loaders[index]
-        train = config.train.for_task(stage.name).model_copy(update={"iterations": stage.iterations})
-        if method.adapters:
+        if method.trains:
+            train = method.train_config(stage)
             make_engine = partial(TaskEngine, backbone, config, train, world_size(), agreement.exchange)
-            running = session.open_stage(index, loader, make_engine)
-        model = running.model if method.adapters else backbone
+            scan_loader = partial(_scan_loader, config, stage, encoder)
+            running = session.open_stage(index, loader, make_engine, agreement, scan_loader, further[index])
+        model = running.model if method.trains else backbone
         if progress.rows and len(progress.rows[0]) < len(stream.tasks):
             log.status("evaluating")
             evaluate_added(evaluator, model, stream, index, session)
@@ -106,16 +119,16 @@ def train_stream(
             log.status("evaluating")
             results = evaluate(evaluator, model, stream, session)
             progress.left_out = [result.left_out for result in results]
-        if method.adapters:
+        if method.trains:
             fit(running, session, agreement, watchdog)
             log.status("merging", stage.name)
-            for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
-                adapter.set_weight(updates)
-            log.status("evaluating", stage.name)
-            for result in evaluator.evaluate(model, stage.tasks):
-                progress.before_merge[[task.name for task in stream.tasks].index(result.task)] = result.score
+            with method.before_merge():
+                log.status("evaluating", stage.name)
+                for result in evaluator.evaluate(model, stage.tasks):
+                    progress.before_merge[[task.name for task in stream.tasks].index(result.task)] = result.score
             log.status("merging", stage.name)
-            method.end_task()
+            method.end(stage, running.trainer)
+            session.finish_stage(index)
             log.status("evaluating", stage.name)
             evaluate(evaluator, model, stream, session)
             progress.replaced.append(loader.bad_samples)
@@ -164,14 +177,13 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     """Trains one stage from where it stands: the loop over micro batches, for every method and backbone."""
     stage, loader, model = running.stage, running.loader, running.model
     config, method, log = session.config, session.method, session.log
-    method.backbone.set_prompts(loader.prompts)
     method.backbone.train()
     log.begin_stage(stage.name, stage.iterations, running.step)
     log.status("training", stage.name, running.step, session.steps_left(running))
     waited, since, seen = 0.0, time.perf_counter(), 0
     device = method.backbone.device
-    running.sums, collectives = running.sums.to(device), CollectiveCounter()
-    steps = on_device(loader.steps(), method.backbone.prepare, device)
+    collectives = CollectiveCounter()
+    steps = on_device(loader.steps(), method.backbone.preparer(loader.prompts), device)
     while running.step < stage.iterations:
         asked = time.perf_counter()
         batches = next(steps)
@@ -179,10 +191,11 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
         lr = model.lr
         # the second step stands for all: lagged votes run by then
         with collectives if running.step == 1 else nullcontext():
-            train_step(method, model, batches, config.train, agreement, running.step + 1, running.sums)
+            train_step(method, running.trainer, batches, config.train)
         watchdog.moved()
         seen += len(batches)
         running.step += 1
+        running.trainer.step_number = running.step
         if running.step == 2:
             session.progress.collectives = collectives.summary()
         is_last, every = running.step == stage.iterations, config.checkpoint.every_steps
@@ -190,17 +203,15 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
         # what the step before found, so that the host never waits for this one; all is known before anything is saved
         stop = act_on(agreement.findings(keep=0 if is_saved or is_last else 1), running, session)
         if running.step % config.log.every_steps == 0 or is_last:
-            running.sums[2] = loader.count_new_faults()
-            loss_mean, ago_mean, faults = (sum_over_ranks(running.sums)[:3] / running.sums[3].clamp(min=1)).tolist()
+            means, faults = running.meter.read(loader.count_new_faults())
             seconds = time.perf_counter() - since
             samples = seen * config.train.global_batch_size / config.train.gradient_accumulation_steps
-            values = {"loss": loss_mean, "ago": ago_mean, "lr": lr}
+            values = means | {"lr": lr}
             values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
             log.step(stage.name, running.step, values)
             log.status("training", stage.name, running.step, session.steps_left(running))
             if faults:
                 loader.check_faults()
-            running.sums.zero_()
             waited, since, seen = 0.0, time.perf_counter(), 0
         if stop or is_saved:
             stop = act_on(agreement.findings(), running, session) or stop
@@ -216,30 +227,11 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     log.end_stage()
 
 
-def train_step(
-    method: Method,
-    model: TaskEngine,
-    batches: Sequence[dict[str, torch.Tensor]],
-    train: TrainConfig,
-    agreement: StepAgreement,
-    step: int,
-    sums: torch.Tensor,
-) -> None:
-    """Forward and backward of the micro batches of one optimizer step, and that step; the host waits for nothing.
-
-    sums: of loss, AGO loss and so on, as in `Running`; what is not finite is left out.
-    """
+def train_step(method: Method, trainer: TaskTrainer, batches: Sequence[Batch], train: TrainConfig) -> None:
+    """One optimizer step of its micro batches; the host waits for nothing."""
     method.backbone.begin_step(batches, train)
-    for batch in batches:
-        loss, parts = method.loss(model, batch)
-        agreement.note(loss, step)
-        model.step(loss)
-        is_finite = loss.detach().isfinite()
-        sums[0] += loss.detach().where(is_finite, 0)
-        sums[1] += parts["ago"].detach().where(is_finite, 0) if "ago" in parts else 0
-        sums[3] += is_finite
-    agreement.end_step()
-    method.end_step()
+    method.step(trainer, batches)
+    method.after_step(trainer)
 
 
 def act_on(findings: Iterable[Finding], running: Running, session: Session) -> signal.Signals | None:
@@ -286,7 +278,7 @@ def evaluate_added(evaluator: Evaluator, model: Callable, stream: Stream, index:
     rows, method = session.progress.rows, session.method
     added = stream.tasks[len(rows[0]) :]
     for count, row in enumerate(rows):
-        session.restore_merged(method.deployed_tasks(count))
+        session.deploy(method.deployed(count))
         results = evaluator.evaluate(model, added)
         for result in results:
             session.log.result(count, result)
@@ -295,7 +287,15 @@ def evaluate_added(evaluator: Evaluator, model: Callable, stream: Stream, index:
             session.progress.following[count] += [result.following for result in results]
         if count == 0:
             session.progress.left_out += [result.left_out for result in results]
-    session.restore_merged(method.merged_tasks(index))
+    session.deploy(method.merged(index))
+
+
+def _scan_loader(config: RunConfig, stage: Stage, encoder: Encoder, batches: int | None) -> TrainLoader:
+    """Returns a loader of a stage's own samples for `Trainer.scan`; None: as many global batches as an epoch has."""
+    loader = train_loader(config, stage.tasks, batches or 1, encoder)
+    if batches is None:
+        loader = train_loader(config, stage.tasks, loader.steps_per_epoch, encoder)
+    return loader
 
 
 def _tasks(stages: Sequence[Stage]) -> list[Task]:

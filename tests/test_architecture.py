@@ -12,8 +12,9 @@ PACKAGE = ROOT / "r1p_dist"
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
     "lazy errors host_waits files shipped safe_yaml tables storage_meter ds_config config distributed host_copy "
-    "interrupts data losses adapters backbones evaluation methods optimizer optimizer_state rendezvous engine runlog "
-    "run_folder checkpoint session figures page report export train dry_run forget doctor cli planner cluster"
+    "interrupts data losses adapters backbones evaluation protocol methods recipes optimizer optimizer_state "
+    "rendezvous engine runlog run_folder checkpoint step_meter trainer session figures page report export train "
+    "dry_run forget doctor method_list cli planner cluster"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

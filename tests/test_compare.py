@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from r1p_dist.config import RunConfig
 from r1p_dist.evaluation import continual_metrics
 from r1p_dist.evaluation.comparison import Result, last_interval, read_correct
+from r1p_dist.recipes import load_config
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare.py"
 ZERO_SHOT = [20.0, 40.0]
@@ -151,7 +151,7 @@ def test_paired_differences_against_values_worked_out_by_hand(bench: Bench) -> N
 
 def test_command_and_environment_of_a_run(bench: Bench) -> None:
     settings = bench.folder / "settings.yaml"
-    settings.write_text("again: [method=lora, lora.restart=true, train.lr=1e-2]\n")
+    settings.write_text("again: [method=lora, options.restart=true, train.lr=1e-2]\n")
     bench.answer("again-seed4", metrics_of(ROWS["lora"][0], "lora"))
     bench.compare("--methods", "again", "--seeds", "4", "--ranks", "1", "--settings", str(settings), "train.lr=3e-3")
     (call,) = bench.calls()
@@ -163,7 +163,7 @@ def test_command_and_environment_of_a_run(bench: Bench) -> None:
         "--recipe",
         "mini_mtil",
         "method=lora",
-        "lora.restart=true",
+        "options.restart=true",
         "train.lr=1e-2",
         "train.lr=3e-3",
         "seed=4",
@@ -293,7 +293,7 @@ def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
         settings = compare.read_settings(compare.settings_path(recipe))
         assert list(settings) == labels
         for label, overrides in settings.items():
-            RunConfig.load(recipe, [f"method={label}", *overrides])
+            load_config(recipe, [f"method={label}", *overrides])
     assert "method=lora" in compare.read_settings(compare.settings_path("mini_mtil"))["lora_restart"]
 
 

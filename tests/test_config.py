@@ -9,6 +9,7 @@ import yaml
 from r1p_dist.config import RunConfig
 from r1p_dist.ds_config import OWNED_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, load_deepspeed_config
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from r1p_dist.shipped import shipped_files
 
 RECIPES = sorted(shipped_files("recipes", ".yaml"))
@@ -22,7 +23,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _error(*args, **kwargs) -> str:
     with pytest.raises(InputError) as caught:
-        RunConfig.load(*args, **kwargs)
+        load_config(*args, **kwargs)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -30,9 +31,9 @@ def _error(*args, **kwargs) -> str:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_loads_and_its_dump_loads_to_the_same(name: str, tmp_path: Path) -> None:
-    config = RunConfig.load(name)
+    config = load_config(name)
     assert config.run_dir == Path("runs") / name
-    assert RunConfig.load(_write(tmp_path / "config.yaml", config.dump())) == config
+    assert load_config(_write(tmp_path / "config.yaml", config.dump())) == config
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -42,10 +43,10 @@ def test_every_recipe_says_what_how_long_and_what_to_expect(name: str) -> None:
     assert any(line.startswith("# Expected:") for line in lines)
 
 
-def test_defaults_are_the_papers_pool_and_training() -> None:
-    config = RunConfig()
-    assert (config.pool.rank, config.pool.alpha, config.pool.active, config.pool.merged) == (12, 1.0, 8, 4)
-    assert (config.ago.weight, config.ago.reduction) == (0.1, "sum_top")
+def test_defaults_are_the_papers_pool_and_training(tmp_path: Path) -> None:
+    config = load_config(_write(tmp_path / "empty.yaml", "# nothing\n"))
+    assert [config.options[key] for key in ("rank", "alpha", "active", "merged")] == [12, 1.0, 8, 4]
+    assert config.options["ago"] == {"weight": 0.1, "reduction": "sum_top"}
     assert (config.train.lr, config.train.min_lr, config.train.weight_decay) == (2e-3, 1e-6, 1e-2)
     assert (config.train.iterations, config.train.global_batch_size) == (500, 32)
     assert config.targets.towers == ["image", "text"]
@@ -53,9 +54,9 @@ def test_defaults_are_the_papers_pool_and_training() -> None:
 
 
 def test_paper_recipes_have_the_published_learning_rates() -> None:
-    first = RunConfig.load("dac_paper")
-    assert (first.seed, first.data.shots, first.pool.dropout, first.train.lr) == (42, 5, 0.2, 2e-3)
-    second = RunConfig.load("dac_paper_order2")
+    first = load_config("dac_paper")
+    assert (first.seed, first.data.shots, first.options["dropout"], first.train.lr) == (42, 5, 0.2, 2e-3)
+    second = load_config("dac_paper_order2")
     order = "StanfordCars Food MNIST OxfordPet Flowers SUN397 Aircraft Caltech101 DTD EuroSAT CIFAR100".split()
     published = [2e-3, 2e-3, 1e-3, 2e-3, 2e-3, 2e-3, 3e-3, 2e-3, 2e-3, 1e-3, 3e-3]
     assert [second.train.for_task(task).lr for task in order] == published
@@ -65,29 +66,29 @@ def test_paper_recipes_have_the_published_learning_rates() -> None:
 
 
 def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Path) -> None:
-    _write(tmp_path / "parent.yaml", "seed: 1\npool: {rank: 6, active: 3, merged: 2}\ntrain: {lr: 1e-2}")
-    child = _write(tmp_path / "child.yaml", "base: parent.yaml\nseed: 2\npool: {active: 4}")
-    config = RunConfig.load(child, ["pool.merged=3", "tasks=[a, b]", "order=null", "train.betas=[0.8, 0.9]"])
-    assert (config.pool.rank, config.pool.active, config.pool.merged) == (6, 4, 3)
+    _write(tmp_path / "parent.yaml", "seed: 1\noptions: {rank: 6, active: 3, merged: 2}\ntrain: {lr: 1e-2}")
+    child = _write(tmp_path / "child.yaml", "base: parent.yaml\nseed: 2\noptions: {active: 4}")
+    config = load_config(child, ["options.merged=3", "tasks=[a, b]", "order=null", "train.betas=[0.8, 0.9]"])
+    assert [config.options[key] for key in ("rank", "active", "merged")] == [6, 4, 3]
     assert (config.seed, config.train.lr, config.train.betas) == (2, 1e-2, (0.8, 0.9))
     assert (config.tasks, config.order) == (["a", "b"], None)
 
 
 def test_base_may_be_a_shipped_recipe(tmp_path: Path) -> None:
-    config = RunConfig.load(_write(tmp_path / "mine.yaml", "base: mini_mtil\nseed: 7"))
-    assert config.model_copy(update={"seed": 0, "run_dir": None}) == RunConfig.load("mini_mtil").model_copy(
+    config = load_config(_write(tmp_path / "mine.yaml", "base: mini_mtil\nseed: 7"))
+    assert config.model_copy(update={"seed": 0, "run_dir": None}) == load_config("mini_mtil").model_copy(
         update={"run_dir": None}
     )
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-3"])
 def test_numbers_with_an_exponent_are_numbers_also_where_no_type_is_known(text: str) -> None:
-    config = RunConfig.load("mini_mtil", [f"train.lr={text}", f"deepspeed.overrides.gradient_predivide_factor={text}"])
+    config = load_config("mini_mtil", [f"train.lr={text}", f"deepspeed.overrides.gradient_predivide_factor={text}"])
     assert config.train.lr == config.deepspeed.overrides["gradient_predivide_factor"] == 1e-3
 
 
 def test_task_entry_lays_over_the_common_training() -> None:
-    train = RunConfig.load("mini_mtil", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
+    train = load_config("mini_mtil", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
     assert (train.for_task("fashion").iterations, train.for_task("fashion").lr) == (7, 1e-2)
     assert train.for_task("other").iterations == train.iterations
 
@@ -103,8 +104,9 @@ def test_missing_recipe_names_the_recipes_that_exist() -> None:
     [
         ("train.iteration=3", "unknown key train.iteration; did you mean train.iterations?"),
         ("lr=1e-3", "did you mean train.lr?"),
-        ("train.rank=4", "did you mean pool.rank or lora.rank?"),
-        ("pools.rank=4", "did you mean pool?"),
+        ("option.rank=4", "did you mean options?"),
+        ("options.rnk=4", "unknown key options.rnk of method=dac; did you mean options.rank?"),
+        ("options.ago.wait=4", "unknown key options.ago.wait of method=dac; did you mean options.ago.weight?"),
         ("train.per_task.fashion.lrr=1", "did you mean train.per_task.fashion.lr?"),
         ("train.per_task.fashion.betas=[0, 0]", "unknown key train.per_task.fashion.betas"),
         ("base=mini_mtil", "unknown key base"),
@@ -118,9 +120,9 @@ def test_unknown_override_names_the_nearest_key(override: str, expected: str) ->
 
 
 def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> None:
-    parent = _write(tmp_path / "parent.yaml", "pool: {ranks: 6}")
+    parent = _write(tmp_path / "parent.yaml", "options: {ranks: 6}")
     child = _write(tmp_path / "child.yaml", "base: parent.yaml\nseed: 2")
-    assert _error(child).startswith(f"{parent}: unknown key pool.ranks; did you mean pool.rank?")
+    assert _error(child).startswith(f"{parent}: unknown key options.ranks of method=dac; did you mean options.rank?")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +136,8 @@ def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> 
         ("train.iterations=0", "train.iterations=0: "),
         ("train=3", "train=3: must be a mapping"),
         ("seed.x=3", "seed={'x': 3}: "),
-        ("pool.vote=late", "pool.vote='late': input should be 'global', 'lagged' or 'local'"),
-        ("pool.dropout=1", "pool.dropout=1: "),
+        ("options.vote=late", "options.vote='late': input should be 'global', 'lagged' or 'local'"),
+        ("options.dropout=1", "options.dropout=1: "),
         ("tasks=[]", "tasks=[]: "),
         ("tasks=[a, a]", "tasks=['a', 'a']: names the same entry twice"),
         ("targets.layers=[q, z]", "targets.layers.1='z': "),
@@ -151,9 +153,9 @@ def test_wrong_value_names_source_key_value_and_reason(override: str, expected: 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["pool.merged=9"], "pool.merged=9 must not be larger than pool.active=8"),
-        (["pool.active=13"], "pool.active=13 must not be larger than pool.rank=12"),
-        (["pool.rank=2"], "pool.active=8 must not be larger than pool.rank=2"),
+        (["options.merged=9"], "options.merged=9 must not be larger than options.active=8"),
+        (["options.active=13"], "options.active=13 must not be larger than options.rank=12"),
+        (["options.rank=2"], "options.active=8 must not be larger than options.rank=2"),
         (
             ["train.gradient_accumulation_steps=5"],
             "train.global_batch_size=32 must be a multiple of train.gradient_accumulation_steps=5",
@@ -208,8 +210,25 @@ def test_recipes_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
-    config = RunConfig.load(_write(tmp_path / "empty.yaml", "# nothing\n"))
-    assert config == RunConfig(run_dir=Path("runs/empty"))
+    config = load_config(_write(tmp_path / "empty.yaml", "# nothing\n"))
+    assert config.model_copy(update={"options": {}}) == RunConfig(run_dir=Path("runs/empty"))
+
+
+@pytest.mark.parametrize("key", ["pool.rank", "ago.weight", "lora.restart"])
+def test_a_moved_key_is_refused_with_its_new_name(key: str) -> None:
+    new = {"pool.rank": "options.rank", "ago.weight": "options.ago.weight", "lora.restart": "options.restart"}[key]
+    assert f"{key} has moved: write {new}" in _error("mini_mtil", [f"{key}=1"])
+
+
+def test_another_method_drops_the_options_below_it_and_reads_its_own(tmp_path: Path) -> None:
+    parent = _write(tmp_path / "parent.yaml", "options: {active: 5}")
+    child = _write(tmp_path / "child.yaml", f"base: {parent}\nmethod: lora\noptions: {{rank: 3}}")
+    for config in (load_config(child), load_config(parent, ["options.rank=3", "method=lora"])):
+        assert config.options == {"rank": 3, "alpha": 1.0, "dropout": 0.0, "restart": False}
+    message = _error(child, ["options.active=5"])
+    assert message == (
+        "command line: unknown key options.active of method=lora; allowed: rank, alpha, dropout, restart"
+    )
 
 
 @pytest.mark.parametrize("name", DS_CONFIGS)
@@ -237,7 +256,7 @@ def test_our_deepspeed_key_lists_are_those_of_the_installed_deepspeed() -> None:
 
 
 def test_deepspeed_overrides_come_through_the_common_mechanism() -> None:
-    config = RunConfig.load(
+    config = load_config(
         "mini_mtil",
         [
             "deepspeed.overrides.zero_optimization.stage=3",

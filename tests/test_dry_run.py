@@ -9,9 +9,9 @@ import torch
 import torch.utils.cpp_extension  # says once that there is no GPU, which is no line of ours
 
 from r1p_dist.cli import main
-from r1p_dist.config import RunConfig
 from r1p_dist.distributed import CollectiveCounter, fake_ranks, gather_bytes, sum_over_ranks, world_size
 from r1p_dist.dry_run.probe import by_kind
+from r1p_dist.recipes import load_config
 from r1p_dist.storage_meter import StorageMeter
 
 
@@ -51,7 +51,7 @@ def test_meter_follows_tensors_as_they_come_and_go() -> None:
 
 
 WORDS = [
-    "pool.vote=lagged",
+    "options.vote=lagged",
     "evaluation.batch_size=8",
     "deepspeed.overrides.zero_optimization.reduce_bucket_size=500000",
 ]
@@ -68,7 +68,7 @@ def _two_real_ranks(rank: int, ranks: int, folder: str) -> list[dict[str, dict[s
         "train.iterations=3",
         "checkpoint.every_steps=null",
     ]
-    return by_kind(run(RunConfig.load("mini_mtil_smoke", overrides))["collectives_per_step"])
+    return by_kind(run(load_config("mini_mtil_smoke", overrides))["collectives_per_step"])
 
 
 def _dry_run(folder: Path) -> dict:

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.config import RunConfig, TrainConfig
-from r1p_dist.engine import TaskEngine
+from r1p_dist.config import TrainConfig
 from r1p_dist.host_copy import HostCopy, on_device
 from r1p_dist.host_waits import HostWaits
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer
+from r1p_dist.recipes import load_config
 from r1p_dist.train import train_step
 from tests.small_clip import make_backbone
+from tests.stages import Stages
 from tests.test_parity import GLOBAL_BATCH, PROMPTS, global_batch
 
 WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -31,7 +32,7 @@ WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
     "cpu": lambda x: x.cpu(),
     "numpy": lambda x: x.numpy(),
 }
-SMALL = ["pool.rank=6", "pool.active=3", "pool.merged=2", f"train.global_batch_size={GLOBAL_BATCH}"]
+SMALL = ["options.rank=6", "options.active=3", "options.merged=2", f"train.global_batch_size={GLOBAL_BATCH}"]
 
 
 @pytest.mark.parametrize("name", WAITS)
@@ -49,23 +50,22 @@ def test_what_waits_is_counted(name: str) -> None:
 def waits_of_a_step(rank: int, world_size: int, cases: list[list[str]]) -> list[dict[str, int]]:
     found = []
     for overrides in cases:
-        config = RunConfig.load("mini_mtil", [*SMALL, *overrides])
+        config = load_config("mini_mtil", [*SMALL, *overrides])
         backbone = make_backbone()
         method = make_method(config, backbone)
-        agreement = StepAgreement(torch.device("cpu"))
-        backbone.set_prompts(PROMPTS)
-        method.begin_task(0)
-        engine = TaskEngine(backbone, config, config.train, world_size, agreement.exchange)
-        backbone.train()
-        sums, accumulation = torch.zeros(4, dtype=torch.float64), config.train.gradient_accumulation_steps
+        stages = Stages(method, config)
+        prepare, trainer = backbone.preparer(PROMPTS), stages.begin(0)
+        agreement, engine = stages.agreement, stages.engine
+        accumulation = config.train.gradient_accumulation_steps
         for step in range(3):
             micro = [global_batch(0, step, GLOBAL_BATCH // accumulation) for _ in range(accumulation)]
-            batches = [backbone.prepare(batch) for batch in micro]
+            batches = [prepare(batch) for batch in micro]
             with HostWaits() as waits:
-                train_step(method, engine, batches, config.train, agreement, step + 1, sums)
+                train_step(method, trainer, batches, config.train)
+            trainer.step_number = step + 1
             assert len(list(agreement.findings(keep=1))) == min(step, 1)
         found.append(dict(waits.calls))
-        assert sums[3] == 3 * accumulation and sums[0] > 0
+        assert math.isfinite(stages.meter.read(0)[0]["loss"])
         engine.close()
     return found
 
@@ -76,8 +76,8 @@ def test_a_step_waits_for_nothing(run_distributed) -> None:
         ["deepspeed.config=zero1", "train.precision=bf16"],
         ["deepspeed.config=zero2"],
         ["deepspeed.config=zero2", "train.precision=bf16"],
-        ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "pool.vote=lagged"],
-        ["deepspeed.config=zero2", "pool.vote=local", "pool.router_grad=gated"],
+        ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "options.vote=lagged"],
+        ["deepspeed.config=zero2", "options.vote=local", "options.router_grad=gated"],
     ]
     # DeepSpeed's own: the norm of all gradients, and where it clips by it
     deepspeeds = [["deepspeed.config=zero3"], ["deepspeed.config=zero3", "train.precision=bf16"]]
@@ -94,25 +94,24 @@ def steps_with_a_bad_one(rank: int, world_size: int, cases: list[list[str]]) -> 
     """Three steps, the second with a loss that is no number; returns what was found, the weights and the rates."""
     found = []
     for overrides in cases:
-        config = RunConfig.load("mini_mtil", [*SMALL, *overrides, "train.iterations=10"])
+        config = load_config("mini_mtil", [*SMALL, *overrides, "train.iterations=10"])
         backbone = make_backbone()
         method = make_method(config, backbone)
-        agreement = StepAgreement(torch.device("cpu"))
-        backbone.set_prompts(PROMPTS)
-        method.begin_task(0)
-        engine = TaskEngine(backbone, config, config.train, world_size, agreement.exchange)
-        backbone.train()
-        compute, sums = method.loss, torch.zeros(4, dtype=torch.float64)
+        stages = Stages(method, config)
+        prepare, trainer = backbone.preparer(PROMPTS), stages.begin(0)
+        agreement, engine = stages.agreement, stages.engine
+        compute = method.loss
         values, rates = [], []
         for step in range(3):
             factor = math.nan if step == 1 else 1.0
             method.loss = partial(scaled_loss, compute, factor)
-            batches = [backbone.prepare(global_batch(0, step, GLOBAL_BATCH))]
-            train_step(method, engine, batches, config.train, agreement, step + 1, sums)
+            batches = [prepare(global_batch(0, step, GLOBAL_BATCH))]
+            train_step(method, trainer, batches, config.train)
+            trainer.step_number = step + 1
             values.append(torch.cat([v.flatten() for a in method.adapters for v in full_values(a.A, a.B)]))
             rates.append(engine.lr)
         findings = [[finding.step, finding.not_finite] for finding in agreement.findings()]
-        found.append({"findings": findings, "values": values, "rates": rates, "sums": sums})
+        found.append({"findings": findings, "values": values, "rates": rates, "loss": stages.meter.read(0)[0]["loss"]})
         engine.close()
     return found
 
@@ -127,7 +126,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_known(run_distributed)
         before, bad, after = result["values"]
         assert torch.equal(before, bad) and not torch.equal(bad, after) and after.isfinite().all(), case
         assert result["rates"] == pytest.approx(found[0]["rates"]), (case, "the schedule counts every step")
-        assert result["sums"][3] == 2 and result["sums"][0].isfinite()
+        assert math.isfinite(result["loss"]) and result["loss"] > 0
 
 
 def test_an_update_that_is_not_finite_is_not_made() -> None:

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import torch
 
-from r1p_dist.config import RunConfig
 from r1p_dist.errors import EXIT_HANGS, EXIT_INTERRUPTED, InputError
+from r1p_dist.recipes import load_config
 from r1p_dist.run_folder import RunFolder
 from tests.test_resume import SHORT
 from tests.test_train import read_metrics
@@ -126,7 +126,7 @@ def run_with_bad_losses(rank: int, world_size: int, overrides: list[str], bad_at
 
     Dac.loss = loss
     try:
-        return {"metrics": json.dumps(run(RunConfig.load("mini_mtil", [*SHORT, *overrides])))}
+        return {"metrics": json.dumps(run(load_config("mini_mtil", [*SHORT, *overrides])))}
     except InputError as error:
         return {"error": str(error)}
 
@@ -166,14 +166,14 @@ import os, sys, time
 from r1p_dist.cli import launcher_main
 from r1p_dist.methods.dac import Dac
 
-def hang(self):
+def hang(self, trainer):
     if os.environ["RANK"] == "1":
         wait_for_nothing()
 
 def wait_for_nothing():
     time.sleep(600)
 
-Dac.end_step = hang
+Dac.after_step = hang
 sys.exit(launcher_main())
 """
 

@@ -9,12 +9,12 @@ from PIL import Image
 
 import r1p_dist.engine
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.config import RunConfig
 from r1p_dist.data.samples import Sample, Turn
 from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
-from r1p_dist.engine import TaskEngine
-from r1p_dist.methods import METHODS
+from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 from tests.small_llava import make_backbone
+from tests.stages import Stages
 
 GLOBAL_BATCH, STEPS, TASKS = 8, 2, 2
 WORDS = ["cat", "a tall green tree by the sea", "no", "two red flags"]
@@ -32,18 +32,18 @@ def sample(task: int, number: int) -> Sample:
 
 
 def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava") -> dict[str, Any]:
-    config = RunConfig.load(
+    config = load_config(
         "mini_mtil",
         [
             "backbone.kind=llava",
             f"train.global_batch_size={GLOBAL_BATCH}",
             f"train.iterations={STEPS}",
             "train.lr=0.3" if optimizer == "sgd" else "train.lr=1e-2",
-            "pool.active=3",
-            "pool.merged=2",
-            "pool.rank=6",
-            "pool.alpha=6.0",
-            "ago.weight=0.5",
+            "options.active=3",
+            "options.merged=2",
+            "options.rank=6",
+            "options.alpha=6.0",
+            "options.ago.weight=0.5",
             f"deepspeed.config=zero{stage}",
             *(["deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
             *overrides,
@@ -52,15 +52,15 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
     backbone = make_backbone(family, cache_bytes=1 << 20, is_sharded=stage == 3)
     if config.backbone.gradient_checkpointing:
         backbone.checkpoint_blocks()
-    method = METHODS["dac"](config, backbone)
+    method = make_method(config, backbone)
     if optimizer == "sgd":
         r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr)
     encoder, accumulation = backbone.encoder(config.data), config.train.gradient_accumulation_steps
+    stages = Stages(method, config)
     losses, counts, experts, answers, collectives = [], [], [], [], []
     for task in range(TASKS):
-        method.begin_task(task)
-        engine = TaskEngine(backbone, config, config.train, world_size())
-        backbone.train()
+        stages.begin(task)
+        engine = stages.engine
         for _ in range(STEPS):
             numbers = np.arange(GLOBAL_BATCH).reshape(accumulation, world_size(), -1)[:, rank()]
             batches = []
@@ -76,12 +76,12 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
                     loss, _ = method.loss(engine, batch)
                     total += loss.detach() / accumulation
                     if engine.step(loss):
-                        method.end_step()
+                        method.after_step(stages.trainer)
             collectives.append(counter.summary())
             losses.append(sum_over_ranks(total) / world_size())
             counts.append(torch.stack([adapter.activation_counts for adapter in method.adapters]).clone())
             experts.append(torch.cat([v.flatten() for a in method.adapters for v in full_values(a.A, a.B)]))
-        method.end_task()
+        stages.end()
         backbone.eval()
         blank = encoder.collate([encoder.blank()])
         questions = [encoder.evaluate(sample(task, number)) for number in range(rank(), 5, world_size())]
@@ -110,11 +110,11 @@ CASES = [(stage, "sgd", []) for stage in (0, 1, 2, 3)] + [
     (3, "adamw", ["backbone.gradient_checkpointing=true"]),
     (3, "sgd", ["train.gradient_accumulation_steps=2", *TOWER]),
     (1, "sgd", ["train.average_over=samples", "train.gradient_accumulation_steps=2"]),
-    (2, "sgd", ["pool.vote=lagged", *TOWER]),
-    (3, "sgd", ["pool.guide.language=last_prompt", "pool.guide.projector=mean"]),
-    (2, "sgd", ["pool.router_grad=gated", "targets.towers=[language]", "pool.guide.language=mean"]),
+    (2, "sgd", ["options.vote=lagged", *TOWER]),
+    (3, "sgd", ["options.guide.language=last_prompt", "options.guide.projector=mean"]),
+    (2, "sgd", ["options.router_grad=gated", "targets.towers=[language]", "options.guide.language=mean"]),
     (3, "sgd", [], "llava_next"),
-    (3, "sgd", TOWER + ["pool.guide.image=mean"], "llava_onevision"),
+    (3, "sgd", TOWER + ["options.guide.image=mean"], "llava_onevision"),
 ]
 
 

@@ -9,22 +9,27 @@ from typing import Any
 
 import pytest
 
-from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.small_clip import make_backbone
 from tests.test_train import read_metrics
 
 TASKS = ["yes_no", "read_digit"]
 SHORT = [f"tasks=[{', '.join(TASKS)}]", "train.iterations=4", "train.lr=3e-2", "train.global_batch_size=8"]
-SHORT += ["log.every_steps=2", "checkpoint.every_steps=2", "pool.dropout=0.1", "backbone.gradient_checkpointing=true"]
+SHORT += [
+    "log.every_steps=2",
+    "checkpoint.every_steps=2",
+    "options.dropout=0.1",
+    "backbone.gradient_checkpointing=true",
+]
 
 
 def run_stream(rank: int, world_size: int, overrides: list[str]) -> str:
     from r1p_dist.train import run
 
-    return json.dumps(run(RunConfig.load("mini_instruct", overrides)))
+    return json.dumps(run(load_config("mini_instruct", overrides)))
 
 
 def conversations(task: str) -> list[dict[str, Any]]:

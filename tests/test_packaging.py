@@ -73,7 +73,7 @@ def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Pa
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from r1p_dist import config; "
         "assert config.__file__.startswith(sys.argv[1]); "
-        "print(config.RunConfig.load('mini_mtil').dump())"
+        "print(config.load_config('mini_mtil').dump())"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=500, cwd=tmp_path

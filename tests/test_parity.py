@@ -11,11 +11,11 @@ from r1p_dist import attach_pool
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.adapters.pool import share_votes
-from r1p_dist.config import RunConfig
 from r1p_dist.distributed import CollectiveCounter, gather, rank, sum_over_ranks, world_size
-from r1p_dist.engine import TaskEngine
-from r1p_dist.methods import METHODS
+from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 from tests.small_clip import make_backbone
+from tests.stages import Stages
 
 GLOBAL_BATCH, STEPS, TASKS = 16, 3, 3
 PROMPTS = ["cat", "tall tree", "sea", "a red flag"]
@@ -30,18 +30,18 @@ def global_batch(task: int, micro_step: int, size: int) -> dict[str, torch.Tenso
 
 
 def train(stage: int, optimizer: str, overrides: list[str], checkpointing: bool) -> dict[str, Any]:
-    config = RunConfig.load(
+    config = load_config(
         "mini_mtil",
         [
             f"train.global_batch_size={GLOBAL_BATCH}",
             f"train.iterations={STEPS}",
             "train.lr=0.3" if optimizer == "sgd" else "train.lr=1e-2",
-            "pool.active=3",
-            "pool.merged=2",
-            "pool.rank=6",
-            "pool.dropout=0.0",
-            "pool.alpha=6.0",
-            "ago.weight=0.5",
+            "options.active=3",
+            "options.merged=2",
+            "options.rank=6",
+            "options.dropout=0.0",
+            "options.alpha=6.0",
+            "options.ago.weight=0.5",
             f"deepspeed.config=zero{stage}",
             *(["deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []),
             *overrides,
@@ -50,31 +50,31 @@ def train(stage: int, optimizer: str, overrides: list[str], checkpointing: bool)
     backbone = make_backbone()
     if checkpointing:
         backbone.checkpoint_blocks()
-    method = METHODS["dac"](config, backbone)
-    backbone.set_prompts(PROMPTS)
+    method = make_method(config, backbone)
+    prepare = backbone.preparer(PROMPTS)
     if optimizer == "sgd":
         r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr)
     else:
         r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.AdamW(parameters, lr=train.lr)
     accumulation = config.train.gradient_accumulation_steps
+    stages = Stages(method, config)
     losses, agos, counts, experts, gates = [], [], [], [], []
     for task in range(TASKS):
-        method.begin_task(task)
-        engine = TaskEngine(backbone, config, config.train, world_size())
-        backbone.train()
+        stages.begin(task)
+        engine = stages.engine
         for step in range(STEPS * accumulation):
             batch = global_batch(task, step, GLOBAL_BATCH // accumulation)
             mine = {name: tensor.chunk(world_size())[rank()] for name, tensor in batch.items()}
-            loss, parts = method.loss(engine, backbone.prepare(mine))
+            loss, parts = method.loss(engine, prepare(mine))
             losses.append(sum_over_ranks(loss.detach().clone()) / world_size())
-            agos.append(parts["ago"])
+            agos.append(parts.get("ago", torch.zeros(())))
             if engine.step(loss):
-                method.end_step()
+                method.after_step(stages.trainer)
                 counts.append(torch.stack([adapter.activation_counts for adapter in method.adapters]).clone())
                 experts.append(
                     torch.cat([v.flatten() for a in method.adapters for v in full_values(a.A, a.B, a.router.weight)])
                 )
-        method.end_task()
+        stages.end()
         engine.close()
     for adapter in method.adapters:
         gates.append(adapter.gate_sum)
@@ -102,10 +102,10 @@ CASES = [(stage, "sgd", [], False) for stage in (0, 1, 2, 3)] + [
     (0, "sgd", ["train.gradient_accumulation_steps=2"], False),
     (3, "sgd", ["train.gradient_accumulation_steps=2"], True),
     (1, "sgd", [], True),
-    (2, "sgd", ["pool.router_grad=straight_through"], False),
-    (3, "sgd", ["pool.router_grad=gated", "pool.guide.text=eot", "pool.guide.image=mean"], True),
-    (2, "sgd", ["pool.vote=lagged"], False),
-    (3, "sgd", ["pool.vote=lagged", "train.gradient_accumulation_steps=2"], True),
+    (2, "sgd", ["options.router_grad=straight_through"], False),
+    (3, "sgd", ["options.router_grad=gated", "options.guide.text=eot", "options.guide.image=mean"], True),
+    (2, "sgd", ["options.vote=lagged"], False),
+    (3, "sgd", ["options.vote=lagged", "train.gradient_accumulation_steps=2"], True),
 ]
 
 
@@ -138,7 +138,7 @@ def test_stages_equal_each_other_on_one_rank(run_distributed) -> None:
 
 
 def local_votes(rank: int, world_size: int) -> list[dict[str, Any]]:
-    return [train(stage, "sgd", ["pool.vote=local"], False) for stage in (2, 3)]
+    return [train(stage, "sgd", ["options.vote=local"], False) for stage in (2, 3)]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -171,12 +171,12 @@ def collectives(rank: int, world_size: int, vote: str) -> list[dict]:
     """Returns what travels in each of three steps."""
     backbone = make_backbone()
     adapted = attach_pool(backbone, rank=6, active=3, merged=2, vote=vote)
-    backbone.set_prompts(PROMPTS)
+    prepare = backbone.preparer(PROMPTS)
     steps = []
     for step in range(3):
         batch = {name: value.chunk(world_size)[rank] for name, value in global_batch(0, step, GLOBAL_BATCH).items()}
         with CollectiveCounter() as counter:
-            backbone.loss(backbone, backbone.prepare(batch)).backward()
+            backbone.loss(backbone, prepare(batch)).backward()
             share_votes(adapted)
         steps.append(counter.summary())
     return steps

@@ -82,7 +82,14 @@ def read_page(run_dir: Path) -> PageReader:
 
 def log_of(tasks: list[str]) -> list[dict[str, Any]]:
     return [
-        {"task": task, "step": step, "loss": 2.0 - step / 40, "ago": 0.1, "lr": 2e-3 * (1 - step / 40)}
+        {
+            "task": task,
+            "step": step,
+            "loss": 2.0 - step / 40,
+            "loss_data": 1.9 - step / 40,
+            "loss_ago": 0.1,
+            "lr": 2e-3 * (1 - step / 40),
+        }
         for task in tasks
         for step in (10, 20, 30)
     ]
@@ -318,7 +325,7 @@ def test_merge_figure_places_points_at_their_accuracies() -> None:
 def test_curves_follow_the_stream_task_after_task() -> None:
     figure = curves_figure(log_of(["fashion", "flags"]))
     assert figure is not None
-    loss, ago, lr = figure.axes
+    loss, _, _, lr = figure.axes
     first, second, _ = loss.lines
     assert first.get_xdata().tolist() == [10, 20, 30]
     assert second.get_xdata().tolist() == [40, 50, 60]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import r1p_dist.train
 from r1p_dist.checkpoint.checkpoints import checkpoint_folders
-from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError, Interrupted
+from r1p_dist.recipes import load_config
 from tests.test_train import read_metrics
 
 TASKS = "tasks=[playing_cards, animal_silhouettes]"
@@ -44,13 +44,13 @@ def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], 
             if not left and rank == world_size - 1:
                 os.kill(os.getpid(), signal.SIGUSR2)
 
-    run(RunConfig.load("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/calm"]))
+    run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/calm"]))
     Watchdog.moved = at_step
     endings = []
     for wanted in [*signals, 0]:
         left[:] = [None] * wanted
         try:
-            run(RunConfig.load("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/stopped"]))
+            run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/stopped"]))
             endings.append("finished")
         except Interrupted as error:
             endings.append(str(error))
@@ -67,7 +67,7 @@ def experts(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def log_lines(run_dir: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in ("task", "step", "loss", "ago", "lr")} for line in lines]
+    return [{key: line[key] for key in ("task", "step", "loss", "loss_ago", "lr") if key in line} for line in lines]
 
 
 def assert_equal(calm: Path, stopped: Path) -> None:
@@ -83,24 +83,24 @@ def assert_equal(calm: Path, stopped: Path) -> None:
 CASES = {
     "dropout, lagged votes, accumulation": [
         "deepspeed.config=zero2",
-        "pool.dropout=0.2",
-        "pool.vote=lagged",
+        "options.dropout=0.2",
+        "options.vote=lagged",
         "train.gradient_accumulation_steps=2",
     ],
     "bf16, sharded, gated": [
         "deepspeed.config=zero3",
         "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0",
         "train.precision=bf16",
-        "pool.router_grad=gated",
+        "options.router_grad=gated",
     ],
     "bf16, all past columns, workers": [
         "deepspeed.config=zero0",
         "train.precision=bf16",
-        "ago.reduction=code_all",
+        "options.ago.reduction=code_all",
         "data.workers=1",
     ],
     "lora kept going, replay": ["deepspeed.config=zero1", "method=lora", "data.replay_share=0.25"],
-    "lora begun anew": ["deepspeed.config=zero2", "method=lora", "lora.restart=true", "lora.dropout=0.1"],
+    "lora begun anew": ["deepspeed.config=zero2", "method=lora", "options.restart=true", "options.dropout=0.1"],
 }
 
 
@@ -131,7 +131,7 @@ def run_once(rank: int, world_size: int, overrides: list[str], stop_at: int | No
 
     Watchdog.moved = at_step
     try:
-        run(RunConfig.load("mini_mtil", [*SHORT, *overrides]))
+        run(load_config("mini_mtil", [*SHORT, *overrides]))
     except (InputError, Interrupted) as error:
         return str(error)
     return "finished"

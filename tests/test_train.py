@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from r1p_dist.config import RunConfig
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.data.toy_task import write_tar
 
 TASKS = ["playing_cards", "country_flags"]
@@ -25,7 +25,7 @@ SHORT = [f"tasks=[{', '.join(TASKS)}]", "train.iterations=4", "train.lr=2e-2", "
 def run_stream(rank: int, world_size: int, overrides: list[str]) -> str:
     from r1p_dist.train import run
 
-    return json.dumps(run(RunConfig.load("mini_mtil", overrides)))
+    return json.dumps(run(load_config("mini_mtil", overrides)))
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def add_adapters(model: torch.nn.Module, folder: Path) -> None:
     places = {"out": "attn.out_proj.weight", "fc1": "mlp.c_fc.weight", "fc2": "mlp.c_proj.weight"}
     weights = model.state_dict()
     for task in sorted(folder.iterdir()):
-        tensors, scaling = load_file(task / "adapter.safetensors"), json.loads((task / "adapter.json").read_text())
-        for name in scaling["layers"]:
+        tensors, facts = load_file(task / "adapter.safetensors"), json.loads((task / "adapter.json").read_text())
+        for name, layer_facts in facts["layers"].items():
             tower, block, layer = name.split(".")
             prefix = "visual." if tower == "image" else ""
             place = places.get(layer, "attn.in_proj_weight")
             weight = weights[f"{prefix}transformer.resblocks.{block}.{place}"]
-            delta = scaling["scaling"] * tensors[f"{name}.B"] @ tensors[f"{name}.A"]
+            delta = layer_facts["scaling"] * tensors[f"{name}.B"] @ tensors[f"{name}.A"]
             start = "qkv".find(layer) * len(delta) if layer in "qkv" else 0
             weight[start : start + len(delta)] += delta
     model.load_state_dict(weights)
@@ -112,9 +112,11 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
         assert 100 * record["correct"].count("1") / len(record["correct"]) == pytest.approx(matrix_entry)
     steps = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     assert [(step["task"], step["step"]) for step in steps] == [(task, step) for task in TASKS for step in (2, 4)]
-    assert [step["ago"] > 0 for step in steps] == [False, False, True, True]
+    assert [step.get("loss_ago", 0) > 0 for step in steps] == [False, False, True, True]
+    for step in steps[2:]:  # the terms are all of the loss
+        assert step["loss"] == pytest.approx(step["loss_data"] + step["loss_ago"])
     assert all(step.keys() >= {"loss", "lr", "samples_per_second", "data_wait"} for step in steps)
-    assert RunConfig.load(run_dir / "config.yaml").train.iterations == 4
+    assert load_config(run_dir / "config.yaml").train.iterations == 4
     assert (run_dir / "report.html").is_file() and list((run_dir / "tensorboard").iterdir())
     assert [value is not None for value in metrics["before_merge"]] == [True, True]
 
@@ -144,7 +146,7 @@ def test_lora_kept_going_and_restarted_differ_after_the_first_task(
     rows = {}
     for restart in ("false", "true"):
         folder = tmp_path / restart
-        overrides = [*SHORT, *toy, "train.lr=5e-2", "method=lora", f"lora.restart={restart}", f"run_dir={folder}"]
+        overrides = [*SHORT, *toy, "train.lr=5e-2", "method=lora", f"options.restart={restart}", f"run_dir={folder}"]
         run_distributed(run_stream, 1, overrides)
         rows[restart] = read_metrics(folder)["accuracy"]
     assert rows["false"][:2] == rows["true"][:2] and rows["false"][2] != rows["true"][2]
@@ -157,7 +159,7 @@ def fail_for(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
     messages = []
     for overrides in cases:
         try:
-            run(RunConfig.load("mini_mtil", overrides))
+            run(load_config("mini_mtil", overrides))
         except InputError as error:
             messages.append(str(error))
         else:
@@ -185,7 +187,7 @@ def test_bad_input_is_one_line_that_names_it_before_any_training(run_distributed
         "backbone.name=ViT-B-61": "backbone.name=ViT-B-61: open_clip has no such model; nearest: ViT-B-16",
         "backbone.pretrained=openai": "backbone.pretrained=openai: the model tiny brings its own weights",
         "method=dca": "method=dca: no such method; did you mean dac?",
-        "pool.rank=200": "pool.rank=200 is larger than a layer of 192 by 192",
+        "options.rank=200": "options.rank=200 is larger than a layer of 192 by 192",
         "stream=mini_mtli": "stream=mini_mtli: no such stream file",
         f"stream={unknown_class}": "train.tar: key a: label 2 is outside the class list, 2 classes from 0",
         f"stream={empty_shard}": "train.tar: empty shard",

@@ -10,13 +10,14 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import load_clip
-from r1p_dist.config import RunConfig
 from r1p_dist.distributed import gather, rank, stored_copies, world_size
 from r1p_dist.engine import TaskEngine, start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 from r1p_dist.shipped import shipped_files
 from tests.small_clip import make_backbone
+from tests.stages import Stages
 
 SHARDED = "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"
 HPZ = "deepspeed.overrides.zero_optimization.zero_hpz_partition_size=2"  # the files say 8, as of a node of 8
@@ -38,13 +39,20 @@ CONFIGS = {name: [f"deepspeed.config={name}"] for name in ON_CPU} | VARIANTS
 
 
 def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: int) -> dict[str, bool]:
-    config = RunConfig.load(
+    config = load_config(
         "mini_mtil",
-        ["train.global_batch_size=8", "train.lr=1e-1", "pool.rank=6", "pool.active=3", "pool.merged=2", *overrides],
+        [
+            "train.global_batch_size=8",
+            "train.lr=1e-1",
+            "options.rank=6",
+            "options.active=3",
+            "options.merged=2",
+            *overrides,
+        ],
     )
     backbone = make_backbone()
     method = make_method(config, backbone)
-    backbone.set_prompts(["cat", "tree", "sea"])
+    prepare = backbone.preparer(["cat", "tree", "sea"])
     pristine = [adapter.linear.weight.detach().clone()[adapter.rows] for adapter in method.adapters]
     image = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).chunk(world_size())[rank()]
     label = torch.arange(8).remainder(3).chunk(world_size())[rank()]
@@ -59,15 +67,15 @@ def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: in
         with torch.no_grad():
             return engine(image=image)[0]
 
+    stages = Stages(method, config)
     for task in range(2):
-        method.begin_task(task)
-        engine = TaskEngine(backbone, config, config.train, world_size())
-        backbone.train()
+        stages.begin(task)
+        engine = stages.engine
         for _ in range(2):
-            loss, _ = method.loss(engine, backbone.prepare({"image": image, "label": label}))
+            loss, _ = method.loss(engine, prepare({"image": image, "label": label}))
             engine.step(loss)
-            method.end_step()
-        method.end_task()
+            method.after_step(stages.trainer)
+        stages.end()
         with stored_copies(method.adapters[0].linear.weight) as found:
             facts["copies"] = len(found) == copies
         expected = [
@@ -132,24 +140,24 @@ def merge_on_disk(rank_: int, world: int, name: str, disk: str) -> dict[str, boo
     """Trains and merges a model whose larger weights lie in files; returns facts about its weights."""
     nvme = f"deepspeed.overrides.zero_optimization.offload_param={{nvme_path: {disk}, buffer_size: 2000000}}"
     options = ["train.global_batch_size=4", "train.lr=1e-1", "targets.layers=[q, fc1]"]
-    config = RunConfig.load("mini_mtil", ["deepspeed.config=zero3_nvme", SHARDED, nvme, *options])
+    config = load_config("mini_mtil", ["deepspeed.config=zero3_nvme", SHARDED, nvme, *options])
     backbone = load_clip(name, placement=weights_placement(config, start_process_group()))
     method = make_method(config, backbone)
-    backbone.set_prompts(["cat", "tree", "sea"])
+    prepare = backbone.preparer(["cat", "tree", "sea"])
 
     def weights() -> list[torch.Tensor]:
         return [full_values(adapter.linear.weight)[0][adapter.rows] for adapter in method.adapters]
 
     pristine = weights()
-    method.begin_task(0)
-    engine = TaskEngine(backbone, config, config.train, world_size())
-    backbone.train()
+    stages = Stages(method, config)
+    stages.begin(0)
+    engine = stages.engine
     for _ in range(2):
         image = torch.ones(2, 3, 32, 32) * torch.arange(2.0)[:, None, None, None]
-        loss, _ = method.loss(engine, backbone.prepare({"image": image, "label": torch.tensor([0, rank() + 1])}))
+        loss, _ = method.loss(engine, prepare({"image": image, "label": torch.tensor([0, rank() + 1])}))
         engine.step(loss)
-        method.end_step()
-    method.end_task()
+        method.after_step(stages.trainer)
+    stages.end()
     merged, deltas = weights(), [adapter.merged_delta() for adapter in method.adapters]
     on_disk = [adapter.linear.weight.ds_tensor.status.name == "NOT_AVAILABLE" for adapter in method.adapters]
     for adapter in method.adapters:
@@ -187,4 +195,4 @@ def test_merge_reaches_weights_on_nvme(run_distributed, tmp_path: Path) -> None:
 )
 def test_weights_that_cannot_take_a_merge_are_refused_before_training(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        RunConfig.load("mini_mtil", ["deepspeed.config=zero3", f"deepspeed.overrides.zero_optimization.{override}"])
+        load_config("mini_mtil", ["deepspeed.config=zero3", f"deepspeed.overrides.zero_optimization.{override}"])

@@ -44,7 +44,7 @@ MORE_TRIES = 10  # in a phase of a task that was met too seldom
 TASKS = ("playing_cards", "animal_silhouettes", "country_flags", "fashion")
 SETTINGS = (
     "train.iterations=24 train.global_batch_size=8 train.lr=1e-2 checkpoint.every_steps=4 log.every_steps=3 "
-    "pool.dropout=0.1"
+    "options.dropout=0.1"
 ).split()
 PATIENCE_S = 300
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from big_model_check import write_clip
 
 from r1p_dist.cli import report_errors
-from r1p_dist.config import RunConfig
 from r1p_dist.files import write_atomically
+from r1p_dist.recipes import load_config
 from r1p_dist.tables import table
 
 if TYPE_CHECKING:  # --help needs no torch
@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 overrides = [f"backbone={json.dumps(own[0])}", f"deepspeed.config=zero{stage}"]
                 overrides += ["evaluation.batch_size=4", *arguments.overrides]  # no plan is made of evaluations
                 overrides.append(f"deepspeed.overrides={json.dumps({'zero_optimization': own[1]})}")
-                config = set_ranks(RunConfig.load("mini_mtil", overrides), ranks, arguments.batch)
+                config = set_ranks(load_config("mini_mtil", overrides), ranks, arguments.batch)
                 found.append(compare(config, ranks))
                 print(".", end="", file=sys.stderr, flush=True)
     print(table(HEAD, [_row(arguments, comparison) for comparison in found]))

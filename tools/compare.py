@@ -27,7 +27,6 @@ from typing import Any
 
 import yaml
 
-from r1p_dist.config import RunConfig
 from r1p_dist.data.stream import Stream
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
@@ -52,6 +51,7 @@ from r1p_dist.evaluation.comparison import (
 )
 from r1p_dist.evaluation.majority import majority_baselines
 from r1p_dist.files import write_atomically
+from r1p_dist.recipes import load_config
 
 LAUNCHER = Path(__file__).resolve().parents[1] / "launchers" / "train.py"
 
@@ -207,7 +207,7 @@ def plan_runs(
 
 def scored_stream(run: Run) -> tuple[Stream, str]:
     """Return the stream of a run and the split that it is scored on. InputError: wrong recipe, override or stream."""
-    config = RunConfig.load(run.recipe, run.overrides)
+    config = load_config(run.recipe, run.overrides)
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     return stream, config.data.evaluate_on
 

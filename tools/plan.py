@@ -1,7 +1,7 @@
 """Plan a run before it is paid for: memory, communication and predicted time of a step on any number of GPUs.
 
     python tools/plan.py --model ViT-bigG-14 --gpus 8,64,512,4096 --gpu-memory 80 --batch 32 --zero 1,2,3
-    python tools/plan.py --model ViT-L-14 --gpus 16 --batch 64 --network bandwidth=12.5,latency=20 pool.vote=lagged
+    python tools/plan.py --model ViT-L-14 --gpus 16 --batch 64 --network bandwidth=12.5,latency=20 options.vote=lagged
     python tools/plan.py --model llava-1.5-13b --gpus 8,64,512,4096 --batch 8 --tokens 700 --answer-tokens 64
     python tools/plan.py --model FOLDER --gpus 16 --batch 8 --recipe coin
 

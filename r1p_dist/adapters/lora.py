@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from r1p_dist.adapters.low_rank import Factors, LowRankLinear, fill_uniform, full_values
+from r1p_dist.adapters.low_rank import LowRankLinear, fill_uniform, full_values
+from r1p_dist.adapters.merged_weight import Factors
 from r1p_dist.distributed import gathered
 from r1p_dist.errors import InputError
 
@@ -19,7 +20,7 @@ class LoRALinear(LowRankLinear):
     ):
         super().__init__(linear, alpha / rank, dropout, rows=rows)
         if rank > min(self.in_features, self.out_features):
-            raise InputError(f"lora.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}")
+            raise InputError(f"options.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}")
         self.A = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
         self.B = nn.Parameter(linear.weight.new_empty(self.out_features, rank))
         self.reset()

@@ -4,26 +4,34 @@ Legend: x (…, in), W (out, in), A (k, in), B (rows, k) where `rows` are the ou
 them, or the q, k or v part of an attention's fused projection. The update is W[rows] += scaling * B A.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from r1p_dist.adapters.pristine import file_backed_copy
+from r1p_dist.adapters.merged_weight import Factors, MergedWeight
 from r1p_dist.adapters.product import HALF_PRECISION, Product, composed_product
 from r1p_dist.adapters.product_operator import compiled_product
-from r1p_dist.distributed import drop_whole_copy, gathered, start_sum_over_ranks, stored_copies, world_size
+from r1p_dist.adapters.recomputing import is_recomputing
+from r1p_dist.distributed import gathered, start_sum_over_ranks, world_size
 
 
-class Factors(NamedTuple):
-    """A low-rank update of some rows of a frozen weight: delta = scaling * B A."""
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the planner must know of an adapter beside its shapes.
 
-    A: torch.Tensor  # (k, in)
-    B: torch.Tensor  # (rows, k)
-    scaling: float
-    chosen: torch.Tensor | None = None  # indices of the experts among the k that take part; None = all
+    merged: ranks that a task leaves. vote: when votes are summed over ranks, None where there are none. voters: equal
+    for adapters that vote together. gate_bytes: of a mean over ranks in every forward and backward.
+    """
+
+    merged: int
+    vote: str | None = None
+    voters: Any = None
+    gate_bytes: int = 0
 
 
 class LowRankLinear(nn.Module):
@@ -58,7 +66,9 @@ class LowRankLinear(nn.Module):
         self.merged: list[Factors] = []  # per finished task
         # all merged columns; the B of `merged` are views of it
         self.past_B = linear.weight.new_zeros(self.out_features, 0)
-        self._pristine: list[torch.Tensor] = []  # this rank's part of W_0, one per copy that it stores
+        self._weight = MergedWeight(linear.weight, self.rows)
+        self.is_recorded: bool | None = None  # as in `recorded`
+        self.terms: dict[str, torch.Tensor] = {}
 
     @property
     def in_features(self) -> int:
@@ -86,6 +96,19 @@ class LowRankLinear(nn.Module):
         """Returns each adapter's update for this batch, with gradient; votes: what `votes` returned, summed."""
         raise NotImplementedError
 
+    def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
+        """Returns terms of the loss that depend on this layer's update, by name, with gradient; they are summed over
+        layers.
+
+        Runs in the forward, where ZeRO-3 has the values: as often as that, but once per micro batch it counts. factors:
+        the update of this batch. The names must be the same on every rank.
+        """
+        return {}
+
+    def plan(self) -> LayerPlan:
+        """Returns what the planner must know beside the shapes; after a forward pass."""
+        return LayerPlan(merged=len(self.A), voters=self.linear)
+
     def forward(self, x: torch.Tensor, source: torch.Tensor | None = None) -> torch.Tensor:
         """Returns (batch, tokens, out): in training the frozen weight plus the update, in eval the weight alone.
 
@@ -110,24 +133,9 @@ class LowRankLinear(nn.Module):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Takes back what `state` returned."""
 
-    @torch.no_grad()
     def set_weight(self, updates: Sequence[Factors]) -> None:
-        """Writes W = round(W_0 + sum of the updates), in fp32 from the pristine weight, so no error accumulates.
-
-        Under ZeRO-3 each rank computes its own slices of the flattened weight (with ZeRO++ it stores two); there is no
-        communication.
-        """
-        weight = self.linear.weight
-        with stored_copies(weight) as copies:
-            slices = [_slice_of_rows(weight, stored, offset, self.rows) for stored, offset in copies]
-            if not self._pristine:
-                self._pristine = [file_backed_copy(flat) for flat, _ in slices]
-            for (flat, start), pristine in zip(slices, self._pristine, strict=True):
-                total = pristine.to(flat.device, torch.float32, copy=True)
-                if updates and len(flat):
-                    total += _flat_delta(updates, start, len(flat)).to(flat.device)
-                flat.copy_(total)
-        drop_whole_copy(weight)
+        """Writes W = round(W_0 + sum of the updates), as `MergedWeight.set` does."""
+        self._weight.set(updates)
 
     def merge_update(self, update: Factors) -> None:
         """Merges one task's update into the frozen weight, after those merged before."""
@@ -143,8 +151,8 @@ class LowRankLinear(nn.Module):
 
     def set_merged(self, updates: Sequence[Factors]) -> None:
         """Makes these updates, one per task, all that is merged into the weight."""
-        if not updates and not self._pristine:
-            return  # nothing ever was
+        if not updates and self._weight.is_pristine:
+            return
         self.past_B = torch.cat([self.past_B[:, :0], *(update.B for update in updates)], dim=1)
         columns = self.past_B.split([update.B.shape[1] for update in updates], dim=1)
         self.merged = [update._replace(B=B) for update, B in zip(updates, columns, strict=True)]
@@ -158,25 +166,22 @@ class LowRankLinear(nn.Module):
         return delta
 
 
-def _slice_of_rows(weight: nn.Parameter, stored: torch.Tensor, offset: int, rows: slice) -> tuple[torch.Tensor, int]:
-    """Returns what a stored copy holds of the rows: a flat view, and its offset within the rows' flattened elements.
+@contextmanager
+def recorded(adapters: Sequence[LowRankLinear]) -> Iterator[dict[str, torch.Tensor]]:
+    """Opens a micro batch: the first forward of each adapter in it votes and counts, further ones do not.
 
-    stored: elements offset … of the flattened weight. The view is empty where it holds none of the rows.
+    The dict that is given has the adapters' penalties at the end, by name, summed over layers.
     """
-    in_features = getattr(weight, "ds_shape", weight.shape)[1]
-    first, last = rows.start * in_features, rows.stop * in_features
-    start = min(max(first, offset), last)
-    stop = max(min(last, offset + stored.numel()), start)
-    return stored.view(-1)[start - offset : stop - offset] if stop > start else stored.new_empty(0), start - first
-
-
-def _flat_delta(updates: Sequence[Factors], start: int, length: int) -> torch.Tensor:
-    """Returns elements start … start + length of the flattened sum of scaling * B A, fp32, as one product."""
-    in_features = updates[0].A.shape[1]
-    first, last = start // in_features, -(-(start + length) // in_features)
-    B = torch.cat([update.scaling * update.B[first:last].float() for update in updates], dim=1)
-    A = torch.cat([update.A.float() for update in updates])
-    return (B @ A).view(-1)[start - first * in_features :][:length]
+    for adapter in adapters:
+        adapter.is_recorded, adapter.terms = False, {}
+    found: dict[str, torch.Tensor] = {}
+    yield found
+    terms: dict[str, list[torch.Tensor]] = {}
+    for adapter in adapters:
+        for name, term in adapter.terms.items():
+            terms.setdefault(name, []).append(term)
+        adapter.terms = {}
+    found.update({name: torch.stack(parts).sum() for name, parts in terms.items()})
 
 
 def fill_uniform(parameter: nn.Parameter, bound: float, generator: torch.Generator | None) -> None:
@@ -215,6 +220,11 @@ def adapted_product(
     if votes is not None and world_size() > 1:
         frozen = _sum_votes(votes, linear, x, torch.compiler.is_compiling() or x.dtype in HALF_PRECISION)
     factors = kind.factors(adapters, x, votes)
+    for adapter, factor in zip(adapters, factors, strict=True):
+        terms = adapter.penalty(factor)  # also where it does not count: a checkpoint's second forward must be the same
+        if not adapter.is_recorded and not is_recomputing():
+            adapter.terms = terms
+            adapter.is_recorded = None if adapter.is_recorded is None else True
     As = [factor.A for factor in factors]
     rate, dropout_kind = adapters[0].dropout, adapters[0].dropout_kind
     if rate > 0 and dropout_kind == "feature":

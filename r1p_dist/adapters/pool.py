@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from r1p_dist.adapters.low_rank import Factors, LowRankLinear, fill_uniform, full_values
+from r1p_dist.adapters.low_rank import LayerPlan, LowRankLinear, fill_uniform, full_values
+from r1p_dist.adapters.merged_weight import Factors
 from r1p_dist.adapters.recomputing import is_recomputing, once
 from r1p_dist.distributed import gathered, sum_over_ranks, sum_over_ranks_with_gradient, world_size
 from r1p_dist.errors import InputError
@@ -65,11 +66,11 @@ class AdaptedLinear(LowRankLinear):
         super().__init__(linear, alpha / rank, dropout, dropout_kind, rows)
         if not 1 <= merged <= active <= rank:
             raise InputError(
-                f"pool: needs 1 <= merged <= active <= rank, got merged={merged}, active={active}, rank={rank}"
+                f"options: needs 1 <= merged <= active <= rank, got merged={merged}, active={active}, rank={rank}"
             )
         if rank > min(self.in_features, self.out_features):
             raise InputError(
-                f"pool.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}; "
+                f"options.rank={rank} is larger than a layer of {self.in_features} by {self.out_features}; "
                 f"use at most {min(self.in_features, self.out_features)}"
             )
         self.rank, self.active, self.merge_count = rank, active, merged
@@ -87,7 +88,7 @@ class AdaptedLinear(LowRankLinear):
         # votes of this step that `share_votes` has yet to sum over ranks
         self.register_buffer("pending_votes", torch.zeros_like(self.activation_counts), persistent=False)
         self.orthogonal_to: torch.Tensor | None = None  # columns (out, n) of past tasks for the AGO loss; None = off
-        self.ago: torch.Tensor | None = None  # this micro step's term, with gradient
+        self.ago_weight = 1.0
         self._active: torch.Tensor | None = None  # the experts in use; None until the first vote of a task
         self.reset()
 
@@ -138,8 +139,9 @@ class AdaptedLinear(LowRankLinear):
     @torch.no_grad()
     def votes(adapters: Sequence["AdaptedLinear"], x: torch.Tensor) -> torch.Tensor | None:
         """Returns this rank's votes (adapters, rank), int64, where they must be summed over ranks before their use."""
-        if is_recomputing() or adapters[0].routing.has_voted:
-            return None  # activation checkpointing runs the forward again: the vote stands
+        # activation checkpointing or a method runs the forward again: the vote stands
+        if is_recomputing() or adapters[0].is_recorded or adapters[0].routing.has_voted:
+            return None
         return _count_votes(adapters, adapters[0].guide_vector(x.detach()))
 
     @staticmethod
@@ -147,8 +149,6 @@ class AdaptedLinear(LowRankLinear):
         """Returns the experts in use; all of them, weighted, where the router's gradient needs the others too."""
         if votes is not None:
             _elect(adapters, votes)
-        for adapter in adapters:
-            adapter._compute_ago()
         if adapters[0].router_grad == "none":
             return [Factors(adapter.A, adapter.B, adapter.scaling, adapter._active) for adapter in adapters]
         return [Factors(adapter._mask(x)[:, None] * adapter.A, adapter.B, adapter.scaling) for adapter in adapters]
@@ -165,19 +165,27 @@ class AdaptedLinear(LowRankLinear):
         if self.router_grad == "straight_through":
             return chosen + (mean - mean.detach())
         gate = chosen * self.active * mean / (chosen * mean).sum()
-        if not is_recomputing():
+        if not self.is_recorded and not is_recomputing():
             # DeepSpeed casts floating-point buffers to the model's precision; a sum of a task's gates needs its own
             self.gate_sum = self.gate_sum.double() + once(gate.detach())
             self.gate_steps += once(1)
         return gate
 
-    def _compute_ago(self) -> None:
+    def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
+        """Returns `ago_weight` times the AGO term of the most counted columns, where there are past ones."""
         if self.orthogonal_to is None:
-            return
+            return {}
         current = self.B[:, top(self.activation_counts, self.merge_count)]
-        term = ago_term(current, self.orthogonal_to.to(current.dtype))
-        if not is_recomputing():
-            self.ago = term
+        return {"ago": self.ago_weight * ago_term(current, self.orthogonal_to.to(current.dtype))}
+
+    def plan(self) -> LayerPlan:
+        # the parts of a fused projection share its linear and its input; a whole tower can vote ahead
+        voters = self.routing if self.routing.has_voted else self.linear
+        gate_bytes = 0
+        if self.router_grad != "none":
+            # samples without counts have ones that are fp32
+            gate_bytes = self.rank * (4 if self.routing.weights is None else self.A.element_size())
+        return LayerPlan(self.merge_count, self.vote, voters, gate_bytes)
 
     def update(self, count: int) -> tuple[Factors, torch.Tensor]:
         """Returns the `count` most counted experts as an update, and their indices; a collective under ZeRO-3."""
@@ -230,9 +238,10 @@ def vote_ahead(adapters: Sequence[AdaptedLinear]) -> None:
 
     For the guide `cls_image` alone, which is known by then.
     """
-    votes = _count_votes(adapters, adapters[0].guide_vector(adapters[0].routing.guide))
-    if votes is not None:
-        _elect(adapters, sum_over_ranks(votes))
+    if not adapters[0].is_recorded:
+        votes = _count_votes(adapters, adapters[0].guide_vector(adapters[0].routing.guide))
+        if votes is not None:
+            _elect(adapters, sum_over_ranks(votes))
     adapters[0].routing.has_voted = True
 
 

@@ -1,6 +1,6 @@
 """The protocol between a run and its backbone: the training loop and the methods know this, never a model by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -33,11 +33,11 @@ class Backbone(Protocol):
     def encoder(self, data: DataConfig) -> Encoder:
         """Returns what makes batches of samples."""
 
-    def set_prompts(self, prompts: Sequence[str]) -> None:
-        """Sets the prompt of each label of the coming batches; of classification tasks alone."""
+    def preparer(self, prompts: Sequence[str]) -> Callable[[Batch], Batch]:
+        """Returns what gives a micro batch, on the host, what the host knows of it beside.
 
-    def prepare(self, batch: Batch) -> Batch:
-        """Returns a micro batch with what the host knows of it beside, before it goes to the device."""
+        prompts: of each label of its samples; of classification tasks alone.
+        """
 
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Is told the micro batches of the coming optimizer step, on the device, before the loss of any."""
@@ -48,8 +48,13 @@ class Backbone(Protocol):
         model: the backbone, or the DeepSpeed engine around it.
         """
 
+    def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Returns the weights of towers by their names in `named_parameters`."""
+
     def train(self, mode: bool = True) -> nn.Module: ...
 
     def eval(self) -> nn.Module: ...
 
     def parameters(self) -> Sequence[nn.Parameter]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

@@ -162,8 +162,16 @@ class LlavaBackbone(nn.Module):
             is_blind=data.blind,
         )
 
-    def set_prompts(self, prompts: Sequence[str]) -> None:
-        """Does nothing: a conversation brings its prompt along."""
+    def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Returns the weights of towers by their names in `named_parameters`; the language model's with its head."""
+        parts = {"image": ("vision_tower.",), "projector": ("multi_modal_projector.",)}
+        parts["language"] = ("language_model.", "lm_head.")
+        wanted = tuple(part for tower in towers for part in parts[tower])
+        return {name: p for name, p in self.named_parameters() if any(f".{part}" in f".{name}" for part in wanted)}
+
+    def preparer(self, prompts: Sequence[str]) -> Callable[[Batch], Batch]:
+        """Returns `prepare`: a conversation brings its prompt along."""
+        return self.prepare
 
     def prepare(self, batch: Batch) -> Batch:
         """Returns a micro batch of n conversations with what the host knows of its k answer tokens and m pictures.

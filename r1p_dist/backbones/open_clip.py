@@ -18,6 +18,7 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
+from r1p_dist.backbones.backbone import Batch
 from r1p_dist.backbones.blocks import Block, checkpoint_forward
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.slots import Slot, fill
@@ -125,7 +126,7 @@ class ClipBackbone(nn.Module):
         scale = model.logit_scale
         scale = draw(model, "logit_scale", torch.empty(scale.shape)) if scale.is_meta else scale.detach().float()
         self.logit_scale = scale.exp().item()
-        self._prompts: torch.Tensor | None = None
+        self._asks_for_gather = False
         self._image_gather: StartedGather | None = None
 
     @property
@@ -146,6 +147,11 @@ class ClipBackbone(nn.Module):
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
+    def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Returns the weights of towers by their names in `named_parameters`."""
+        prefixes = tuple({"image": "model.visual.", "text": "model.text."}[tower] for tower in towers)
+        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(prefixes)}
+
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
     ) -> list[LowRankLinear]:
@@ -163,7 +169,8 @@ class ClipBackbone(nn.Module):
         if image is not None:
             image = image.to(next(self.model.visual.parameters()).dtype)
             image_features = F.normalize(self.model.visual(image).float(), dim=-1)
-            if torch.is_grad_enabled() and tokens is not None:
+            if self._asks_for_gather:
+                self._asks_for_gather = False
                 self._image_gather = start_gather(image_features)  # travels while the text tower runs
         if tokens is not None:
             text = self.model.text
@@ -187,12 +194,6 @@ class ClipBackbone(nn.Module):
         """Returns the prompts' token ids (n, context) on the model's device."""
         return self.tokenizer(list(prompts)).to(self.device)
 
-    def set_prompts(self, prompts: Sequence[str]) -> None:
-        """Sets the prompt of each label of the coming training batches; equal prompts become one label."""
-        self._prompts = self.tokenizer(list(prompts))  # on the host, as labels are when a batch is prepared
-        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
-        self._label_of = torch.tensor([first[prompt] for prompt in prompts])
-
     def check(self, stream: Stream) -> None:
         """Raises InputError for a stream or a model that `loss` does not fit, before any training."""
         if stream.tasks[0].is_instruction:
@@ -207,25 +208,34 @@ class ClipBackbone(nn.Module):
         """Returns what makes batches {"image": (n, 3, H, W)} of samples, with open_clip's transforms."""
         return PictureEncoder(self.preprocess, data.augment)
 
-    def prepare(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns a micro batch {"image", "label"} on the host with its distinct prompts beside.
+    def preparer(self, prompts: Sequence[str]) -> Callable[[Batch], Batch]:
+        """Returns what gives a micro batch {"image", "label"} on the host its distinct prompts beside.
 
-        "tokens" (m, longest), "end" (m,), "counts" (m,), how often each occurs, and "place" (n,), which of them each
-        sample has. Labels of equal prompts become equal.
+        prompts: of each label; equal prompts become one label. What it adds: "tokens" (m, longest), "end" (m,),
+        "counts" (m,), how often each occurs, and "place" (n,), which of them each sample has.
         """
-        label = self._label_of[batch["label"]]
-        distinct, place, counts = label.unique(return_inverse=True, return_counts=True)
-        tokens, end = self._trim(self._prompts[distinct])
-        return batch | {"label": label, "tokens": tokens, "end": end, "counts": counts, "place": place}
+        tokens_of = self.tokenizer(list(prompts))  # on the host, as labels are
+        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+        label_of = torch.tensor([first[prompt] for prompt in prompts])
 
-    def begin_step(self, batches: Sequence[dict[str, torch.Tensor]], train: TrainConfig) -> None:
+        def prepare(batch: Batch) -> Batch:
+            label = label_of[batch["label"]]
+            distinct, place, counts = label.unique(return_inverse=True, return_counts=True)
+            tokens, end = self._trim(tokens_of[distinct])
+            return batch | {"label": label, "tokens": tokens, "end": end, "counts": counts, "place": place}
+
+        return prepare
+
+    def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Does nothing: the contrastive loss of a micro batch needs no other."""
 
-    def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the contrastive loss of a micro batch that `prepare` has seen; each distinct prompt is encoded once.
+    def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Returns the contrastive loss of a micro batch that a `preparer` has seen; each distinct prompt is encoded
+        once.
 
         model: this backbone, or the DeepSpeed engine around it.
         """
+        self._asks_for_gather = torch.is_grad_enabled()  # of this forward alone: a method may run others
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
         gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
         return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, gather)

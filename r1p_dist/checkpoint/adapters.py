@@ -1,43 +1,138 @@
-"""What a task leaves on disk: its merged experts as safetensors with a JSON beside them."""
+"""What a task leaves on disk: its updates by layer, as safetensors with a JSON beside them, and the method's memory."""
 
 import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
-from r1p_dist.adapters import Factors, LowRankLinear
-from r1p_dist.checkpoint.folders import read_tensors, tensor_file
+from r1p_dist.adapters import Dense, Factors, Update
+from r1p_dist.distributed import agree, from_rank, gather_bytes, gathered, rank
 from r1p_dist.errors import InputError
-from r1p_dist.files import write_atomically
+from r1p_dist.files import sync, write_atomically
+
+Places = Mapping[str, tuple[nn.Parameter, slice | None]]
 
 
-def save_adapter(folder: Path, adapters: list[LowRankLinear], facts: dict) -> None:
-    """Writes the update that each adapter merged last: `<name>.A` (k, in), `<name>.B` (out, k) fp32, and facts with
-    the scaling.
+class TensorFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, read when they are asked for. InputError: it is none."""
 
-    The tensor file comes first and the JSON last, both by rename: a folder with adapter.json is complete.
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, "pt")
+            self._names = set(self._file.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def save_updates(path: Path, updates: Mapping[str, Update]) -> None:
+    """Writes a stage's updates: `<layer>.A` (k, in), `<layer>.B` (out, k), `<layer>.scaling` (), or `<layer>.value`,
+    fp32; a collective. InputError: it cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for adapter in adapters:
-        update = adapter.merged[-1]
-        tensors[f"{adapter.name}.A"] = update.A
-        tensors[f"{adapter.name}.B"] = update.B
-    write_atomically(folder / "adapter.safetensors", tensor_file(tensors))
-    facts = {**facts, "scaling": adapters[0].scaling, "layers": [adapter.name for adapter in adapters]}
-    write_atomically(folder / "adapter.json", json.dumps(facts, indent=2) + "\n")
+    for layer, update in updates.items():
+        if isinstance(update, Dense):
+            with gathered([update.value]):
+                if rank() == 0:
+                    tensors[f"{layer}.value"] = update.value.detach().float().cpu().clone()
+            continue
+        tensors[f"{layer}.A"], tensors[f"{layer}.B"] = update.A, update.B
+        tensors[f"{layer}.scaling"] = torch.tensor(update.scaling, dtype=torch.float64)
+    agree(lambda: _write(path, tensors))
 
 
-def load_adapter(path: Path, adapters: list[LowRankLinear]) -> list[Factors]:
-    """Returns the update of each adapter from an adapter.safetensors. InputError: no such file, or of other layers."""
-    tensors = read_tensors(path)
-    expected = {f"{adapter.name}.{factor}" for adapter in adapters for factor in "AB"}
-    if odd := sorted(expected ^ tensors.keys()):
+def save_memory(path: Path, memory: Mapping[str, torch.Tensor]) -> None:
+    """Writes what a method keeps for later stages, each tensor from the first rank that gives it; a collective.
+
+    InputError: it cannot be written.
+    """
+    names = [json.loads(content) for content in gather_bytes(json.dumps(sorted(memory)).encode())]
+    owners = {name: owner for owner in reversed(range(len(names))) for name in names[owner]}
+    tensors = {}
+    for name in sorted(owners):
+        tensor = _sent_to_first(memory.get(name), owners[name])
+        if rank() == 0:
+            tensors[name] = tensor
+    agree(lambda: _write(path, tensors))
+
+
+def _sent_to_first(tensor: torch.Tensor | None, owner: int) -> torch.Tensor:
+    if owner == 0:
+        return torch.empty(0) if tensor is None else tensor.detach().float().cpu()
+    shape = [0] * 8
+    if rank() == owner:
+        shape[: tensor.dim() + 1] = [tensor.dim(), *tensor.shape]
+    dims, *sizes = from_rank(torch.tensor(shape), owner).tolist()
+    content = tensor.detach().float().cpu().contiguous() if rank() == owner else torch.empty(sizes[:dims])
+    return from_rank(content, owner)
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error}") from error
+
+
+def write_facts(folder: Path, updates: Mapping[str, Update], facts: Mapping[str, Any]) -> None:
+    """Writes adapter.json, which says that the folder is complete: facts, and of each layer rank and scaling."""
+    layers = {
+        name: {"dense": True} if isinstance(update, Dense) else {"rank": len(update.A), "scaling": update.scaling}
+        for name, update in updates.items()
+    }
+    write_atomically(folder / "adapter.json", json.dumps({**facts, "layers": layers}, indent=2) + "\n")
+
+
+def load_updates(path: Path, places: Places, device: torch.device | None = None) -> dict[str, Update]:
+    """Returns the updates of an adapter.safetensors by layer, those that are low-rank on `device`.
+
+    places: of each layer its weight and rows. InputError: no such file, or of other layers, or not finite.
+    """
+    tensors = TensorFile(path)
+    found: dict[str, Update] = {}
+    expected = set()
+    for layer, (weight, rows) in places.items():
+        shape = getattr(weight, "ds_shape", weight.shape)
+        if f"{layer}.value" in tensors:
+            expected.add(f"{layer}.value")
+            update: Update = Dense(tensors[f"{layer}.value"])
+            fits = update.value.shape == shape
+        else:
+            names = [f"{layer}.{part}" for part in ("A", "B", "scaling")]
+            expected.update(names)
+            if missing := [name for name in names if name not in tensors]:
+                raise InputError(f"{path}: holds other layers than this model adapts, for example {missing[0]} is none")
+            A, B, scaling = (tensors[name] for name in names)
+            out = shape[0] if rows is None else rows.stop - rows.start
+            fits = A.dim() == B.dim() == 2 and A.shape == (B.shape[1], shape[1]) and len(B) == out
+            update = Factors(A.to(device or A.device), B.to(device or B.device), float(scaling))
+        if not fits:
+            raise InputError(f"{path}: {layer} has other shapes than this model's")
+        if not all(value.isfinite().all() for value in update if isinstance(value, torch.Tensor)):
+            raise InputError(f"{path}: {layer} holds a value that is not finite; train the task again")
+        found[layer] = update
+    if odd := sorted(tensors.keys() - expected):
         raise InputError(f"{path}: holds other layers than this model adapts, for example {odd[0]}")
-    updates = []
-    for adapter in adapters:
-        A, B = tensors[f"{adapter.name}.A"], tensors[f"{adapter.name}.B"]
-        if A.shape[1] != adapter.in_features or B.shape != (adapter.out_features, len(A)):
-            raise InputError(f"{path}: {adapter.name} has {tuple(A.shape)} and {tuple(B.shape)}, of another model")
-        device = adapter.linear.weight.device
-        updates.append(Factors(A.to(device), B.to(device), adapter.scaling))
-    return updates
+    return found

@@ -4,7 +4,8 @@
         training.safetensors   value, exp_avg and exp_avg_sq of every trainable parameter, fp32, full tensors
         method.safetensors     what the method counts: votes, active experts and so on
         ranks.safetensors      each rank's random states and running sums
-        merged-<i>.safetensors the merged experts of task i, linked from RUN/adapters
+        merged-<i>.safetensors the updates of task i, linked from RUN/adapters; memory-<i>: what the method keeps of it
+    start.safetensors      of a task in progress, the values that it began with, linked from the checkpoint before it
         state.json             where the run stands: task, step, data cursor, accuracy matrix, backbone, versions
         config.yaml            the resolved configuration
         manifest.json          size and SHA-256 of each file; written last
@@ -16,7 +17,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ from r1p_dist.checkpoint.training_state import Capture
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import agree, rank
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 
-FORMAT = 1
+FORMAT = 2
 _Whole = Annotated[int, Field(ge=0)]
 # What may change between two starts of a run: where and how fast it runs, not what it computes.
 FREE_KEYS = (
@@ -47,7 +49,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    format: Literal[1]
+    format: Literal[2]
     task: str
     stage: _Whole
     step: _Whole
@@ -57,6 +59,7 @@ class State(BaseModel):
     facts: dict[str, Any]
     cursor: dict[str, Any] | None = None
     adam_steps: _Whole | None = None
+    terms: list[str] = []
 
     @model_validator(mode="after")
     def _check_step(self) -> "State":
@@ -139,7 +142,7 @@ class Checkpoints:
         except ValidationError as error:
             fault = error.errors()[0]
             raise InputError(f"{folder}/state.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-        before = RunConfig.load(folder / "config.yaml")
+        before = load_config(folder / "config.yaml")
         if differences := config_differences(before, self.config):
             raise InputError(
                 f"run_dir={self.config.run_dir}: its run has another configuration: {'; '.join(differences)}; give "
@@ -152,16 +155,16 @@ class Checkpoints:
         state: dict[str, Any],
         method: dict[str, torch.Tensor],
         capture: Capture,
-        merged: Sequence[Path] = (),
+        links: Mapping[str, Path],
     ) -> None:
         """Starts to save as NAME (task/step-n) what is handed over; waits for the save before, if it still goes on.
 
-        merged: the file of merged experts of each finished task.
+        links: files of finished tasks, by the name that they get.
         """
         self.wait()
         if rank() == 0:
             method = {key: tensor.detach().cpu().clone() for key, tensor in method.items()}
-            arguments = (self.root / name, state, method, capture, list(merged))
+            arguments = (self.root / name, state, method, capture, dict(links))
             self._thread = threading.Thread(target=self._write, args=arguments)
             self._thread.start()
 
@@ -177,7 +180,7 @@ class Checkpoints:
         state: dict[str, Any],
         method: dict[str, torch.Tensor],
         capture: Capture,
-        merged: list[Path],
+        links: dict[str, Path],
     ) -> None:
         try:
             files = {
@@ -187,7 +190,8 @@ class Checkpoints:
                 "state.json": json.dumps({"format": FORMAT, **state}).encode(),
                 "config.yaml": self.config.dump().encode(),
             }
-            links = {f"merged-{task:02d}.safetensors": file for task, file in enumerate(merged)}
+            # what a stage began with is in the checkpoint before it, whose save may have failed
+            links = {name: file for name, file in links.items() if name != "start.safetensors" or file.is_file()}
             write_folder(folder, files, links)
             self._prune()
         except OSError as error:

@@ -1,10 +1,11 @@
 """The numbers of a training in progress: full tensors, whatever the world size and the ZeRO stage were.
 
-Legend: a column is one of value, exp_avg and exp_avg_sq; every trainable parameter has all three, flattened, fp32.
+Legend: a column is one of value, exp_avg and exp_avg_sq, or one that a method keeps beside them; every trainable
+parameter has all of them, flattened, fp32.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,19 @@ class Capture:
     """What one save takes from the running training: reductions to rank 0, then copies that nobody changes.
 
     parameters: name -> trainable parameter. engine: DeepSpeed's, or None between two tasks, where there are no moments.
-    local: uint8, equally long on every rank, kept rank by rank. RuntimeError: a number is kept by no rank or by two.
+    local: uint8, equally long on every rank, kept rank by rank. further: the method's own columns. RuntimeError: a
+    number is kept by no rank or by two.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], engine: Any | None, local: torch.Tensor) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        engine: Any | None,
+        local: torch.Tensor,
+        further: Sequence[str] = (),
+    ) -> None:
         self.shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-        self._columns = COLUMNS if engine is not None else COLUMNS[:1]
+        self._columns = (*COLUMNS, *further) if engine is not None else COLUMNS[:1]
         sizes = [len(self._columns) * shape.numel() for shape in self.shapes.values()]
         *self._starts, end = itertools.accumulate(sizes, initial=0)
         self._buffer = torch.empty(end, dtype=torch.int32) if rank() == 0 else None
@@ -58,18 +66,19 @@ class Capture:
         # As bits, so that the sum of one rank's numbers and the others' zeros is exact in every case.
         buffer = torch.zeros(end, dtype=torch.int32, device=device)
         given = torch.zeros(len(sizes), dtype=torch.int64)
-        for number, ((name, parameter), start) in enumerate(zip(parameters.items(), starts, strict=True)):
+        for place, ((name, parameter), start) in enumerate(zip(parameters.items(), starts, strict=True)):
             size = self.shapes[name].numel()
             if engine is None:
                 values = full_values(parameter)[0].view(-1)
                 parts = [(0, values)] if rank() == 0 else []
             else:
-                part = part_of(engine, parameter)
+                part = part_of(engine, parameter, self._columns)
                 is_mine = part is not None and (rank() == 0 or engine.zero_optimization_stage() > 0)
-                parts = [(column * size + part.start, part[1 + column]) for column in range(3)] if is_mine else []
+                columns = enumerate(part.columns.values()) if is_mine else ()
+                parts = [(number * size + part.start, values) for number, values in columns]
             for offset, values in parts:
                 buffer[start + offset : start + offset + len(values)] = values.float().view(torch.int32)
-                given[number] += len(values)
+                given[place] += len(values)
         if not is_faked() and sum_over_ranks(given).tolist() != sizes:  # else what no rank gave would look like zeros
             odd = next(name for name, count, size in zip(parameters, given, sizes, strict=True) if count != size)
             raise RuntimeError(f"{odd}: the ranks' parts do not make a whole")
@@ -103,13 +112,17 @@ def _pieces(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def restore_values(
-    parameters: Mapping[str, nn.Parameter], engine: Any | None, tensors: Mapping[str, torch.Tensor], where: str
+    parameters: Mapping[str, nn.Parameter],
+    engine: Any | None,
+    tensors: Mapping[str, torch.Tensor],
+    where: str,
+    further: Sequence[str] = (),
 ) -> None:
     """Writes full tensors, as `Capture.tensors` named them, into this rank's parts of the parameters.
 
     InputError: a tensor is missing, left over, or of another shape; nothing is written then.
     """
-    columns = COLUMNS if engine is not None else COLUMNS[:1]
+    columns = (*COLUMNS, *further) if engine is not None else COLUMNS[:1]
     expected = {f"{name}.{column}": parameters[name] for name in parameters for column in columns}
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())
@@ -119,13 +132,18 @@ def restore_values(
         if tensors[name].shape != shape or tensors[name].dtype != torch.float32:
             raise InputError(f"{where}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, not {shape}")
     for name, parameter in parameters.items():
-        part = None if engine is None else part_of(engine, parameter)
+        part = None if engine is None else part_of(engine, parameter, columns)
         if part is not None:
-            for column, target in zip(COLUMNS, part[1:], strict=True):
+            for column, target in part.columns.items():
                 target.copy_(tensors[f"{name}.{column}"].view(-1)[part.start : part.start + len(target)])
-        value = tensors[f"{name}.value"].view(-1)
-        with stored_copies(parameter) as copies:
-            for stored, offset in copies:
-                piece = value[offset : offset + stored.numel()]
-                stored.view(-1)[: len(piece)].copy_(piece)
-        drop_whole_copy(parameter)
+        write_stored(parameter, tensors[f"{name}.value"])
+
+
+def write_stored(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Writes a full tensor into what this rank stores of a parameter, in the model's precision."""
+    value = value.view(-1)
+    with torch.no_grad(), stored_copies(parameter) as copies:
+        for stored, offset in copies:
+            piece = value[offset : offset + stored.numel()]
+            stored.view(-1)[: len(piece)].copy_(piece)
+    drop_whole_copy(parameter)

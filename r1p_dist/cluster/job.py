@@ -9,8 +9,8 @@ from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
 from r1p_dist.cli import report_errors
-from r1p_dist.config import RunConfig
 from r1p_dist.errors import EXIT_INTERRUPTED, Interrupted
+from r1p_dist.recipes import load_config
 from r1p_dist.rendezvous import export_rendezvous
 
 # How long a start after the first waits for ranks of the one before that outlived it, as on a node that got lost.
@@ -55,7 +55,7 @@ class TrainJob:
     def _train(self) -> int:
         from r1p_dist.train import run
 
-        config = RunConfig.load(self.config_file)
+        config = load_config(self.config_file)
         is_restart = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         try:
             run(config, _LOCK_PATIENCE_S if is_restart else 0)

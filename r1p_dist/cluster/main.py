@@ -13,6 +13,7 @@ from r1p_dist.cluster.runs import RunState, describe_runs, find_runs, read_log, 
 from r1p_dist.cluster.scheduler import JobRecord, cancel
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 
 _PROFILE_FLAGS = {
     "cluster": dict(choices=("slurm", "local", "debug"), help="where (default: slurm)"),
@@ -50,7 +51,7 @@ def _submit(argv: list[str]) -> int:
     _add_flags(parser)
     arguments, words = _parse(parser, argv)
     profile = _profile(arguments)
-    config = RunConfig.load(arguments.recipe, words)
+    config = load_config(arguments.recipe, words)
     if arguments.dry_run:
         from r1p_dist.cluster.submission import dry_run
 

@@ -1,6 +1,6 @@
 """Sweeps: from `key=a,b,c` to the points that are trained, each with its own folder.
 
-    pool.rank=8,12,16      alternatives; a value that is a list is written [a, b]
+    options.rank=8,12,16      alternatives; a value that is a list is written [a, b]
     train.lr=loguniform(1e-4, 1e-2)   a range, as are uniform(a, b) and integer(a, b); for random sweeps
 
 A grid has every combination. A random sweep (`samples`) draws so many points from alternatives and ranges with its own
@@ -11,7 +11,7 @@ seed. The same can stand in a YAML file:
     seed: 0
     overrides: ["train.iterations=50"]
     parameters:
-      pool.rank: [8, 12, 16]
+      options.rank: [8, 12, 16]
       train.lr: loguniform(1e-4, 1e-2)
 """
 
@@ -31,7 +31,8 @@ from r1p_dist.checkpoint.checkpoints import config_differences
 from r1p_dist.config import RunConfig
 from r1p_dist.data.order import digest_number
 from r1p_dist.errors import InputError
-from r1p_dist.methods import METHODS
+from r1p_dist.methods import method_class
+from r1p_dist.recipes import load_config
 from r1p_dist.safe_yaml import parse_yaml
 
 _RANGE = re.compile(r"(uniform|loguniform|integer)\(([^,()]+),([^,()]+)\)")
@@ -123,7 +124,7 @@ class Sweep:
         InputError: nothing is varied, a range without `samples`, or an alternative that stands there twice.
         """
         if not self.parameters:
-            raise InputError("a sweep needs a parameter with several values, as in pool.rank=8,12")
+            raise InputError("a sweep needs a parameter with several values, as in options.rank=8,12")
         for key, values in self.parameters.items():
             if isinstance(values, Range) and self.samples is None:
                 raise InputError(f"{key}: a range is drawn from, so say how often: --samples N")
@@ -170,26 +171,21 @@ def _make_point(sweep: Sweep, values: dict[str, str], folder: Path) -> Point:
     name = point_name(values)
     words = [*sweep.overrides, *(f"{key}={value}" for key, value in values.items()), f"run_dir={folder / name}"]
     try:
-        config = RunConfig.load(sweep.recipe, words)
-        _check_options(config.method, values)
+        config = load_config(sweep.recipe, words)
+        _refuse_idle(config, values)
         earlier = folder / name / "config.yaml"
-        if earlier.is_file() and (differences := config_differences(RunConfig.load(earlier), config)):
+        if earlier.is_file() and (differences := config_differences(load_config(earlier), config)):
             raise InputError(f"its folder has another configuration: {'; '.join(differences)}; use another --folder")
     except InputError as error:
         return Point(name, values, refused=str(error))
     return Point(name, values, config)
 
 
-def _check_options(method: str, values: dict[str, str]) -> None:
-    """Refuses what is varied but read by other methods only: its points would all be the same run."""
-    if method not in METHODS:
-        raise InputError(f"method={method}: no such method; there are {', '.join(METHODS)}")
-    own = METHODS[method].sections
-    others = {section for other in METHODS.values() for section in other.sections}
-    for key in values:
-        section = key.split(".")[0]
-        if section in others and section not in own:
-            raise InputError(f"method={method} has no option {key}; its sections: {', '.join(own) or 'none'}")
+def _refuse_idle(config: RunConfig, values: dict[str, str]) -> None:
+    """Refuses what is varied for a method that trains nothing: its points would all be the same run."""
+    idle = [key for key in values if key.split(".")[0] in ("train", "targets")]
+    if idle and not method_class(config.method).trains:
+        raise InputError(f"method={config.method} trains nothing: {idle[0]} makes no difference to it")
 
 
 def point_name(values: dict[str, str]) -> str:

@@ -162,6 +162,11 @@ class TrainLoader:
                 self.replaced[fault] += 1
             yield batch
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many optimizer steps see every sample once, the last one some twice."""
+        return math.ceil(len(self.dataset) / self._global_batch_size)
+
     def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro batches of one optimizer step after another."""
         batches = iter(self)

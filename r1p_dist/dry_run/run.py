@@ -21,14 +21,15 @@ from torch import nn
 
 from r1p_dist.backbones import Backbone, load_backbone
 from r1p_dist.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
-from r1p_dist.data import EvaluationLoader, Stream, evaluation_loaders, train_loader
+from r1p_dist.data import Encoder, EvaluationLoader, Stream, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.distributed import fake_ranks, world_size
 from r1p_dist.dry_run.probe import Phase, Probe, joined
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.interrupts import STOP_SIGNALS, StepAgreement, Watchdog
-from r1p_dist.methods import Stage, make_method
+from r1p_dist.methods import make_method
+from r1p_dist.protocol import Stage
 from r1p_dist.session import Session
 from r1p_dist.train import fit
 
@@ -109,7 +110,7 @@ def _rank_0(config: RunConfig) -> DryRun:
         backbone = load_backbone(config.backbone, weights_placement(config, device), config.train.compile)
         backbone.check(stream)
         method = make_method(config, backbone)
-        if not method.adapters:
+        if not method.trains:
             raise InputError(f"method={config.method}: trains nothing, so there is no step to run; use dac or lora")
         probe.settle(backbone)
         stage = replace(method.stages(stream)[0], iterations=STEPS)
@@ -119,11 +120,16 @@ def _rank_0(config: RunConfig) -> DryRun:
         session = Session(config, method, [stage], {})
         session.log.is_silent = True
         watchdog = Watchdog(math.inf, config.run_dir)
-        train = config.train.for_task(stage.name).model_copy(update={"iterations": STEPS})
+        further = {
+            name: train_loader(config, request.tasks, STEPS, encoder)
+            for name, request in method.further_data(stage, ()).items()
+        }
+        scan_loader = partial(_scan_loader, config, stage, encoder)
+        train = method.train_config(stage)
         agreement = _agreement(device)
         make_engine = partial(_ObservedEngine, backbone, config, train, agreement, probe)
         try:
-            running = session.open_stage(0, loader, make_engine)
+            running = session.open_stage(0, loader, make_engine, agreement, scan_loader, further)
             probe.cut("loading")
             fit(running, session, agreement, watchdog)
             batch = _describe_batch(backbone, loader.micro_batch_size)
@@ -131,14 +137,15 @@ def _rank_0(config: RunConfig) -> DryRun:
             session.save_step(running)
             session.checkpoints.wait()
             probe.cut("save")
-            for adapter, updates in zip(method.adapters, method.unmerged_updates(), strict=True):
-                adapter.set_weight(updates)
-            method.end_task()
+            with method.before_merge():
+                pass
+            method.end(stage, running.trainer)
+            session.finish_stage(0)
             probe.cut("merge")
             _evaluate(config, backbone, running.model, stage)
             probe.cut("evaluation")
             running.model.close()
-            method.begin_task(1)
+            method.prepare(1)
             make_engine().close()
             probe.cut("next task")
         finally:
@@ -147,6 +154,11 @@ def _rank_0(config: RunConfig) -> DryRun:
     phases = probe.phases
     phases["boundary"] = joined(phases.pop("merge"), phases.pop("next task"))
     return DryRun(config, world_size(), device.type, batch, phases)
+
+
+def _scan_loader(config: RunConfig, stage: Stage, encoder: Encoder, batches: int | None) -> TrainLoader:
+    """Returns a loader for a method's scan, as short as the dry run."""
+    return train_loader(config, stage.tasks, min(batches or STEPS, STEPS), encoder)
 
 
 def _agreement(device: torch.device) -> StepAgreement:
@@ -168,12 +180,10 @@ class _ObservedEngine(TaskEngine):
         self._probe = probe
         probe.settle(backbone, self)
 
-    def step(self, loss: torch.Tensor) -> bool:
-        is_boundary = super().step(loss)
-        if is_boundary:
-            self._probe.settle(self.engine.module, self)
-            self._probe.cut("step")
-        return is_boundary
+    def update(self) -> None:
+        super().update()
+        self._probe.settle(self.engine.module, self)
+        self._probe.cut("step")
 
 
 def _evaluate(config: RunConfig, backbone: Backbone, model: TaskEngine, stage: Stage) -> None:

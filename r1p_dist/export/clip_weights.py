@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from r1p_dist.adapters import LowRankLinear
 from r1p_dist.backbones import Placement, load_clip, weights_identity
 from r1p_dist.backbones.weights import draw, map_weights, weights_file
 from r1p_dist.config import BackboneConfig
@@ -37,8 +36,8 @@ class ClipWeights:
                 self._names[parameter] = name
                 self.shapes[name] = torch.Size() if name in TEMPERATURE else parameter.shape
 
-    def locate(self, adapter: LowRankLinear) -> tuple[str, slice]:
-        return self._names[adapter.linear.weight], adapter.rows
+    def locate(self, weight: nn.Parameter, rows: slice | None) -> tuple[str, slice | None]:
+        return self._names[weight], rows
 
     def read(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]

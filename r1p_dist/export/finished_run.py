@@ -1,30 +1,31 @@
 """What a run left to export: its configuration, its metrics and the updates of its finished tasks."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from r1p_dist.adapters import Factors, LowRankLinear
-from r1p_dist.checkpoint.folders import read_json, read_tensors
+from r1p_dist.adapters import Update
+from r1p_dist.checkpoint import load_updates, read_json
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.export.clip_weights import ClipWeights
 from r1p_dist.export.llava_weights import LlavaWeights
 from r1p_dist.export.merged import FrozenWeights, MergedWeights
-from r1p_dist.methods import Method, make_method
+from r1p_dist.methods import make_method
+from r1p_dist.protocol import Method
+from r1p_dist.recipes import load_config
+
+_NEEDS = {"task_id": "the task of each sample", "routed": "a router"}
 
 
 @dataclass(frozen=True)
 class TaskUpdate:
-    """What one task merged. factors: by layer (tower.block.layer). folder: its name, index-task."""
+    """What one task left. updates: by layer (tower.block.layer, or a weight's name). folder: its name, index-task."""
 
     folder: str
     name: str
-    factors: Mapping[str, Factors]
+    updates: Mapping[str, Update]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class FinishedRun:
     is_whole: bool
 
     def merged_weights(self, tasks: Sequence[TaskUpdate]) -> MergedWeights:
-        return MergedWeights(self.base, self.places, [task.factors for task in tasks])
+        return MergedWeights(self.base, self.places, [task.updates for task in tasks])
 
 
 def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
@@ -55,17 +56,22 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
     """
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir}: no config.yaml there; give the folder of a run")
-    config = RunConfig.load(run_dir / "config.yaml")
+    config = load_config(run_dir / "config.yaml")
     metrics = _read_metrics(run_dir / "metrics.json")
     base = _frozen_weights(config.backbone)
     _check_base(run_dir, config.backbone, base)
     method = make_method(config, base.backbone)
     finished = _finished_folders(run_dir)
-    if method.adapters and not finished:
+    if method.inference != "merged":
+        raise InputError(
+            f"{run_dir}: method={config.method} needs {_NEEDS[method.inference]} at inference, which no format can hold"
+        )
+    if method.trains and not finished:
         raise InputError(f"{run_dir}/adapters: no finished task; export the run after its first")
     chosen = _choose(run_dir, method, finished, names)
+    places = method.update_places()
     updates = [
-        TaskUpdate(folder.name, name, _read_update(folder, method.adapters))
+        TaskUpdate(folder.name, name, load_updates(folder / "adapter.safetensors", places))
         for name, folder in finished.items()
         if name in chosen
     ]
@@ -74,9 +80,9 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
         config=config,
         metrics=metrics,
         base=base,
-        places={adapter.name: base.locate(adapter) for adapter in method.adapters},
+        places={layer: base.locate(weight, rows) for layer, (weight, rows) in places.items()},
         tasks=updates,
-        deployed=[updates[index] for index in method.deployed_tasks(len(updates))],
+        deployed=[updates[index] for index in method.deployed(len(updates))],
         is_whole=len(updates) == len(finished),
     )
 
@@ -113,32 +119,12 @@ def _choose(run_dir: Path, method: Method, finished: Mapping[str, Path], names: 
             f"--tasks {unknown[0]}: no finished task of {run_dir}; there are {', '.join(finished) or 'none'}"
         )
     chosen = [name for name in finished if name in names]
-    if method.deployed_tasks(2) != [0, 1] and chosen != list(finished)[: len(chosen)]:
+    if not method.tasks_add_up and chosen != list(finished)[: len(chosen)]:
         raise InputError(
             f"--tasks {','.join(names)}: {method.config.method} keeps one update for all tasks up to a task; name the "
             f"first tasks of the run without a gap: {', '.join(finished)}"
         )
     return chosen
-
-
-def _read_update(folder: Path, adapters: Sequence[LowRankLinear]) -> dict[str, Factors]:
-    facts, path = read_json(folder / "adapter.json"), folder / "adapter.safetensors"
-    scaling = facts.get("scaling") if isinstance(facts, dict) else None
-    if not isinstance(scaling, int | float) or not math.isfinite(scaling):
-        raise InputError(f"{folder}/adapter.json: scaling={scaling}: must be a number")
-    tensors = read_tensors(path)
-    expected = {f"{adapter.name}.{factor}" for adapter in adapters for factor in "AB"}
-    if odd := sorted(expected ^ tensors.keys()):
-        raise InputError(f"{path}: holds other layers than config.yaml's targets, for example {odd[0]}")
-    updates = {}
-    for adapter in adapters:
-        A, B = tensors[f"{adapter.name}.A"], tensors[f"{adapter.name}.B"]
-        if A.shape != (B.shape[-1], adapter.in_features) or B.shape != (adapter.out_features, len(A)):
-            raise InputError(f"{path}: {adapter.name} has {tuple(A.shape)} and {tuple(B.shape)}, of another model")
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-            raise InputError(f"{path}: {adapter.name} holds a value that is not finite; train the task again")
-        updates[adapter.name] = Factors(A, B, scaling)
-    return updates
 
 
 def _check_base(run_dir: Path, config: BackboneConfig, base: FrozenWeights) -> None:

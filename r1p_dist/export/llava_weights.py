@@ -4,7 +4,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from r1p_dist.adapters import LowRankLinear
 from r1p_dist.backbones import Placement, load_llava, weights_identity
 from r1p_dist.backbones.llava_weights import module_name, weights_files
 from r1p_dist.config import BackboneConfig
@@ -36,8 +35,8 @@ class LlavaWeights:
             parameter: own[name] for name, parameter in self.backbone.model.named_parameters()
         }
 
-    def locate(self, adapter: LowRankLinear) -> tuple[str, slice]:
-        return self._names[adapter.linear.weight], adapter.rows
+    def locate(self, weight: nn.Parameter, rows: slice | None) -> tuple[str, slice | None]:
+        return self._names[weight], rows
 
     def read(self, name: str) -> torch.Tensor:
         return self._mapped[name]

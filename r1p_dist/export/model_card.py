@@ -11,7 +11,6 @@ from r1p_dist.data.stream import ASSETS
 from r1p_dist.evaluation.answers import SCALE
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
 from r1p_dist.files import write_atomically
-from r1p_dist.methods import method_class
 
 _FIGURES = {
     "transfer": "Transfer: tasks not trained yet",
@@ -82,8 +81,8 @@ def _results(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> list[str]:
 
 
 def _training(run: FinishedRun, stream: str) -> list[str]:
-    sections = method_class(run.config.method).sections
-    summary = run.config.model_dump(mode="json", include={"method", "seed", "order", *sections})
+    keys = {"method", "seed", "order", *(("options", "targets", "train") if run.tasks else ())}
+    summary = run.config.model_dump(mode="json", include=keys)
     return [
         f"Trained on the stream {stream}, its tasks one after another in the order of the table, with:",
         f"```yaml\n{yaml.safe_dump(summary, sort_keys=False, allow_unicode=True)}```",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from r1p_dist.adapters import Factors
+from r1p_dist.adapters import Dense, Factors
 from r1p_dist.errors import InputError
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
 from r1p_dist.export.hf_folder import HfModel, hf_model
@@ -27,6 +27,10 @@ def write_peft(folder: Path, run: FinishedRun, dtype: torch.dtype | None, with_b
     model = hf_model(run)
     if not run.tasks:
         raise InputError(f"{run.path}: method={run.config.method} trained nothing; use --to hf")
+    if any(isinstance(update, Dense) for task in run.tasks for update in task.updates.values()):
+        raise InputError(
+            f"{run.path}: method={run.config.method} leaves whole weights, and PEFT holds low-rank updates; use --to hf"
+        )
     for task in run.tasks:
         _write_adapter(folder / task.folder, run, model, [task], dtype or torch.float32)
     _write_adapter(folder / ALL, run, model, run.deployed, dtype or torch.float32)
@@ -42,42 +46,47 @@ def write_peft(folder: Path, run: FinishedRun, dtype: torch.dtype | None, with_b
 def _write_adapter(
     folder: Path, run: FinishedRun, model: HfModel, tasks: Sequence[TaskUpdate], dtype: torch.dtype
 ) -> None:
-    """Writes the sum of the tasks' updates as one adapter whose rank is the number of their experts.
+    """Writes the sum of the tasks' updates as one adapter; a layer's rank is the number of its experts.
 
-    PEFT has one scaling (lora_alpha / r) for all of them: the first task's; what others differ by goes into their B.
+    PEFT has one rank and one scaling (lora_alpha / r) for all layers, and patterns for those that differ. What the
+    tasks' scalings differ by within a layer goes into their B.
     """
-    scaling = next(iter(tasks[0].factors.values())).scaling
-    rank = sum(len(next(iter(task.factors.values())).A) for task in tasks)
+    layers = {layer: [task.updates[layer] for task in tasks] for layer in run.places}
+    ranks = {model.module(layer): sum(len(update.A) for update in updates) for layer, updates in layers.items()}
+    alphas = {model.module(layer): ranks[model.module(layer)] * updates[0].scaling for layer, updates in layers.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": model.base_name,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": scaling * rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
+        "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [model.module(layer) for layer in run.places],
+        "target_modules": list(ranks),
     }
     entries = []
-    for layer in run.places:
-        factors = [task.factors[layer] for task in tasks]
-        A_shape, B_shape = (rank, factors[0].A.shape[1]), (len(factors[0].B), rank)
+    for layer, updates in layers.items():
+        own = ranks[model.module(layer)]
+        A_shape, B_shape = (own, updates[0].A.shape[1]), (len(updates[0].B), own)
         prefix = f"base_model.model.{model.module(layer)}"
-        entries.append(Entry(f"{prefix}.lora_A.weight", A_shape, dtype, partial(_joined_A, factors)))
-        entries.append(Entry(f"{prefix}.lora_B.weight", B_shape, dtype, partial(_joined_B, factors, scaling)))
+        entries.append(Entry(f"{prefix}.lora_A.weight", A_shape, dtype, partial(_joined_A, updates)))
+        entries.append(Entry(f"{prefix}.lora_B.weight", B_shape, dtype, partial(_joined_B, updates)))
     folder.mkdir()
     write_tensors(folder / "adapter_model.safetensors", entries)
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     write_card(folder, run, tasks, "peft", _usage(model, "FOLDER"))
 
 
-def _joined_A(factors: Sequence[Factors]) -> torch.Tensor:
-    return torch.cat([update.A for update in factors])
+def _joined_A(updates: Sequence[Factors]) -> torch.Tensor:
+    return torch.cat([update.A for update in updates])
 
 
-def _joined_B(factors: Sequence[Factors], scaling: float) -> torch.Tensor:
-    return torch.cat([update.scaling / scaling * update.B for update in factors], dim=1)
+def _joined_B(updates: Sequence[Factors]) -> torch.Tensor:
+    return torch.cat([update.scaling / updates[0].scaling * update.B for update in updates], dim=1)
 
 
 def _usage(model: HfModel, adapter: str) -> str:

@@ -1,101 +1,152 @@
 """DAC, "Decomposing and Composing" (arXiv 2601.22828): a pool of rank-1 experts per linear layer."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import model_validator
 
-from r1p_dist.adapters import AdaptedLinear, Factors, Routing
+from r1p_dist.adapters import AdaptedLinear, Routing, Update
 from r1p_dist.adapters.pool import share_votes
-from r1p_dist.backbones import Slot
-from r1p_dist.methods.method import Method
+from r1p_dist.config import Count, NotNegative, Positive, Probability, RunConfig, Section
+from r1p_dist.protocol import Method, Stage, Trainer
+
+if TYPE_CHECKING:
+    from r1p_dist.backbones import Slot
+
+
+class GuideOptions(Section):
+    """Which vector of a layer's input the router reads, per tower; `cls_image`: the image tower's [CLS] for all."""
+
+    image: Literal["first", "mean"] = "first"
+    """Of the image tower."""
+    text: Literal["first", "eot", "mean"] = "first"
+    """Of a CLIP's text tower."""
+    language: Literal["cls_image", "first", "mean", "last_prompt"] = "cls_image"
+    """Of a LLaVA's language model."""
+    projector: Literal["cls_image", "first", "mean"] = "cls_image"
+    """Of a LLaVA's projector."""
+
+
+class AgoOptions(Section):
+    """The activation-guided orthogonal loss."""
+
+    weight: NotNegative = 0.1
+    """The paper's lambda; 0 switches it off."""
+    reduction: Literal["sum_top", "paper_mean", "code_all"] = "sum_top"
+    """Sum over pairs of merged columns, their mean as in the paper's formula, or all past columns as in its code."""
 
 
 class Dac(Method):
     """DAC: each task trains a pool of rank-1 experts per linear, the most voted ones merge (arXiv 2601.22828).
 
-    The loss is the contrastive one plus `ago.weight` times the AGO loss. Where the paper and its released code
-    differ, the options `ago.reduction` and `pool.router_grad` name the choice.
+    The loss is the contrastive one plus `ago.weight` times the mean of the layers' AGO terms. Where the paper and its
+    released code differ, the options `ago.reduction` and `router_grad` name the choice.
     """
 
-    sections = ("train", "targets", "pool", "ago")
+    paper = "arXiv 2601.22828"
+    stores = "merged experts of each task; with ago.reduction=code_all every column that was trained"
+
+    class Options(Section):
+        """The pool of rank-1 experts of one adapted linear."""
+
+        rank: Count = 12
+        """Experts in the pool of each linear."""
+        alpha: Positive = 1.0
+        """The update's scaling is alpha / rank."""
+        active: Count = 8
+        """Experts that a batch uses: those with most votes."""
+        merged: Count = 4
+        """Experts that are merged at the end of a task: the most counted ones."""
+        dropout: Probability = 0.0
+        """Rate of the dropout on the update's input."""
+        dropout_kind: Literal["element", "feature"] = "element"
+        """Draw for every element, or once per batch for each input feature, at no cost."""
+        guide: GuideOptions = GuideOptions()
+        """Which vector of a layer's input the router reads."""
+        router_grad: Literal["none", "straight_through", "gated"] = "none"
+        """Whether the router learns: not, as in the released code, or by one of two ways of ours."""
+        vote: Literal["global", "lagged", "local"] = "global"
+        """Votes of all ranks in this step, of all ranks in the step before, or of this rank alone."""
+        ago: AgoOptions = AgoOptions()
+        """The activation-guided orthogonal loss."""
+
+        @model_validator(mode="after")
+        def _check_sizes(self) -> Dac.Options:
+            if self.active > self.rank:
+                raise ValueError(f"options.active={self.active} must not be larger than options.rank={self.rank}")
+            if self.merged > self.active:
+                raise ValueError(f"options.merged={self.merged} must not be larger than options.active={self.active}")
+            return self
+
+    tiny = {"rank": 4, "active": 3, "merged": 2}
     adapters: list[AdaptedLinear]
 
-    def attach(self) -> list[AdaptedLinear]:
-        pool, targets = self.config.pool, self.config.targets
+    @classmethod
+    def check(cls, options: Dac.Options, config: RunConfig) -> None:
+        if config.backbone.kind == "llava" and options.router_grad != "none" and config.targets.towers != ["language"]:
+            raise ValueError(
+                f"options.router_grad={options.router_grad}: only for the language model of a llava backbone, because "
+                "ranks have unlike numbers of pictures; set targets.towers=[language]"
+            )
+
+    def build(self) -> None:
+        options, targets = self.options, self.config.targets
 
         def make(slot: Slot, routing: Routing) -> AdaptedLinear:
             return AdaptedLinear(
                 slot.linear,
-                pool.rank,
-                pool.alpha,
-                pool.active,
-                pool.merged,
-                pool.dropout,
-                guide=getattr(pool.guide, slot.tower),
-                vote=pool.vote,
-                dropout_kind=pool.dropout_kind,
-                router_grad=pool.router_grad,
+                options.rank,
+                options.alpha,
+                options.active,
+                options.merged,
+                options.dropout,
+                guide=getattr(options.guide, slot.tower),
+                vote=options.vote,
+                dropout_kind=options.dropout_kind,
+                router_grad=options.router_grad,
                 rows=slot.rows,
                 routing=routing,
             )
 
-        return self.backbone.attach(make, targets.towers, targets.layers)
+        self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
 
-    def begin_task(self, index: int) -> None:
-        for i, adapter in enumerate(self.adapters):
-            adapter.reset(self.generator(index, i))
+    def prepare(self, index: int) -> None:
+        for number, adapter in enumerate(self.adapters):
+            adapter.reset(self.generator(index, number))
 
-    def loss(self, model: Callable, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss = self.backbone.loss(model, batch)
-        terms = [adapter.ago for adapter in self.adapters if adapter.ago is not None]
-        if not terms:
-            return loss, {"ago": torch.zeros((), device=loss.device)}
-        ago = torch.stack(terms).mean()
-        if self.config.ago.reduction == "paper_mean":
-            ago = ago / (self.config.pool.merged * self.adapters[0].orthogonal_to.shape[1])
+    def begin(self, stage: Stage, trainer: Trainer) -> None:
+        """Sets the columns that the AGO loss is orthogonal to."""
+        ago = self.options.ago
+        memories = trainer.past_memory() if ago.reduction == "code_all" else []
         for adapter in self.adapters:
-            adapter.ago = None
-        return loss + self.config.ago.weight * ago, {"ago": ago.detach()}
+            past = adapter.past_B
+            if ago.reduction == "code_all":
+                columns = [memory[f"{adapter.name}.B"].to(past.device) for memory in memories]
+                past = torch.cat([past[:, :0], *columns], dim=1)
+            adapter.orthogonal_to = past if ago.weight and past.shape[1] else None
+            adapter.ago_weight = ago.weight / len(self.adapters)
+            if ago.reduction == "paper_mean" and past.shape[1]:
+                adapter.ago_weight /= self.options.merged * past.shape[1]
 
-    def end_step(self) -> None:
+    def after_step(self, trainer: Trainer) -> None:
         share_votes(self.adapters)
 
-    def unmerged_updates(self) -> list[list[Factors]]:
-        return [[*adapter.merged, adapter.update(adapter.active)[0]] for adapter in self.adapters]
-
-    def end_task(self) -> None:
+    @contextmanager
+    def before_merge(self) -> Iterator[None]:
         for adapter in self.adapters:
-            if self.config.ago.reduction == "code_all":
-                B = adapter.update(adapter.rank)[0].B
-                past = adapter.orthogonal_to
-                adapter.orthogonal_to = B if past is None else torch.cat([past, B], dim=1)
-            adapter.merge()
-        self._set_past()
-
-    def restore_merged(self, updates: list[list[Factors]]) -> None:
-        super().restore_merged(updates)
-        if updates:
-            self._set_past()
-
-    def _set_past(self) -> None:
-        """Sets the columns that the AGO loss of the next task is orthogonal to; `code_all` has its own."""
+            adapter.set_weight([*adapter.merged, adapter.update(adapter.active)[0]])
+        yield
         for adapter in self.adapters:
-            if self.config.ago.weight == 0:
-                adapter.orthogonal_to = None
-            elif self.config.ago.reduction != "code_all":
-                adapter.orthogonal_to = adapter.past_B
+            adapter.set_weight(adapter.merged)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        state = super().state()
-        if self.config.ago.reduction == "code_all":
-            for adapter in self.adapters:
-                past = adapter.orthogonal_to
-                state[f"{adapter.name}.orthogonal_to"] = adapter.past_B[:, :0] if past is None else past
-        return state
+    def updates(self) -> dict[str, Update]:
+        return {adapter.name: adapter.update(adapter.merge_count)[0] for adapter in self.adapters}
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        super().load_state(state)
-        if self.config.ago.reduction == "code_all":
-            for adapter in self.adapters:
-                past = state[f"{adapter.name}.orthogonal_to"].to(adapter.past_B.device)
-                adapter.orthogonal_to = past if past.shape[1] else None
+    def memory(self) -> dict[str, torch.Tensor]:
+        if self.options.ago.reduction != "code_all":
+            return {}
+        return {f"{adapter.name}.B": adapter.update(adapter.rank)[0].B for adapter in self.adapters}

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.cli import Parser, report_errors
-from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.files import write_atomically
 from r1p_dist.planner.accelerators import ACCELERATORS, find_accelerator
 from r1p_dist.planner.network import NETWORKS, parse_network
+from r1p_dist.recipes import load_config
 
 if TYPE_CHECKING:
     from r1p_dist.planner.model import Batch
@@ -114,7 +114,7 @@ def _batch(arguments: argparse.Namespace) -> Batch:
 
     kind = "llava"
     if arguments.model not in SHAPES:
-        kind = RunConfig.load(arguments.recipe, arguments.overrides).backbone.kind
+        kind = load_config(arguments.recipe, arguments.overrides).backbone.kind
     sizes = {}
     for flag, (of_kind, default, _) in _SIZES.items():
         value = getattr(arguments, flag.strip("-").replace("-", "_"))

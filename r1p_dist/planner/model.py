@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import nn
 
-from r1p_dist.adapters import AdaptedLinear, LowRankLinear
+from r1p_dist.adapters import LowRankLinear
 from r1p_dist.backbones import Backbone
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
@@ -62,7 +62,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the rest of the planner knows of a model. vote: as pool.vote, None without a pool."""
+    """What the rest of the planner knows of a model. vote: as options.vote, None without a pool."""
 
     dtype: torch.dtype
     trace: Trace
@@ -90,9 +90,12 @@ def attach_adapters(config: RunConfig, backbone: Backbone, dtype: torch.dtype) -
 
     InputError: a method that trains nothing.
     """
-    adapters = make_method(config, backbone).adapters
-    if not adapters:
+    method = make_method(config, backbone)
+    if not method.trains:
         raise InputError(f"method={config.method}: trains nothing, so there is nothing to plan; use dac or lora")
+    adapters = method.adapters
+    if not adapters:
+        raise InputError(f"method={config.method}: trains the backbone's own weights, which the planner does not know")
     for adapter in adapters:
         adapter.dropout = 0.0  # its masks are drawn from a generator, which the meta device has not
     backbone.to(device="meta", dtype=dtype).train()
@@ -109,27 +112,18 @@ def make_shape(
     recomputed = {i for visit in trace.visits if visit.is_recompute for i in trace.parameters_of[visit.module]}
     groups: dict[int, int] = {}
     adapted = [_describe(adapter, groups, index[adapter.A] in recomputed) for adapter in adapters]
-    vote = config.pool.vote if isinstance(adapters[0], AdaptedLinear) else None
-    return ModelShape(adapters[0].A.dtype, trace, adapted, vote, loss)
+    return ModelShape(adapters[0].A.dtype, trace, adapted, adapters[0].plan().vote, loss)
 
 
 def _describe(adapter: LowRankLinear, groups: dict[int, int], is_recomputed: bool) -> Adapted:
-    rank, gate_bytes = len(adapter.A), 0
-    merged, voters = rank, adapter.linear
-    if isinstance(adapter, AdaptedLinear):
-        merged = adapter.merge_count
-        # the parts of a fused projection share its linear and its input; a whole tower can vote ahead
-        voters = adapter.routing if adapter.routing.has_voted else adapter.linear
-        if adapter.router_grad != "none":
-            # samples without counts have ones that are fp32
-            gate_bytes = rank * (4 if adapter.routing.weights is None else adapter.A.element_size())
+    plan = adapter.plan()
     return Adapted(
         adapter.name,
         adapter.in_features,
         adapter.out_features,
-        rank,
-        merged,
-        groups.setdefault(id(voters), len(groups)),
-        gate_bytes,
+        len(adapter.A),
+        plan.merged,
+        groups.setdefault(id(plan.voters), len(groups)),
+        plan.gate_bytes,
         is_recomputed,
     )

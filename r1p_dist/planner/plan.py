@@ -19,6 +19,7 @@ from r1p_dist.planner.model import Batch, ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.timing import StepTime, boundary_time, step_time
 from r1p_dist.planner.zero import Zero
+from r1p_dist.recipes import load_config
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Question:
     utilisation: float
 
     def config(self, ranks: int, stage: int, checkpointing: bool) -> RunConfig:
-        """Returns the run configuration of one setting. InputError: as `RunConfig.load`."""
+        """Returns the run configuration of one setting. InputError: as `load_config`."""
         own = [
             f"backbone.kind={self.batch.kind}",
             f"backbone.name={self.model}",
@@ -54,7 +55,7 @@ class Question:
             f"train.gradient_accumulation_steps={self.micro_steps}",
             f"train.global_batch_size={ranks * self.batch.samples * self.micro_steps}",
         ]
-        return RunConfig.load(self.recipe, [*self.overrides, *own])
+        return load_config(self.recipe, [*self.overrides, *own])
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from r1p_dist import attach_pool
+from r1p_dist.adapters import recorded
 from r1p_dist.adapters.pool import share_votes
 from r1p_dist.adapters.product_operator import _product, compiled_product
 from r1p_dist.backbones.compiling import compile_blocks
-from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.small_clip import make_backbone
 from tests.test_parity import PROMPTS, global_batch
 
@@ -60,7 +61,7 @@ def train(compiles: bool, checkpoints: bool, past: bool, options: dict) -> list[
         compile_blocks(backbone.blocks, fullgraph=True, backend="aot_eager")
     if checkpoints:
         backbone.checkpoint_blocks()
-    backbone.set_prompts(PROMPTS)
+    prepare = backbone.preparer(PROMPTS)
     torch.manual_seed(0)
     for adapter in adapters:
         nn.init.normal_(adapter.B, std=0.1)
@@ -68,15 +69,15 @@ def train(compiles: bool, checkpoints: bool, past: bool, options: dict) -> list[
             adapter.orthogonal_to = torch.randn(adapter.out_features, 2)
     found = []
     for step in range(3):
-        loss = backbone.loss(backbone, backbone.prepare(global_batch(0, step, 8)))
-        agos = [adapter.ago for adapter in adapters if adapter.ago is not None]
-        (loss + sum(agos)).backward()
+        with recorded(adapters) as penalties:
+            loss = backbone.loss(backbone, prepare(global_batch(0, step, 8)))
+        (loss + sum(penalties.values())).backward()
         share_votes(adapters)
         gradients = [p.grad for adapter in adapters for p in adapter.parameters() if p.grad is not None]
         counts = [adapter.activation_counts.clone() for adapter in adapters]
-        found.append([loss.detach(), sum(agos, torch.zeros(())).detach(), *gradients, *counts])
+        found.append([loss.detach(), sum(penalties.values(), torch.zeros(())).detach(), *gradients, *counts])
         backbone.zero_grad()
-    assert len(agos) == len(adapters) * past
+    assert len(penalties) == past
     return found
 
 
@@ -100,7 +101,7 @@ def test_compiled_blocks_give_what_eager_ones_give(case: str) -> None:
 
 
 def test_weights_that_zero_takes_away_are_not_compiled() -> None:
-    config = RunConfig.load("mini_mtil", ["train.compile=true", "deepspeed.config=zero3"])
+    config = load_config("mini_mtil", ["train.compile=true", "deepspeed.config=zero3"])
     with pytest.raises(
         InputError, match="train.compile=true with deepspeed.config=zero3: .* use deepspeed.config=zero2"
     ):

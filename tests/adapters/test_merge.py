@@ -82,7 +82,7 @@ def test_fifty_tasks_add_their_factors_and_nothing_else() -> None:
         fused(x).sum().backward()
         for adapter in adapters:
             adapter.merge()
-            adapter.orthogonal_to, adapter.ago = adapter.past_B, None
+            adapter.orthogonal_to, adapter.terms = adapter.past_B, {}
 
     train_one_task()
     before = stored_bytes()

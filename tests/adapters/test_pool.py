@@ -181,7 +181,7 @@ def test_checkpointing_counts_votes_once_and_keeps_gradients() -> None:
         torch.manual_seed(3)
         call = torch.utils.checkpoint.checkpoint if use_checkpoint else (lambda f, x, use_reentrant: f(x))
         y = call(adapted, x, use_reentrant=False)
-        (y.square().sum() + adapted.ago).backward()
+        (y.square().sum() + adapted.terms["ago"]).backward()
     assert torch.equal(plain.activation_counts, checked.activation_counts)
     torch.testing.assert_close(plain.A.grad, checked.A.grad)
     torch.testing.assert_close(plain.B.grad, checked.B.grad)
@@ -196,7 +196,7 @@ def test_ago_term_uses_the_most_counted_experts_against_all_past_columns() -> No
         for j in most(adapted.activation_counts.tolist(), 2)
         for p in range(8)
     )
-    torch.testing.assert_close(adapted.ago, expected)
+    torch.testing.assert_close(adapted.terms["ago"], expected)
 
 
 def test_fused_projection_equals_its_three_parts() -> None:
@@ -231,7 +231,7 @@ def test_fused_projection_equals_its_three_parts() -> None:
     [
         ({"merged": 5, "active": 4}, "merged=5, active=4"),
         ({"active": 7}, "active=7, rank=6"),
-        ({"rank": 10, "active": 4}, "pool.rank=10 is larger than a layer of 12 by 9"),
+        ({"rank": 10, "active": 4}, "options.rank=10 is larger than a layer of 12 by 9"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict, message: str) -> None:

@@ -13,10 +13,11 @@ from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_llava
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.llava_weights import read_config
-from r1p_dist.config import DataConfig, RunConfig, TrainConfig
+from r1p_dist.config import DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.small_llava import make_backbone, make_model, make_processor
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
@@ -200,7 +201,7 @@ def test_blind_runs_see_black_pictures() -> None:
     assert torch.equal(seen["input_ids"], blind["input_ids"])
     assert blind["pixel_values"].flatten(2).std(-1).max() == 0 and seen["pixel_values"].flatten(2).std(-1).min() > 0
     with pytest.raises(InputError, match="data.blind=true needs backbone.kind=llava, got open_clip"):
-        RunConfig.load("mini_mtil", ["data.blind=true"])
+        load_config("mini_mtil", ["data.blind=true"])
 
 
 def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:
@@ -210,11 +211,11 @@ def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:
 
 
 def test_routers_learn_in_the_language_model_alone() -> None:
-    overrides = ["backbone.kind=llava", "pool.router_grad=gated"]
+    overrides = ["backbone.kind=llava", "options.router_grad=gated"]
     for towers in ("null", "[language, image]"):
         with pytest.raises(InputError, match=r"only for the language model .*; set targets.towers=\[language\]"):
-            RunConfig.load("mini_instruct", [*overrides, f"targets.towers={towers}"])
-    assert RunConfig.load("mini_instruct", [*overrides, "targets.towers=[language]"]).targets.towers == ["language"]
+            load_config("mini_instruct", [*overrides, f"targets.towers={towers}"])
+    assert load_config("mini_instruct", [*overrides, "targets.towers=[language]"]).targets.towers == ["language"]
 
 
 def test_streams_of_classes_are_refused() -> None:

@@ -69,8 +69,8 @@ def test_every_projection_of_both_towers_gets_a_gradient() -> None:
     adapted = attach_pool(backbone, rank=6, active=3, merged=2)
     for adapter in adapted:
         nn.init.normal_(adapter.B, std=0.1)
-    backbone.set_prompts(PROMPTS)
-    backbone.loss(backbone, backbone.prepare({"image": images(), "label": torch.tensor([0, 1, 2, 0])})).backward()
+    prepare = backbone.preparer(PROMPTS)
+    backbone.loss(backbone, prepare({"image": images(), "label": torch.tensor([0, 1, 2, 0])})).backward()
     for adapter in adapted:
         # keys of equal queries shift all scores alike, so a bias-free gradient can be small but not zero
         assert adapter.A.grad.abs().max() > 0 and adapter.B.grad.abs().max() > 0, adapter.name
@@ -96,8 +96,8 @@ def test_distinct_prompts_are_encoded_once_and_give_the_same_loss_votes_and_grad
     for adapter in adapted:
         nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(1))
     plain = copy.deepcopy(fast)
-    fast.set_prompts(PROMPTS)
-    loss = fast.loss(fast, fast.prepare({"image": images(8), "label": labels}))
+    prepare = fast.preparer(PROMPTS)
+    loss = fast.loss(fast, prepare({"image": images(8), "label": labels}))
     loss.backward()
 
     tokens = tokenize(PROMPTS)[labels]
@@ -121,9 +121,9 @@ def test_distinct_prompts_are_encoded_once_and_give_the_same_loss_votes_and_grad
 
 def test_equal_prompts_are_one_label() -> None:
     backbone: ClipBackbone = make_backbone()
-    backbone.set_prompts(["cat", "tree", "cat"])
-    same = backbone.loss(backbone, backbone.prepare({"image": images(3), "label": torch.tensor([0, 1, 2])}))
-    expected = backbone.loss(backbone, backbone.prepare({"image": images(3), "label": torch.tensor([0, 1, 0])}))
+    prepare = backbone.preparer(["cat", "tree", "cat"])
+    same = backbone.loss(backbone, prepare({"image": images(3), "label": torch.tensor([0, 1, 2])}))
+    expected = backbone.loss(backbone, prepare({"image": images(3), "label": torch.tensor([0, 1, 0])}))
     assert torch.equal(same, expected)
 
 
@@ -137,9 +137,9 @@ def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
         adapted = attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.2)
         for adapter in adapted:
             nn.init.normal_(adapter.B, std=0.1)
-        backbone.set_prompts(PROMPTS)
+        prepare = backbone.preparer(PROMPTS)
         torch.manual_seed(1)
-        backbone.loss(backbone, backbone.prepare({"image": images(), "label": torch.tensor([0, 1, 2, 0])})).backward()
+        backbone.loss(backbone, prepare({"image": images(), "label": torch.tensor([0, 1, 2, 0])})).backward()
         results.append([(adapter.activation_counts, adapter.A.grad, adapter.B.grad) for adapter in adapted])
     torch.testing.assert_close(*results)
 
@@ -165,11 +165,11 @@ def test_a_compiled_model_gives_the_same_losses_gradients_votes_and_features(bac
     results = []
     for backbone, model in ((plain, plain), (ours, compiled)):
         adapters = [module for module in backbone.modules() if isinstance(module, AdaptedLinear)]
-        backbone.set_prompts(PROMPTS)
+        prepare = backbone.preparer(PROMPTS)
         torch.manual_seed(0)
         losses = []
         for label in ([0, 1, 2, 0], [2, 2, 1, 0]):
-            loss = backbone.loss(model, backbone.prepare({"image": images(), "label": torch.tensor(label)}))
+            loss = backbone.loss(model, prepare({"image": images(), "label": torch.tensor(label)}))
             loss.backward()
             share_votes(adapters)
             losses.append(loss.detach())

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import Placement, load_clip
-from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream
 from r1p_dist.engine import start_process_group, weights_placement
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.small_clip import CONFIG, make_clip
 
 # 91 million parameters whose largest is far smaller than a rank's share of all
@@ -107,7 +107,7 @@ def anonymous_mb() -> float:
 
 def load_sharded(rank: int, world_size: int, name: str) -> dict[str, Any]:
     """Loads a model under ZeRO-3; returns what memory that took at its peak and in the end, and its weights' sums."""
-    config = RunConfig.load("mini_mtil", ["deepspeed.config=zero3", "train.global_batch_size=8"])
+    config = load_config("mini_mtil", ["deepspeed.config=zero3", "train.global_batch_size=8"])
     placement = weights_placement(config, start_process_group())
     load_clip("tiny", placement=placement)  # what DeepSpeed allocates once
     before, peak, is_over = anonymous_mb(), [0.0], threading.Event()

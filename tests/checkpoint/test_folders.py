@@ -16,10 +16,11 @@ from r1p_dist.checkpoint.checkpoints import Checkpoint, Checkpoints, checkpoint_
 from r1p_dist.checkpoint.folders import fault_of, read_json, tensor_file, write_folder
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 
 CONTENT = {
     "training.safetensors": save({"image.0.q.A.value": torch.arange(3000.0)}),
-    "state.json": b'{"format": 1, "stage": 0, "step": 4}',
+    "state.json": b'{"format": 2, "stage": 0, "step": 4}',
 }
 
 
@@ -27,7 +28,7 @@ CONTENT = {
 def whole(tmp_path: Path) -> Path:
     adapter = tmp_path / "adapter.safetensors"
     adapter.write_bytes(os.urandom(9000))
-    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"]).dump().encode()
+    config = load_config("mini_mtil", [f"run_dir={tmp_path}"]).dump().encode()
     folder = tmp_path / "checkpoints/00-fashion/step-4"
     write_folder(folder, CONTENT | {"config.yaml": config}, {"merged-00.safetensors": adapter})
     return folder
@@ -153,7 +154,7 @@ def test_a_tensor_file_has_the_tensors(tmp_path: Path) -> None:
 
 def write_steps(root: Path, config: RunConfig, steps: dict[str, int]) -> None:
     for name, step in steps.items():
-        state = {"format": 1, "task": "a", "stage": 0, "step": step, "world_size": 1, "log_bytes": {}, "progress": {}}
+        state = {"format": 2, "task": "a", "stage": 0, "step": step, "world_size": 1, "log_bytes": {}, "progress": {}}
         state |= {"facts": {}, "cursor": {}, "adam_steps": step}
         content = {"state.json": json.dumps(state).encode(), "config.yaml": config.dump().encode()}
         write_folder(root / name, content, {})
@@ -171,7 +172,7 @@ def write_steps(root: Path, config: RunConfig, steps: dict[str, int]) -> None:
     ],
 )
 def test_a_hostile_state_is_one_clean_line(tmp_path: Path, key: str, value: object) -> None:
-    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    config = load_config("mini_mtil", [f"run_dir={tmp_path}"])
     write_steps(tmp_path / "first", config, {"00-a/step-2": 2})
     state = json.loads((tmp_path / "first/00-a/step-2/state.json").read_text())
     state[key] = value
@@ -183,7 +184,7 @@ def test_a_hostile_state_is_one_clean_line(tmp_path: Path, key: str, value: obje
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Path, caplog) -> None:
-    config = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    config = load_config("mini_mtil", [f"run_dir={tmp_path}"])
     root = tmp_path / "checkpoints"
     write_steps(root, config, {"00-a/step-9": 9, "00-a/step-10": 10, "01-b/step-2": 2, "01-b/step-100": 100})
     names = [str(folder.relative_to(root)) for folder in checkpoint_folders(root)]
@@ -196,22 +197,22 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Pat
     assert "step-100 is skipped: state.json has 2 bytes" in caplog.text
     assert "step-2 is skipped: manifest.json is missing" in caplog.text
 
-    path = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
+    path = load_config("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
     assert Checkpoints(path).find().step == 9
     for folder in checkpoint_folders(root):
         shutil.copytree(folder, tmp_path / "other/checkpoints" / folder.relative_to(root))
         (tmp_path / "other/checkpoints" / folder.relative_to(root) / "state.json").write_text("{}")
     with pytest.raises(InputError, match="none of 4 checkpoints is whole; resume=never begins anew"):
-        Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path / 'other'}"])).find()
-    broken = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
+        Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path / 'other'}"])).find()
+    broken = load_config("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
     with pytest.raises(InputError, match="resume=.*step-2: not a whole checkpoint: manifest.json is missing"):
         Checkpoints(broken).find()
-    assert Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", "resume=never"])).find() is None
+    assert Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}", "resume=never"])).find() is None
     assert not root.exists()
 
 
 def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: Path) -> None:
-    before = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}"])
+    before = load_config("mini_mtil", [f"run_dir={tmp_path}"])
     write_steps(tmp_path / "checkpoints", before, {"00-a/step-2": 2})
     free = [
         "deepspeed.config=zero3",
@@ -220,16 +221,16 @@ def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: P
         "checkpoint.keep=5",
         "faults.hang_minutes=1",
     ]
-    assert Checkpoints(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", *free])).find().step == 2
-    now = RunConfig.load("mini_mtil", [f"run_dir={tmp_path}", "train.lr=0.5", "pool.guide.text=eot"])
+    assert Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}", *free])).find().step == 2
+    now = load_config("mini_mtil", [f"run_dir={tmp_path}", "train.lr=0.5", "options.guide.text=eot"])
     with pytest.raises(InputError) as caught:
         Checkpoints(now).find()
     message = str(caught.value)
-    assert "pool.guide.text: first there, eot here; train.lr: 0.01 there, 0.5 here" in message
+    assert "options.guide.text: first there, eot here; train.lr: 0.01 there, 0.5 here" in message
     assert "resume=never" in message and "\n" not in message
 
 
 def test_more_tasks_are_no_other_configuration_but_fewer_are() -> None:
-    one, two = (RunConfig.load("mini_mtil", [f"extend={tasks}"]) for tasks in ("[a:x]", "[a:x, a:y]"))
+    one, two = (load_config("mini_mtil", [f"extend={tasks}"]) for tasks in ("[a:x]", "[a:x, a:y]"))
     assert config_differences(one, two) == []
     assert config_differences(two, one) == ["extend: ['a:x', 'a:y'] there, ['a:x'] here"]

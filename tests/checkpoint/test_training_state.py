@@ -7,12 +7,12 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from r1p_dist.checkpoint import Capture, restore_values
-from r1p_dist.config import RunConfig
 from r1p_dist.distributed import rank, world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.errors import InputError
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer_state import adam_steps, part_of
+from r1p_dist.recipes import load_config
 from tests.small_clip import make_backbone
 
 SHARDED = "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"
@@ -31,12 +31,18 @@ class Training:
     """A task in training on a small CLIP: `step` returns what the next forward depends on."""
 
     def __init__(self, overrides: list[str]) -> None:
-        settings = ["train.global_batch_size=8", "train.lr=1e-1", "train.iterations=6", "pool.rank=6", "pool.active=3"]
-        self.config = RunConfig.load("mini_mtil", [*settings, "pool.merged=2", *overrides])
+        settings = [
+            "train.global_batch_size=8",
+            "train.lr=1e-1",
+            "train.iterations=6",
+            "options.rank=6",
+            "options.active=3",
+        ]
+        self.config = load_config("mini_mtil", [*settings, "options.merged=2", *overrides])
         self.backbone = make_backbone()
         self.method = make_method(self.config, self.backbone)
-        self.backbone.set_prompts(["cat", "tree", "sea"])
-        self.method.begin_task(0)
+        self.prepare = self.backbone.preparer(["cat", "tree", "sea"])
+        self.method.prepare(0)
         self.engine = TaskEngine(self.backbone, self.config, self.config.train, world_size())
         self.parameters = self.method.trainable_parameters()
         self.backbone.train()
@@ -45,9 +51,9 @@ class Training:
         generator = torch.Generator().manual_seed(number)
         image = torch.randn(8, 3, 16, 16, generator=generator).chunk(world_size())[rank()]
         label = torch.arange(8).remainder(3).chunk(world_size())[rank()]
-        loss, _ = self.method.loss(self.engine, self.backbone.prepare({"image": image, "label": label}))
+        loss, _ = self.method.loss(self.engine, self.prepare({"image": image, "label": label}))
         self.engine.step(loss)
-        self.method.end_step()
+        self.method.after_step(None)
         return loss.item()
 
     def capture(self) -> Capture:

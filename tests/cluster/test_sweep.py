@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from r1p_dist.cluster.sweep import Sweep, SweepFile, make_points, point_name, split_alternatives
-from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_only_commas_outside_of_brackets_and_quotes_split(text: str, parts: list
 
 
 def test_a_grid_has_every_combination_and_lists_are_values() -> None:
-    words = ["pool.rank=8,12", "targets.towers=[image,text],[image]", "train.iterations=5", "tasks=[cars, fashion]"]
+    words = ["options.rank=8,12", "targets.towers=[image,text],[image]", "train.iterations=5", "tasks=[cars, fashion]"]
     sweep = Sweep.parse("mini_mtil", words)
     expected = itertools.product(["8", "12"], ["[image,text]", "[image]"])
     assert [tuple(point.values()) for point in sweep.points()] == list(expected)
@@ -36,68 +36,72 @@ def test_a_grid_has_every_combination_and_lists_are_values() -> None:
 
 
 def test_points_have_their_own_folders_and_configurations(tmp_path: Path) -> None:
-    points = make_points(Sweep.parse("mini_mtil", ["pool.rank=8,12", "seed=0,1", "train.iterations=7"]), tmp_path)
-    assert [point.name for point in points] == [f"pool.rank={r},seed={s}" for r in (8, 12) for s in (0, 1)]
+    points = make_points(Sweep.parse("mini_mtil", ["options.rank=8,12", "seed=0,1", "train.iterations=7"]), tmp_path)
+    assert [point.name for point in points] == [f"options.rank={r},seed={s}" for r in (8, 12) for s in (0, 1)]
     for point in points:
         assert point.config.run_dir == tmp_path / point.name and point.config.train.iterations == 7
-    assert [(point.config.pool.rank, point.config.seed) for point in points] == [(8, 0), (8, 1), (12, 0), (12, 1)]
+    assert [(point.config.options["rank"], point.config.seed) for point in points] == [(8, 0), (8, 1), (12, 0), (12, 1)]
 
 
 def test_points_without_a_use_are_refused_and_the_others_stay(tmp_path: Path) -> None:
-    words = ["pool.rank=4,8", "method=dac,lora,dacc"]
+    words = ["options.rank=4,8", "method=dac,zero_shot,dacc"]
     points = {point.name: point for point in make_points(Sweep.parse("mini_mtil", words), tmp_path)}
-    assert [name for name, point in points.items() if point.config] == ["pool.rank=8,method=dac"]
-    assert "pool.active=8 must not be larger" in points["pool.rank=4,method=dac"].refused
-    assert "method=lora has no option pool.rank" in points["pool.rank=8,method=lora"].refused
-    assert "method=dacc: no such method" in points["pool.rank=8,method=dacc"].refused
+    assert [name for name, point in points.items() if point.config] == ["options.rank=8,method=dac"]
+    assert "options.active=8 must not be larger" in points["options.rank=4,method=dac"].refused
+    assert "unknown key options.rank of method=zero_shot" in points["options.rank=8,method=zero_shot"].refused
+    assert "method=dacc: no such method" in points["options.rank=8,method=dacc"].refused
 
 
 def test_what_a_method_reads_itself_can_be_varied(tmp_path: Path) -> None:
     words = ["train.lr=1e-3,1e-2", "method=dac,lora,joint"]
     assert all(point.config for point in make_points(Sweep.parse("mini_mtil", words), tmp_path))
-    for word in ("lora.rank=4,8", "train.lr=1e-3,1e-2"):
-        points = make_points(Sweep.parse("mini_mtil", [word, "method=zero_shot"]), tmp_path)
-        assert all("method=zero_shot has no option" in point.refused for point in points)
+    points = make_points(Sweep.parse("mini_mtil", ["train.lr=1e-3,1e-2", "method=zero_shot"]), tmp_path)
+    assert all("method=zero_shot trains nothing: train.lr makes" in point.refused for point in points)
 
 
 def test_a_folder_with_another_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "seed=0").mkdir()
-    other = RunConfig.load("mini_mtil", ["train.iterations=9", "seed=0"])
+    other = load_config("mini_mtil", ["train.iterations=9", "seed=0"])
     (tmp_path / "seed=0" / "config.yaml").write_text(other.dump())
     first, second = make_points(Sweep.parse("mini_mtil", ["seed=0,1", "train.iterations=8"]), tmp_path)
     assert "train.iterations: 9 there, 8 here" in first.refused and second.refused is None
 
 
 def test_random_points_are_drawn_from_the_ranges_and_do_not_move(tmp_path: Path) -> None:
-    words = ["train.lr=loguniform(1e-4,1e-2)", "pool.dropout=uniform(0,0.5)", "pool.rank=integer(8,16)", "seed=0,1"]
+    words = [
+        "train.lr=loguniform(1e-4,1e-2)",
+        "options.dropout=uniform(0,0.5)",
+        "options.rank=integer(8,16)",
+        "seed=0,1",
+    ]
     points = Sweep.parse("mini_mtil", words, samples=200, seed=3).points()
     assert points == Sweep.parse("mini_mtil", words, samples=300, seed=3).points()[:200]
     assert points != Sweep.parse("mini_mtil", words, samples=200, seed=4).points()
     rates = sorted(float(point["train.lr"]) for point in points)
     assert 1e-4 <= rates[0] and rates[-1] <= 1e-2
     assert abs(math.log10(rates[100]) + 3) < 0.25  # the median of a log-uniform is the geometric mean of its ends
-    assert all(0 <= float(point["pool.dropout"]) <= 0.5 for point in points)
-    assert {int(point["pool.rank"]) for point in points} == set(range(8, 17))
+    assert all(0 <= float(point["options.dropout"]) <= 0.5 for point in points)
+    assert {int(point["options.rank"]) for point in points} == set(range(8, 17))
     assert {point["seed"] for point in points} == {"0", "1"}
     assert all(point.config for point in make_points(Sweep.parse("mini_mtil", words, samples=3), tmp_path))
 
 
 def test_a_random_sweep_over_alternatives_draws_each_point_once() -> None:
-    points = Sweep.parse("mini_mtil", ["seed=0,1,2", "pool.rank=8,12"], samples=5).points()
+    points = Sweep.parse("mini_mtil", ["seed=0,1,2", "options.rank=8,12"], samples=5).points()
     assert len({tuple(point.items()) for point in points}) == 5
-    assert len(Sweep.parse("mini_mtil", ["seed=0,1,2", "pool.rank=8,12"], samples=50).points()) == 6
+    assert len(Sweep.parse("mini_mtil", ["seed=0,1,2", "options.rank=8,12"], samples=50).points()) == 6
 
 
 def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text(
         "recipe: mini_mtil\noverrides: ['train.iterations=5']\nsamples: 4\nseed: 7\nparameters:\n"
-        "  targets.towers: [[image], [image, text]]\n  pool.dropout: [0.1, 0]\n  train.lr: loguniform(1e-4, 1e-2)\n"
+        "  targets.towers: [[image], [image, text]]\n  options.dropout: [0.1, 0]\n  train.lr: loguniform(1e-4, 1e-2)\n"
     )
     from_file = Sweep.load(SweepFile.load(path))
     words = [
         'targets.towers=["image"],["image", "text"]',
-        "pool.dropout=0.1,0",
+        "options.dropout=0.1,0",
         "train.lr=loguniform(1e-4, 1e-2)",
         "train.iterations=5",
     ]
@@ -115,7 +119,7 @@ def test_a_file_says_the_same_as_the_command_line(tmp_path: Path) -> None:
         (["train.lr=uniform(2,1)"], 3, "smaller"),
         (["train.lr=loguniform(0,1)"], 3, "positive"),
         (["train.lr=uniform(a,1)"], 3, "two numbers"),
-        (["pool.rank=integer(1.5,3)"], 3, "whole numbers"),
+        (["options.rank=integer(1.5,3)"], 3, "whole numbers"),
     ],
 )
 def test_what_is_wrong_is_named(words: list[str], samples: int | None, reason: str) -> None:
@@ -132,6 +136,6 @@ def test_a_wrong_file_is_named(tmp_path: Path, content: str) -> None:
 
 
 def test_names_of_points_are_harmless_and_differ() -> None:
-    assert point_name({"pool.rank": "8", "seed": "0"}) == "pool.rank=8,seed=0"
+    assert point_name({"options.rank": "8", "seed": "0"}) == "options.rank=8,seed=0"
     names = {point_name({"backbone.pretrained": path}) for path in ("/a/b", "/a_b", "../a/b", "x" * 300, "x" * 301)}
     assert len(names) == 5 and all(len(name) <= 120 and "/" not in name for name in names)

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from r1p_dist.backbones import ClipBackbone, Placement, load_backbone
-from r1p_dist.checkpoint import load_adapter
-from r1p_dist.config import RunConfig
+from r1p_dist.checkpoint import load_updates
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 
 TASKS = ("fashion", "country_flags")
 SIZE = 2.0  # of the random factors: large enough to turn many logits around
@@ -47,7 +47,7 @@ def write_run(
     folder: Path, overrides: Sequence[str] = (), tasks: Sequence[str] = TASKS, ranks: Sequence[int] = (2, 2)
 ) -> Path:
     """Writes a run folder whose tasks merged random updates of these ranks; returns it."""
-    config = RunConfig.load("mini_mtil", overrides)
+    config = load_config("mini_mtil", overrides)
     folder.mkdir()
     (folder / "config.yaml").write_text(config.dump())
     backbone = load_backbone(config.backbone, Placement(torch.device("meta")))
@@ -59,10 +59,11 @@ def write_run(
             size = SIZE * (adapter.in_features * adapter.out_features) ** -0.25 / adapter.scaling**0.5
             tensors[f"{adapter.name}.A"] = size * torch.randn(rank, adapter.in_features, generator=generator)
             tensors[f"{adapter.name}.B"] = size * torch.randn(adapter.out_features, rank, generator=generator)
+            tensors[f"{adapter.name}.scaling"] = torch.tensor(adapter.scaling, dtype=torch.float64)
         at = folder / "adapters" / f"{index:02d}-{task}"
         at.mkdir(parents=True)
         save_file(tensors, at / "adapter.safetensors")
-        (at / "adapter.json").write_text(json.dumps({"task": task, "scaling": adapters[0].scaling}))
+        (at / "adapter.json").write_text(json.dumps({"task": task}))
     metrics = {"tasks": list(TASKS), "accuracy": [[10.0, 20.0], [41.25, 19.0], [37.5, 52.5]], "method": config.method}
     metrics |= {"transfer": 19.0, "average": None, "last": 45.0}
     (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -76,11 +77,12 @@ def library_model(run: Path, tasks: Sequence[int]) -> ClipBackbone:
 
 @functools.lru_cache(maxsize=4)
 def _library_model(run: Path, tasks: tuple[int, ...]) -> ClipBackbone:
-    config = RunConfig.load(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     backbone = load_backbone(config.backbone)
     method = make_method(config, backbone)
     folders = sorted(run.glob("adapters/*"))
-    method.restore_merged([load_adapter(folders[i] / "adapter.safetensors", method.adapters) for i in tasks])
+    places = method.update_places()
+    method.set_merged([load_updates(folders[i] / "adapter.safetensors", places) for i in tasks])
     return backbone.eval()
 
 

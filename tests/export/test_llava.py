@@ -171,7 +171,7 @@ def test_only_the_adapted_layers_are_named_as_transformers_does(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("method", "deployed"), [("lora", [1]), ("lora lora.restart=true", [0, 1])], ids=["kept going", "restart"]
+    ("method", "deployed"), [("lora", [1]), ("lora options.restart=true", [0, 1])], ids=["kept going", "restart"]
 )
 def test_lora_is_exported_as_it_is_deployed(tmp_path: Path, method: str, deployed: list[int]) -> None:
     name, *more = method.split()

@@ -75,7 +75,7 @@ def test_forced_quick_gelu_is_in_the_folders_configuration(tmp_path: Path) -> No
     torch.testing.assert_close(logits, expected_logits(run, [0, 1]), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["dac", "lora lora.restart=true"])
+@pytest.mark.parametrize("method", ["dac", "lora options.restart=true"])
 def test_chosen_tasks_alone_are_merged(tmp_path: Path, method: str) -> None:
     run = write_run(tmp_path / "run", [f"method={method.split()[0]}", *method.split()[1:]])
     folder = export_run(run, "open_clip", tmp_path / "out", tasks=["country_flags"])

@@ -16,11 +16,11 @@ from r1p_dist.backbones import Backbone, ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import world_size
-from r1p_dist.engine import TaskEngine
-from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 from r1p_dist.train import train_step
 from tests import small_clip, small_llava
+from tests.stages import Stages
 
 IMAGE_TOKEN = 3
 PROMPTS = ["cat", "tall tree", "sea", "a red flag", "boat"]
@@ -89,7 +89,7 @@ def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) ->
         for _ in range(4):
             with Recorder() as recorder:
                 run.step()
-        run.engine.close()
+        run.stages.engine.close()
         found.append(recorder.as_list())
     return found
 
@@ -102,10 +102,9 @@ def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]
         for _ in range(3):
             run.step()
         with Recorder() as recorder:
-            run.method.unmerged_updates()
-            run.method.end_task()
-            run.engine.close()
-            run.begin_task(1)
+            run.stages.end()
+            run.stages.engine.close()
+            run.stages.begin(1)
         found.append(recorder.as_list())
     return found
 
@@ -124,7 +123,7 @@ def measure_memory(rank: int, ranks: int, sizes: dict, overrides: list[str]) -> 
         with _Peak() as peak:
             if is_measured:
                 run.step()
-        run.engine.close()
+        run.stages.engine.close()
         del run
     return peak.bytes - before
 
@@ -160,31 +159,24 @@ class _Run:
     """A run's steps without its data and evaluations."""
 
     def __init__(self, rank: int, sizes: dict, overrides: list[str]) -> None:
-        self.config = RunConfig.load("mini_mtil", overrides)
+        self.config = load_config("mini_mtil", overrides)
         self.sizes, self.rank, self.seen = sizes, rank, 0
         self.backbone = make_backbone(self.config, sizes)
         if self.config.backbone.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
         self.method = make_method(self.config, self.backbone)
-        self.backbone.set_prompts(PROMPTS)
-        self.agreement = StepAgreement(torch.device("cpu"))
+        self.prepare = self.backbone.preparer(PROMPTS)
         self.generator = torch.Generator().manual_seed(rank)
-        self.begin_task(0)
-
-    def begin_task(self, index: int) -> None:
-        self.method.begin_task(index)
-        exchange = self.agreement.exchange
-        self.engine = TaskEngine(self.backbone, self.config, self.config.train, world_size(), exchange)
-        self.backbone.train()
+        self.stages = Stages(self.method, self.config)
+        self.stages.begin(0)
 
     def step(self) -> None:
         micro_steps = self.config.train.gradient_accumulation_steps
         count = self.config.train.global_batch_size // micro_steps // world_size()
         make = self._conversations if self.config.backbone.kind == "llava" else self._pictures
-        batches = [self.backbone.prepare(make(count)) for _ in range(micro_steps)]
-        sums = torch.zeros(4, dtype=torch.float64)
-        train_step(self.method, self.engine, batches, self.config.train, self.agreement, 1, sums)
-        list(self.agreement.findings())
+        batches = [self.prepare(make(count)) for _ in range(micro_steps)]
+        train_step(self.method, self.stages.trainer, batches, self.config.train)
+        list(self.stages.agreement.findings())
 
     def _pictures(self, count: int) -> dict[str, torch.Tensor]:
         return {

@@ -6,9 +6,9 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from r1p_dist.config import RunConfig
 from r1p_dist.dry_run.run import set_ranks
 from r1p_dist.planner.comparison import compare
+from r1p_dist.recipes import load_config
 
 ZERO = "deepspeed.overrides.zero_optimization"
 # the usual bucket of 50 million numbers would hide all else of a small model
@@ -23,7 +23,7 @@ TIGHT = [
 
 
 def check(ranks: int, *overrides: str) -> None:
-    config = set_ranks(RunConfig.load("mini_mtil", [BUCKET, FEW, *overrides]), ranks, 8)
+    config = set_ranks(load_config("mini_mtil", [BUCKET, FEW, *overrides]), ranks, 8)
     found = compare(config, ranks)
     assert found.run.ranks == ranks
     assert (found.step, found.boundary) == (found.real_step, found.real_boundary)
@@ -33,7 +33,7 @@ def check(ranks: int, *overrides: str) -> None:
 
 @pytest.mark.parametrize("ranks, stage", [(8, 1), (64, 2), (512, 0), (4096, 2)])
 def test_tiny_on_many_ranks(ranks: int, stage: int) -> None:
-    check(ranks, f"deepspeed.config=zero{stage}", "pool.vote=lagged")
+    check(ranks, f"deepspeed.config=zero{stage}", "options.vote=lagged")
 
 
 @pytest.mark.parametrize("ranks, overrides", [(8, TIGHT), (64, ["train.precision=bf16"])])
@@ -48,7 +48,7 @@ def test_tiny_sharded_on_many_ranks(ranks: int, overrides: list[str]) -> None:
         (4096, ["deepspeed.config=zero1", "train.precision=bf16"]),
         (512, ["deepspeed.config=zero3", f"{ZERO}.stage3_prefetch_bucket_size=0"]),
         (64, ["deepspeed.config=zero3", "backbone.gradient_checkpointing=true", *TIGHT]),
-        (64, ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "pool.vote=local"]),
+        (64, ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "options.vote=local"]),
     ],
 )
 def test_more_settings(ranks: int, overrides: list[str]) -> None:
@@ -78,7 +78,7 @@ def test_big_widths(tmp_path: Path, name: str, stage: int, depth: int | None) ->
         config[tower]["layers"] = depth or config[tower]["layers"]
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     overrides = [f'backbone={{"name": "local-dir:{tmp_path}"}}', f"deepspeed.config=zero{stage}"]
-    run = set_ranks(RunConfig.load("mini_mtil", [*overrides, FEW]), 64, 2)
+    run = set_ranks(load_config("mini_mtil", [*overrides, FEW]), 64, 2)
     found = compare(run, 64)
     assert found.is_exact
     assert found.memory_ratio == pytest.approx(1, abs=0.1), (found.run.phases["step"].memory, found.memory)

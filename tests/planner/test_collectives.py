@@ -16,6 +16,7 @@ from r1p_dist.planner.communication import boundary_collectives, step_collective
 from r1p_dist.planner.llava import Conversations, describe_llava
 from r1p_dist.planner.model import ModelShape
 from r1p_dist.planner.zero import Zero
+from r1p_dist.recipes import load_config
 from tests.planner.measured import PROMPTS, make_backbone, measure_boundaries, measure_steps
 
 ZERO = "deepspeed.overrides.zero_optimization"
@@ -33,7 +34,7 @@ LLAVA_SIZES = {
     "text": {"num_hidden_layers": 3, "hidden_size": 40, "intermediate_size": 52, "vocab_size": 301},
     "tokens": (24, 5),  # of a conversation, and of its answers
 }
-POOL = ["pool.rank=7", "pool.active=5", "pool.merged=3"]
+POOL = ["options.rank=7", "options.active=5", "options.merged=3"]
 
 
 def case(stage: int, *overrides: str, sizes: dict = SIZES, batch: int = 24) -> tuple[dict, list[str]]:
@@ -45,39 +46,39 @@ def conversations(stage: int, *overrides: str, sizes: dict = LLAVA_SIZES) -> tup
     return case(stage, "backbone.kind=llava", *overrides, sizes=sizes, batch=12)
 
 
-CASES = [case(stage, f"pool.vote={vote}") for stage in (0, 1, 2, 3) for vote in ("global", "lagged", "local")] + [
+CASES = [case(stage, f"options.vote={vote}") for stage in (0, 1, 2, 3) for vote in ("global", "lagged", "local")] + [
     case(3, SHARD_ALL),
     case(3, f"{ZERO}.stage3_param_persistence_threshold=300", "train.precision=bf16"),
     case(0, "train.precision=bf16", "train.gradient_accumulation_steps=3", "train.gradient_clipping=0.5"),
     case(1, "train.precision=bf16", "train.gradient_accumulation_steps=3", CHECKPOINTING),
-    case(2, "train.precision=bf16", "train.gradient_accumulation_steps=3", "pool.vote=lagged"),
+    case(2, "train.precision=bf16", "train.gradient_accumulation_steps=3", "options.vote=lagged"),
     case(3, "train.precision=bf16", "train.gradient_accumulation_steps=3", SHARD_ALL, CHECKPOINTING),
     case(3, SHARD_ALL, f"{ZERO}.stage3_max_reuse_distance=9000", "targets.layers=[q, v, fc1]"),
     case(3, SHARD_ALL, f"{ZERO}.stage3_max_reuse_distance=9000", CHECKPOINTING, "targets.towers=[image]"),
     case(1, f"{ZERO}.reduce_bucket_size=2000", "targets.towers=[text]"),
     case(1, f"{ZERO}.reduce_bucket_size=2000", f"{ZERO}.overlap_comm=true", "train.gradient_accumulation_steps=2"),
     case(2, f"{ZERO}.reduce_bucket_size=1500", "train.gradient_accumulation_steps=2", CHECKPOINTING),
-    case(2, "pool.router_grad=gated", CHECKPOINTING),
+    case(2, "options.router_grad=gated", CHECKPOINTING),
     case(3, f"{ZERO}.reduce_bucket_size=2000"),
-    case(3, "pool.router_grad=straight_through", "pool.vote=lagged"),
-    case(3, "method=lora", "lora.rank=3", SHARD_ALL, sizes={}, batch=12),
-    case(2, "method=lora", "lora.rank=3", "train.precision=bf16", sizes={}, batch=12),
+    case(3, "options.router_grad=straight_through", "options.vote=lagged"),
+    case(3, "method=lora", "options.rank=3", SHARD_ALL, sizes={}, batch=12),
+    case(2, "method=lora", "options.rank=3", "train.precision=bf16", sizes={}, batch=12),
 ]
 TOWERS = "targets.towers=[language,projector,image]"
-CASES += [conversations(stage, f"pool.vote={vote}") for stage in (0, 1, 2, 3) for vote in ("global", "lagged")] + [
+CASES += [conversations(stage, f"options.vote={vote}") for stage in (0, 1, 2, 3) for vote in ("global", "lagged")] + [
     conversations(3, SHARD_ALL, CHECKPOINTING, "train.precision=bf16", "train.gradient_accumulation_steps=3"),
     conversations(2, "train.precision=bf16", "train.gradient_accumulation_steps=3", "train.average_over=samples"),
-    conversations(1, "train.precision=bf16", TOWERS, CHECKPOINTING, "pool.guide.language=last_prompt"),
+    conversations(1, "train.precision=bf16", TOWERS, CHECKPOINTING, "options.guide.language=last_prompt"),
     conversations(3, SHARD_ALL, TOWERS, f"{ZERO}.stage3_max_reuse_distance=9000", "backbone.feature_cache_gb=0"),
-    conversations(2, CHECKPOINTING, "pool.router_grad=gated", "targets.towers=[language]"),
-    conversations(3, "method=lora", "lora.rank=3", SHARD_ALL, "targets.layers=[q, down, fc1]"),
+    conversations(2, CHECKPOINTING, "options.router_grad=gated", "targets.towers=[language]"),
+    conversations(3, "method=lora", "options.rank=3", SHARD_ALL, "targets.layers=[q, down, fc1]"),
     conversations(3, SHARD_ALL, sizes=LLAVA_SIZES | {"tied": True}),
-    conversations(0, "train.precision=bf16", "pool.vote=local", "train.gradient_clipping=0.5"),
+    conversations(0, "train.precision=bf16", "options.vote=local", "train.gradient_clipping=0.5"),
 ]
 
 
 def describe(sizes: dict, overrides: list[str], ranks: int) -> tuple[ModelShape, Zero, RunConfig]:
-    config = RunConfig.load("mini_mtil", overrides)
+    config = load_config("mini_mtil", overrides)
     samples = config.train.global_batch_size // config.train.gradient_accumulation_steps // ranks
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backbone = make_backbone(config, sizes, "meta")

@@ -40,7 +40,7 @@ def test_inside_a_node_its_own_links_count() -> None:
 def test_plan_prints_and_writes_everything(monkeypatch, tmp_path: Path, capsys) -> None:
     files = ["--json", str(tmp_path / "plan.json"), "--plot", str(tmp_path / "plan.png")]
     words = ["--model", "tiny", "--gpus", "1,8,64", "--gpu-memory", "16", "--batch", "8", *files]
-    assert run(monkeypatch, *words, "pool.rank=6", "pool.active=4") == 0
+    assert run(monkeypatch, *words, "options.rank=6", "options.active=4") == 0
     printed = capsys.readouterr().out
     assert "predicted, not measured" in printed and "64 GPUs: best is ZeRO" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
@@ -66,7 +66,7 @@ def test_nothing_fits_is_said(monkeypatch, capsys) -> None:
 def test_llava_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
     sizes = ["--tokens", "150", "--answer-tokens", "6", "--pictures", "2"]
     words = ["--model", "tiny", "--gpus", "8", "--batch", "4", "--json", str(tmp_path / "plan.json"), *sizes]
-    assert run(monkeypatch, *words, "backbone.kind=llava", "pool.rank=6", "pool.active=4") == 0
+    assert run(monkeypatch, *words, "backbone.kind=llava", "options.rank=6", "options.active=4") == 0
     printed = capsys.readouterr().out
     assert "4 conversations of 150 tokens, 6 of them answers; pictures in each: 2" in printed
     assert "operations per conversation" in printed

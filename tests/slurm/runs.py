@@ -15,7 +15,7 @@ RECIPE = ["--recipe", "mini_mtil", "tasks=[country_flags, playing_cards]"]
 SETTINGS = [
     "train.global_batch_size=8",
     "train.iterations=60",
-    "pool.dropout=0.1",
+    "options.dropout=0.1",
     "checkpoint.every_steps=10",
     "log.every_steps=1",
 ]

@@ -22,12 +22,12 @@ import webdataset
 from PIL import Image
 
 from benchmarks.measure import interleaved, medians, processor, ratio
-from r1p_dist.config import RunConfig
 from r1p_dist.data import PictureEncoder, ShardDataset, Stream, TrainLoader
 from r1p_dist.data.convert import ConvertOptions, convert, open_source
 from r1p_dist.data.convert.sources import SourceOptions
 from r1p_dist.data.samples import decode_picture
 from r1p_dist.data.transforms import evaluation_transform, train_transform
+from r1p_dist.recipes import load_config
 from r1p_dist.train import run as train
 
 TASK = "country_flags"
@@ -153,5 +153,5 @@ def _equals_pil(decode: Callable[[bytes], np.ndarray]) -> bool:
 def _data_wait(folder: Path, steps: int, workers: int) -> float:
     run_dir = folder / f"run-{workers}"
     settings = [f"tasks=[{TASK}]", f"train.iterations={steps}", f"log.every_steps={steps}", f"data.workers={workers}"]
-    train(RunConfig.load("mini_mtil", [*settings, f"run_dir={run_dir}"]))
+    train(load_config("mini_mtil", [*settings, f"run_dir={run_dir}"]))
     return json.loads((run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["data_wait"]

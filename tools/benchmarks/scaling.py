@@ -18,10 +18,10 @@ import torch.distributed as dist
 from benchmarks.measure import processor
 from benchmarks.models import CLASSES, random_images
 from r1p_dist.backbones import load_backbone
-from r1p_dist.config import RunConfig
 from r1p_dist.distributed import CollectiveCounter
 from r1p_dist.engine import TaskEngine
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -68,19 +68,19 @@ def _train(rank: int, arguments: argparse.Namespace, vote: str, ranks: int, port
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    config = RunConfig.load(
+    config = load_config(
         "mini_mtil",
         [
             f"backbone.name={arguments.model}",
             f"train.global_batch_size={arguments.batch}",
-            f"pool.vote={vote}",
+            f"options.vote={vote}",
             f"deepspeed.config=zero{arguments.zero}",
         ],
     )
     backbone = load_backbone(config.backbone)
     method = make_method(config, backbone)
-    method.begin_task(0)
-    backbone.set_prompts([f"a photo of a {name}." for name in CLASSES])
+    method.prepare(0)
+    prepare = backbone.preparer([f"a photo of a {name}." for name in CLASSES])
     engine = TaskEngine(backbone, config, config.train, ranks)
     backbone.train()
     generator = torch.Generator().manual_seed(rank)
@@ -90,8 +90,8 @@ def _train(rank: int, arguments: argparse.Namespace, vote: str, ranks: int, port
     }
 
     def step() -> None:
-        engine.step(method.loss(engine, backbone.prepare(batch))[0])
-        method.end_step()
+        engine.step(method.loss(engine, prepare(batch))[0])
+        method.after_step(None)
 
     step()  # a lagged vote is a global one in the first step
     with CollectiveCounter() as counter:

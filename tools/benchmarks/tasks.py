@@ -22,9 +22,9 @@ import torch
 from benchmarks.measure import anonymous_bytes, interleaved, live_tensor_bytes, processor, quiet, ratio
 from benchmarks.models import CLASSES, random_images
 from r1p_dist.backbones import load_backbone
-from r1p_dist.config import RunConfig
 from r1p_dist.engine import TaskEngine, start_process_group
 from r1p_dist.methods import make_method
+from r1p_dist.recipes import load_config
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,26 +57,28 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace):
         overrides = [f"backbone.name={arguments.model}", f"train.global_batch_size={arguments.batch}"]
-        self.config = RunConfig.load("mini_mtil", overrides)
+        self.config = load_config("mini_mtil", overrides)
         self.backbone = load_backbone(self.config.backbone)
         self.method = make_method(self.config, self.backbone)
-        self.backbone.set_prompts([f"a photo of a {name}." for name in CLASSES])
+        self.prepare = self.backbone.preparer([f"a photo of a {name}." for name in CLASSES])
         self.backbone.train()
         generator = torch.Generator().manual_seed(0)
         self.batch = {
             "image": random_images(self.backbone, arguments.batch, generator),
             "label": torch.randint(len(CLASSES), (arguments.batch,), generator=generator),
         }
+        self.finished: list[dict] = []
         self._begin(0)
 
     def _begin(self, task: int) -> None:
-        self.method.begin_task(task)
+        self.method.prepare(task)
         self.engine = TaskEngine(self.backbone, self.config, self.config.train, 1)
 
     def switch(self, task: int) -> float:
         """Ends the current task, begins the next and returns the seconds."""
         started = time.perf_counter()
-        self.method.end_task()
+        self.finished.append(self.method.updates())
+        self.method.set_merged(self.finished)
         self.engine.close()
         self._begin(task)
         return time.perf_counter() - started
@@ -86,8 +88,8 @@ class Run:
         if past is not None:
             for adapter in self.method.adapters:
                 adapter.orthogonal_to = adapter.past_B[:, : past * adapter.merge_count] if past else None
-        self.engine.step(self.method.loss(self.engine, self.backbone.prepare(self.batch))[0])
-        self.method.end_step()
+        self.engine.step(self.method.loss(self.engine, self.prepare(self.batch))[0])
+        self.method.after_step(None)
 
     def stored_bytes(self) -> int:
         adapters = self.method.adapters

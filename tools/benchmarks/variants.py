@@ -16,11 +16,12 @@ from benchmarks.models import CLASSES, Weights, build, conversations, fill, firs
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.open_clip import build_on_meta
 from r1p_dist.backbones.weights import model_source
-from r1p_dist.config import RunConfig, TrainConfig
+from r1p_dist.config import TrainConfig
 from r1p_dist.errors import InputError
 from r1p_dist.losses import contrastive_loss
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer
+from r1p_dist.recipes import load_config
 
 RANK, ALPHA = 12, 1.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,15 +49,15 @@ class Variant:
     def make_batch(self, count: int) -> dict[str, Any]:
         """Returns a batch of random samples on the device, made ready as in training."""
         generator = torch.Generator().manual_seed(1)
+        prompts: list[str] = []
         if self.is_clip:
             prompts = [PROMPTS.format(name) for name in CLASSES]
-            self.backbone.set_prompts(prompts)
             self.prompts = self.backbone.tokenize(prompts)
             batch = pictures(self.backbone, count, generator)
             batch["image"] = batch["image"].to(self.dtype)
         else:
             batch = conversations(self.backbone, self.arguments.model, count, generator)
-        batch = self.backbone.prepare(batch)
+        batch = self.backbone.preparer(prompts)(batch)
         self.backbone.begin_step([batch], TrainConfig())
         return {k: value.to(self.device) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}
 
@@ -104,9 +105,9 @@ class Limit(Variant):
 
 class Step(Variant):
     def prepare(self) -> None:
-        dropout = [f"pool.dropout={self.arguments.dropout}", f"pool.dropout_kind={self.arguments.dropout_kind}"]
+        dropout = [f"options.dropout={self.arguments.dropout}", f"options.dropout_kind={self.arguments.dropout_kind}"]
         recipe = "mini_mtil" if self.is_clip else "mini_instruct"
-        config = RunConfig.load(recipe, [*dropout, f"pool.rank={RANK}", f"pool.alpha={ALPHA}"])
+        config = load_config(recipe, [*dropout, f"options.rank={RANK}", f"options.alpha={ALPHA}"])
         self.method = make_method(config, self.backbone)
 
     def loss(self, batch: dict[str, Any], end_to_end: bool) -> torch.Tensor:
@@ -116,7 +117,7 @@ class Step(Variant):
 
     def step(self, end_to_end: bool) -> None:
         super().step(end_to_end)
-        self.method.end_step()
+        self.method.after_step(None)
 
 
 class Compiled(Step):

@@ -17,7 +17,7 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 from gpu_check_parts.case import NotPossibleError, Report, end, free_port, last, start
 from r1p_dist.checkpoint.folders import read_tensors
-from r1p_dist.config import RunConfig
+from r1p_dist.recipes import load_config
 from r1p_dist.train import run
 
 TASKS = ("fashion", "country_flags")
@@ -58,7 +58,7 @@ def resume(report: Report) -> None:
 
 def _resumed(folder: Path, name: str) -> dict[str, int]:
     """Returns in how many tasks a run and one that was resumed merged the same bits."""
-    settings = ["deepspeed.config=zero2", "pool.dropout=0.2"]
+    settings = ["deepspeed.config=zero2", "options.dropout=0.2"]
     whole = _train(folder, f"{name}-whole", settings)
     point = whole / "checkpoints" / f"00-{TASKS[0]}" / f"step-{STEPS - 1}"
     resumed = _train(folder, f"{name}-resumed", [*settings, f"resume={point}"])
@@ -114,7 +114,7 @@ def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
     own = [f"stream={folder / 'stream' / 'stream.yaml'}", f"run_dir={folder / name}", f"train.iterations={STEPS}"]
-    run(RunConfig.load("mini_mtil", [*SETTINGS.split(), *own, *settings]))
+    run(load_config("mini_mtil", [*SETTINGS.split(), *own, *settings]))
     return folder / name
 
 

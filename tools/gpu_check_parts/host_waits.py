@@ -16,8 +16,8 @@ from big_model_check import SOURCE_TASKS, write_stream
 
 from gpu_check_parts.case import ROOT, Report
 from r1p_dist import train
-from r1p_dist.config import RunConfig
 from r1p_dist.host_waits import HostWaits
+from r1p_dist.recipes import load_config
 
 STEPS = 5
 WARM = 2  # the first steps set up what stays: moments of the optimizer, handles of libraries
@@ -39,7 +39,7 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
     stream = write_stream(report.folder / f"stream-{recipe}", recipe, SOURCE_TASKS[recipe][:1])
     settings = f"train.global_batch_size=4 train.iterations={STEPS} log.every_steps={STEPS} checkpoint.every_steps=null"
     own = [f"stream={stream}", f"run_dir={report.folder / f'waits-{recipe}'}"]
-    train.run(RunConfig.load(recipe, [*settings.split(), *own]))
+    train.run(load_config(recipe, [*settings.split(), *own]))
     figures = {"steps": number - WARM - 1, "waits": dict(found)}
     if must_be_none:
         report.check(recipe, not found, **figures)

@@ -1,0 +1,123 @@
+"""What `r1p methods` prints: what each method says of itself, read from its source, which needs no torch."""
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from r1p_dist.methods import installed_methods, shipped_methods
+
+_INFERENCE = {"merged": "merged weights alone", "task_id": "the task of each sample", "routed": "a router"}
+
+
+@dataclass
+class Option:
+    """One key of a method's options: its default as it is written, and what it means."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+@dataclass
+class Description:
+    """A method in words. summary: the first line of its docstring."""
+
+    name: str
+    summary: str
+    paper: str = ""
+    stores: str = "nothing"
+    inference: str = "merged"
+    options: list[Option] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.name}  {self.summary}"
+        yield f"    paper: {self.paper or 'none'}; stores {self.stores}; inference needs {_INFERENCE[self.inference]}"
+        for option in self.options:
+            yield f"    options.{option.name}={option.default}  {option.meaning}"
+
+
+def describe_all() -> list[Description]:
+    """Returns the shipped methods, then those of installed packages."""
+    found = [_describe(name, f"r1p_dist.methods.{name}", None) for name in shipped_methods()]
+    return found + [_describe(name, point.module, point.attr) for name, point in sorted(installed_methods().items())]
+
+
+class _Source:
+    """The classes of a module, as they are written, and where the names that it imports come from."""
+
+    def __init__(self, module: str) -> None:
+        tree = ast.parse(_file_of(module).read_text(encoding="utf-8"))
+        self.classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        self._imported = {
+            alias.asname or alias.name: (node.module, alias.name)
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+
+    def find(self, name: str) -> "tuple[_Source, ast.ClassDef] | None":
+        """Returns a class of this module or one that it imports, and its source; None where it is of another kind."""
+        if name in self.classes:
+            return self, self.classes[name]
+        if name in self._imported and self._imported[name][0].startswith("r1p_dist."):
+            module, original = self._imported[name]
+            return _Source(module).find(original)
+        return None
+
+
+def _file_of(module: str) -> Path:
+    """Returns a module's file; of this package without importing those that it stands in."""
+    own, *rest = module.split(".")
+    if own != "r1p_dist":
+        return Path(importlib.util.find_spec(module).origin)
+    place = Path(__file__).parent.joinpath(*rest)
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+def _describe(name: str, module: str, attribute: str | None) -> Description:
+    source = _Source(module)
+    node = source.classes[attribute] if attribute else list(source.classes.values())[-1]
+    summary = (ast.get_docstring(node) or "").partition("\n")[0]
+    description = Description(name, summary)
+    for owner, base in reversed(list(_lineage(source, node))):
+        for key, value in _assignments(base):
+            if key in ("paper", "stores", "inference") and isinstance(value, ast.Constant):
+                setattr(description, key, value.value)
+            if key == "Options" and isinstance(value, ast.Name) and (found := owner.find(value.id)):
+                description.options = list(_options(*found, ""))
+        for inner in base.body:
+            if isinstance(inner, ast.ClassDef) and inner.name == "Options":
+                description.options = list(_options(owner, inner, ""))
+    return description
+
+
+def _lineage(source: _Source, node: ast.ClassDef) -> Iterator[tuple[_Source, ast.ClassDef]]:
+    yield source, node
+    for base in node.bases:
+        if isinstance(base, ast.Name) and (found := source.find(base.id)):
+            yield from _lineage(*found)
+
+
+def _assignments(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
+    for statement in node.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            yield statement.targets[0].id, statement.value
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            yield statement.target.id, statement.value
+
+
+def _options(source: _Source, node: ast.ClassDef, prefix: str) -> Iterator[Option]:
+    for owner, base in reversed(list(_lineage(source, node))):
+        for statement, after in zip(base.body, [*base.body[1:], None], strict=True):
+            if not isinstance(statement, ast.AnnAssign):
+                continue
+            name = prefix + statement.target.id
+            if isinstance(statement.value, ast.Call) and (found := owner.find(statement.value.func.id)):
+                yield from _options(*found, f"{name}.")
+                continue
+            is_meant = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            shown = ast.unparse(statement.value).strip("'")
+            shown = {"True": "true", "False": "false", "None": "null"}.get(shown, shown)
+            yield Option(name, shown, after.value.value if is_meant else "")

@@ -1,0 +1,11 @@
+"""What a method is, and what it may ask of the training: see docs/add_a_method.md."""
+
+from r1p_dist.protocol.low_rank import LowRankMethod as LowRankMethod
+from r1p_dist.protocol.low_rank import LowRankOptions as LowRankOptions
+from r1p_dist.protocol.method import DataRequest as DataRequest
+from r1p_dist.protocol.method import Method as Method
+from r1p_dist.protocol.method import Stage as Stage
+from r1p_dist.protocol.trainer import Trainer as Trainer
+from r1p_dist.protocol.trainer import Watcher as Watcher
+from r1p_dist.protocol.watchers import FisherDiagonal as FisherDiagonal
+from r1p_dist.protocol.watchers import InputMoments as InputMoments

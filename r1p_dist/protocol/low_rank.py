@@ -1,0 +1,59 @@
+"""What methods share that train B A of one LoRA per linear: where it is put, what is trained, what is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
+
+from r1p_dist.adapters import LoRALinear, Routing, Update
+from r1p_dist.config import Count, Positive, Probability, Section
+from r1p_dist.protocol.method import Method
+
+if TYPE_CHECKING:
+    from r1p_dist.backbones import Slot
+
+
+class LowRankOptions(Section):
+    """Options of a LoRA; the update is alpha / rank * B A."""
+
+    rank: Count = 12
+    """Rank of the update of each linear."""
+    alpha: Positive = 1.0
+    """The update's scaling is alpha / rank."""
+    dropout: Probability = 0.0
+    """Rate of the dropout on the update's input."""
+
+
+class LowRankMethod(Method):
+    """A LoRA on each linear that `targets` names; each stage begins a fresh one and merges it at its end.
+
+    layer: the class of the adapters; a penalty on A and B is its method `penalty`.
+    """
+
+    Options = LowRankOptions
+    layer: ClassVar[type[LoRALinear]] = LoRALinear
+    adapters: list[LoRALinear]
+
+    def build(self) -> None:
+        options, targets = self.options, self.config.targets
+
+        def make(slot: Slot, routing: Routing) -> LoRALinear:
+            return self.layer(slot.linear, options.rank, options.alpha, options.dropout, rows=slot.rows)
+
+        self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
+
+    def prepare(self, index: int) -> None:
+        for number, adapter in enumerate(self.adapters):
+            adapter.reset(self.generator(index, number))
+
+    @contextmanager
+    def before_merge(self) -> Iterator[None]:
+        for adapter in self.adapters:
+            adapter.set_weight([*adapter.merged, adapter.update()])
+        yield
+        for adapter in self.adapters:
+            adapter.set_weight(adapter.merged)
+
+    def updates(self) -> dict[str, Update]:
+        return {adapter.name: adapter.update() for adapter in self.adapters}

@@ -1,0 +1,240 @@
+"""Recipes: from a YAML file, its bases and `key.sub=value` overrides to a run's configuration.
+
+Layers are laid over one another: the bases of a recipe, the recipe, the command line. One that names another method
+than those below it drops their `options`, which are that other method's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from r1p_dist.config import RunConfig, TaskTrainConfig
+from r1p_dist.ds_config import load_deepspeed_config
+from r1p_dist.errors import InputError
+from r1p_dist.methods import method_class
+from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.shipped import shipped_files
+
+COMMAND_LINE = "command line"
+# Sections of earlier releases, and where their keys are now.
+_MOVED = {"pool": "options", "ago": "options.ago", "lora": "options"}
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a recipe (a shipped name or a YAML file) with `key.sub=value` overrides.
+
+    Raises InputError, one line that names file, key and value, for anything that is wrong in them.
+    """
+    path = _find_recipe(recipe)
+    tree, origins = _read_with_bases(path, ())
+    words: dict[str, Any] = {}
+    for override in overrides:
+        _merge(words, _parse_override(override), (), {}, COMMAND_LINE)
+    _lay_over(tree, words, origins, COMMAND_LINE)
+    tree.setdefault("run_dir", None)
+    if tree["run_dir"] is None:
+        tree["run_dir"] = str(Path("runs") / path.stem)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_describe(error, (), origins, str(path))) from error
+    config = _with_options(config, origins, str(path))
+    # Read here as well, so that --print-config and every rank find a wrong DeepSpeed key before any work.
+    load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
+    return config
+
+
+def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfig:
+    """Return the configuration with the options of its method checked and filled in."""
+    try:
+        method = method_class(config.method)
+    except InputError as error:
+        raise InputError(f"{_sources(('method',), origins, recipe)}: {error}") from error
+    _refuse_unknown_options(method.Options, config, config.options, ("options",), origins, recipe)
+    try:
+        options = method.Options.model_validate(config.options)
+        config = config.model_copy(update={"options": options.model_dump(mode="json")})
+        method.check(options, config)
+    except ValidationError as error:
+        raise InputError(_describe(error, ("options",), origins, recipe)) from error
+    except ValueError as error:
+        raise InputError(f"{recipe}: {error}") from error
+    return config
+
+
+def _refuse_unknown_options(
+    model: type[BaseModel], config: RunConfig, section: Any, at: tuple[str, ...], origins: _Origins, recipe: str
+) -> None:
+    if not isinstance(section, dict):
+        return  # the validation says so, with its type
+    for key, value in section.items():
+        here = (*at, str(key))
+        if key not in model.model_fields:
+            allowed = list(model.model_fields)
+            nearest = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f"did you mean {'.'.join((*at, nearest[0]))}? " if nearest else ""
+            raise InputError(
+                f"{_sources(here, origins, recipe)}: unknown key {'.'.join(here)} of method={config.method}; {hint}"
+                f"allowed: {', '.join(allowed) or 'none'}"
+            )
+        inner = _model_of(model.model_fields[key].annotation)
+        if inner is not None:
+            _refuse_unknown_options(inner, config, value, here, origins, recipe)
+
+
+def _find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
+    shipped = shipped_files("recipes", ".yaml")
+    if isinstance(recipe, str) and recipe in shipped:
+        return shipped[recipe]
+    path = Path(recipe) if beside is None else beside / recipe
+    if path.is_file():
+        return path
+    nearest = difflib.get_close_matches(str(recipe), shipped, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise InputError(f"recipe {str(recipe)!r}: no file and no shipped recipe; {hint}shipped: {', '.join(shipped)}")
+
+
+_Origins = dict[tuple[str, ...], str]
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], _Origins]:
+    if path.resolve() in seen:
+        chain = " -> ".join(entry.name for entry in (*seen, path))
+        raise InputError(f"{path}: base: the recipes form a circle: {chain}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    recipe = parse_yaml(text, str(path))
+    if recipe is None:
+        recipe = {}
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values, this file holds a {type(recipe).__name__}")
+    tree: dict[str, Any] = {}
+    origins: _Origins = {}
+    if "base" in recipe:
+        base = recipe.pop("base")
+        if not isinstance(base, str):
+            raise InputError(f"{path}: base: {base!r}: must be the name or path of a recipe")
+        try:
+            base_path = _find_recipe(base, beside=path.parent)
+        except InputError as error:
+            raise InputError(f"{path}: base: {error}") from error
+        tree, origins = _read_with_bases(base_path, (*seen, path.resolve()))
+    _lay_over(tree, recipe, origins, str(path))
+    return tree, origins
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise InputError(f"{COMMAND_LINE}: {override!r} is not an override; write key.sub=value, as in train.lr=1e-3")
+    value = parse_yaml(text, f"{COMMAND_LINE}: {key}")
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _lay_over(tree: dict[str, Any], over: dict[Any, Any], origins: _Origins, source: str) -> None:
+    """Merge `over` into `tree` and note in `origins` where each value came from; unknown keys raise InputError."""
+    for section in over.keys() & _MOVED.keys():
+        keys = over[section] if isinstance(over[section], dict) and over[section] else {"…": None}
+        raise InputError(
+            f"{source}: {section}.{next(iter(keys))} has moved: write {_MOVED[section]}.{next(iter(keys))}, which the "
+            "chosen method alone reads"
+        )
+    _refuse_unknown_keys(RunConfig, over, (), source)
+    if "method" in over and over["method"] != tree.get("method", RunConfig.model_fields["method"].default):
+        tree.pop("options", None)
+        for key in [key for key in origins if key[0] == "options"]:
+            del origins[key]
+    _merge(tree, over, (), origins, source)
+
+
+def _merge(tree: dict[str, Any], over: dict[Any, Any], at: tuple[str, ...], origins: _Origins, source: str) -> None:
+    for key, value in over.items():
+        here = (*at, str(key))
+        if isinstance(value, dict):
+            if not isinstance(tree.get(str(key)), dict):
+                tree[str(key)] = {}
+            _merge(tree[str(key)], value, here, origins, source)
+        else:
+            tree[str(key)] = value
+            for below in [entry for entry in origins if entry[: len(here)] == here]:
+                del origins[below]
+            origins[here] = source
+
+
+def _refuse_unknown_keys(model: type[BaseModel], section: Any, at: tuple[str, ...], source: str) -> None:
+    if not isinstance(section, dict):
+        return  # not a section at all: the validation says so, with its type
+    for key, value in section.items():
+        here = (*at, str(key))
+        if key not in model.model_fields:
+            allowed = list(model.model_fields)
+            hint = _nearest_key(here, allowed)
+            raise InputError(f"{source}: unknown key {'.'.join(here)}; {hint}allowed: {', '.join(allowed)}")
+        inner = _model_of(model.model_fields[key].annotation)
+        if inner is TaskTrainConfig and isinstance(value, dict):
+            for task, entry in value.items():
+                _refuse_unknown_keys(inner, entry, (*here, str(task)), source)
+        elif inner is not None:
+            _refuse_unknown_keys(inner, value, here, source)
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *get_args(annotation)]
+    return next((entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel)), None)
+
+
+def _nearest_key(key: tuple[str, ...], allowed: list[str]) -> str:
+    every = list(_all_keys(RunConfig, ()))
+    same_name = [dotted for dotted in every if dotted.split(".")[-1] == key[-1]]
+    if same_name:
+        return f"did you mean {' or '.join(same_name)}? "
+    nearest = difflib.get_close_matches(key[-1], allowed, n=1)
+    if nearest:
+        return f"did you mean {'.'.join((*key[:-1], nearest[0]))}? "
+    anywhere = difflib.get_close_matches(".".join(key), every, n=1)
+    return f"did you mean {anywhere[0]}? " if anywhere else ""
+
+
+def _all_keys(model: type[BaseModel], at: tuple[str, ...]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield ".".join((*at, name))
+        inner = _model_of(field.annotation)
+        if inner is not None and inner is not TaskTrainConfig:
+            yield from _all_keys(inner, (*at, name))
+
+
+def _describe(error: ValidationError, under: tuple[str, ...], origins: _Origins, recipe: str) -> str:
+    return "; ".join(_describe_one(entry, under, origins, recipe) for entry in error.errors(include_url=False))
+
+
+def _describe_one(entry: Any, under: tuple[str, ...], origins: _Origins, recipe: str) -> str:
+    at = (*under, *(str(part) for part in entry["loc"]))
+    if entry["type"] == "value_error":
+        reason = str(entry["ctx"]["error"])
+    elif entry["type"] in ("model_type", "dict_type"):
+        reason = "must be a mapping of keys to values"
+    else:
+        reason = entry["msg"]
+    where = _sources(at, origins, recipe)
+    if isinstance(entry["input"], dict) and entry["type"] == "value_error":
+        return f"{where}: {reason}"  # a check over several keys names them and their values itself
+    value = repr(entry["input"])
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{where}: {'.'.join(at)}={shown}: {reason[0].lower()}{reason[1:]}"
+
+
+def _sources(at: tuple[str, ...], origins: _Origins, recipe: str) -> str:
+    below = [source for key, source in origins.items() if key[: len(at)] == at]
+    if below:
+        return " and ".join(dict.fromkeys(below))
+    return next((origins[at[:length]] for length in range(len(at), 0, -1) if at[:length] in origins), recipe)

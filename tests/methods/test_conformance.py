@@ -1,0 +1,237 @@
+"""What every method must pass, found by listing the folder: its author writes none of it (docs/add_a_method.md)."""
+
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+import r1p_dist.engine
+from r1p_dist.adapters import Dense
+from r1p_dist.adapters.low_rank import full_values
+from r1p_dist.backbones import load_backbone
+from r1p_dist.distributed import rank, world_size
+from r1p_dist.errors import InputError
+from r1p_dist.export.run import export_run
+from r1p_dist.methods import make_method, method_class, shipped_methods
+from r1p_dist.recipes import load_config
+from r1p_dist.train import train_step
+from tests.export.fake_run import PROMPTS as PROMPTS_OF_EXPORT
+from tests.export.fake_run import images, library_logits, library_model
+from tests.small_clip import make_backbone
+from tests.stages import Stages
+from tests.test_parity import PROMPTS, global_batch
+from tests.test_resume import assert_equal, run_in_parts
+
+ROOT = Path(__file__).parents[2]
+METHODS = [name for name in shipped_methods() if method_class(name).trains]
+GLOBAL_BATCH, STEPS, TASKS = 8, 2, 2
+SHARDED = "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"
+CHECKPOINTING = "backbone.gradient_checkpointing=true"
+SETTINGS = {
+    "stage 0": ["deepspeed.config=zero0"],
+    "stage 1, accumulation": ["deepspeed.config=zero1", "train.gradient_accumulation_steps=2"],
+    "stage 2, checkpointing": ["deepspeed.config=zero2", CHECKPOINTING],
+    "stage 3": ["deepspeed.config=zero3", SHARDED],
+    "stage 3, accumulation, checkpointing": [
+        "deepspeed.config=zero3",
+        SHARDED,
+        "train.gradient_accumulation_steps=2",
+        CHECKPOINTING,
+    ],
+}
+
+
+def options_of(name: str) -> list[str]:
+    return [f"method={name}", *(f"options.{key}={value}" for key, value in method_class(name).tiny.items())]
+
+
+class Loader:
+    """Stands for a TrainLoader: global batches of a task that are a function of its number and the step."""
+
+    prompts = PROMPTS
+
+    def __init__(self, task: int, steps: int, accumulation: int) -> None:
+        self._task, self._steps, self._accumulation = task, steps, accumulation
+
+    def steps(self) -> Any:
+        for step in range(self._steps):
+            size = GLOBAL_BATCH // self._accumulation
+            micro = [global_batch(self._task, step * self._accumulation + i, size) for i in range(self._accumulation)]
+            yield [{name: value.chunk(world_size())[rank()] for name, value in batch.items()} for batch in micro]
+
+    def check_faults(self) -> None:
+        pass
+
+
+def train(name: str, overrides: list[str]) -> dict[str, Any]:
+    """Trains two tasks; returns losses, and what is trained and left, whole."""
+    own = [f"train.global_batch_size={GLOBAL_BATCH}", f"train.iterations={STEPS}", "train.lr=0.1", *options_of(name)]
+    config = load_config("mini_mtil", [*own, *overrides])
+    backbone = make_backbone()
+    if config.backbone.gradient_checkpointing:
+        backbone.checkpoint_blocks()
+    r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr)
+    method = make_method(config, backbone)
+    method.stages(SimpleNamespace(tasks=tuple(SimpleNamespace(name=f"t{number}") for number in range(TASKS))))
+    accumulation = config.train.gradient_accumulation_steps
+    found: dict[str, Any] = {"losses": [], "values": [], "updates": [], "features": []}
+    stages = Stages(method, config, lambda batches: Loader(task, batches or 2, accumulation))
+    for task in range(TASKS):
+        tasks = tuple(SimpleNamespace(name=f"t{number}") for number in range(TASKS))
+        trainer = stages.begin(task, tasks)
+        for number, request in enumerate(method.further_data(stages.stage, ())):
+            trainer.add_stream(request, Loader(7 + number, STEPS, accumulation))
+        prepare = backbone.preparer(PROMPTS)
+        for step, batches in enumerate(Loader(task, STEPS, accumulation).steps()):
+            train_step(method, trainer, [prepare(batch) for batch in batches], config.train)
+            trainer.step_number = step + 1
+            found["losses"].append(stages.meter.read(0)[0]["loss"])
+            values = full_values(*method.trainable_parameters().values())
+            found["values"].append(torch.cat([value.flatten() for value in values]))
+        stages.end()
+        updates = [
+            full_values(update.value)[0] if isinstance(update, Dense) else update.scaling * update.B @ update.A
+            for update in stages.updates[-1].values()
+        ]
+        found["updates"].append(torch.cat([update.flatten() for update in updates]))
+        features = backbone.eval()(image=global_batch(task, 0, 4)["image"])[0]
+        found["features"].append(features.detach())
+        stages.engine.close()
+    return found
+
+
+def train_all(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
+    return {name: {case: train(name, overrides) for case, overrides in SETTINGS.items()} for name in names}
+
+
+@pytest.fixture(scope="module")
+def trained(run_distributed) -> dict[int, dict[str, Any]]:
+    return {world: run_distributed(train_all, world, METHODS, timeout_s=1100)[0] for world in (1, 2)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ranks_stages_accumulation_and_checkpointing_change_nothing(trained, name: str) -> None:
+    plain = trained[1][name]["stage 0"]
+    assert (plain["values"][0] - plain["values"][1]).norm() > 0 and (plain["updates"][0].norm() > 0)
+    for world, results in trained.items():
+        for case, result in results[name].items():
+            # another batch in each micro step of an accumulation; so it is compared with itself
+            other = trained[1][name][next(c for c in SETTINGS if "accum" in c)] if "accum" in case else plain
+            torch.testing.assert_close(
+                result["losses"], other["losses"], rtol=1e-4, atol=1e-5, msg=f"{world} {case}: losses"
+            )
+            for key in ("values", "updates", "features"):
+                for ours, theirs in zip(result[key], other[key], strict=True):
+                    assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-6, (world, case, key)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_go_round_and_others_are_named(name: str, tmp_path: Path) -> None:
+    config = load_config("mini_mtil", options_of(name))
+    (tmp_path / "config.yaml").write_text(config.dump())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert set(config.options) == set(method_class(name).Options.model_fields)
+    with pytest.raises(InputError, match=rf"unknown key options.nonsense of method={name}; allowed: "):
+        load_config("mini_mtil", [f"method={name}", "options.nonsense=1"])
+
+
+@pytest.mark.parametrize("name", shipped_methods())
+def test_nothing_else_knows_its_name(name: str) -> None:
+    package = ROOT / "r1p_dist"
+    # tables: what is compared with what, and where sections of old recipes went
+    aside = [package / f"methods/{name}.py", package / "evaluation/comparison.py", package / "recipes.py"]
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text(encoding="utf-8").replace('method: str = "dac"', "")  # the default
+        if path not in aside:
+            assert not re.search(rf"methods\.{name}\b|[\"']{name}[\"']", text), f"{path} knows {name}"
+
+
+@pytest.mark.parametrize("name", shipped_methods())
+def test_it_says_what_it_is(name: str) -> None:
+    method = method_class(name)
+    assert (method.__doc__ or "").strip() and method.inference in ("merged", "task_id", "routed")
+    assert all(field.description for field in method.Options.model_fields.values())
+
+
+def losses_after_other_forwards(compute: Any, backbone: Any, count: int, model: Any, batch: dict) -> dict:
+    result = compute(model, batch)
+    for _ in range(count):
+        backbone(image=batch["image"].flip(0), tokens=batch["tokens"], end=batch["end"])
+    return result
+
+
+def forward_twice(rank: int, world_size: int, names: list[str]) -> dict[str, bool]:
+    found = {}
+    for name in names:
+        states = []
+        for times in (1, 2):
+            config = load_config("mini_mtil", [f"train.global_batch_size={GLOBAL_BATCH}", *options_of(name)])
+            backbone = make_backbone()
+            method = make_method(config, backbone)
+            method.stages(SimpleNamespace(tasks=(SimpleNamespace(name="t0"),)))
+            stages = Stages(method, config, lambda batches: Loader(0, batches or 2, 1))
+            tasks = (SimpleNamespace(name="t0"),)
+            stages.begin(0, tasks)
+            batch = backbone.preparer(PROMPTS)(next(Loader(0, 1, 1).steps())[0])
+
+            method.losses = partial(losses_after_other_forwards, method.losses, backbone, times - 1)
+            loss, _ = method.loss(stages.engine, batch)
+            stages.engine.step(loss)
+            values = [value.flatten() for value in full_values(*method.trainable_parameters().values())]
+            states.append([loss.detach()[None], *values, *(v.flatten().float() for v in method.state().values())])
+            stages.engine.close()
+        found[name] = all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    return found
+
+
+def test_a_second_forward_in_a_micro_batch_changes_nothing(run_distributed) -> None:
+    assert all(run_distributed(forward_twice, 2, METHODS, timeout_s=1100)[0].values())
+
+
+def run_stopped(rank: int, world_size: int, folder: str, toy: list[str], names: list[str]) -> dict[str, list[str]]:
+
+    return {
+        name: run_in_parts(
+            rank, world_size, f"{folder}/{name}", [*toy, "deepspeed.config=zero2", *options_of(name)], [3, 9]
+        )
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(run_distributed, tmp_path_factory, toy: list[str]) -> tuple[Path, dict[str, list[str]]]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run_distributed(run_stopped, 2, str(folder), toy, METHODS, timeout_s=1100)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stopped_run_ends_as_an_undisturbed_one(runs: tuple[Path, dict[str, list[str]]], name: str) -> None:
+    folder, endings = runs
+    assert endings[name][-1] == "finished" and len(endings[name]) == 3
+    assert_equal(folder / name / "calm", folder / name / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_export_gives_the_runs_model_or_says_why_not(runs, name: str, tmp_path: Path) -> None:
+    run = runs[0] / name / "calm"
+    finished = sorted((run / "adapters").iterdir())
+    config = load_config(run / "config.yaml")
+    backbone = library_model(run, make_method(config, load_backbone(config.backbone)).deployed(len(finished)))
+    logits = library_logits(backbone)
+    exported = export_run(run, "open_clip", tmp_path / "open_clip")
+    model = open_clip.create_model(f"local-dir:{exported}").eval()
+    with torch.no_grad():
+        image, text = model(images(backbone), backbone.tokenize(PROMPTS_OF_EXPORT))[:2]
+        theirs = model.logit_scale.exp() * image @ text.T
+    torch.testing.assert_close(theirs, logits, rtol=1e-4, atol=1e-3)
+    try:
+        export_run(run, "peft", tmp_path / "peft")
+    except InputError as error:
+        assert f"method={name}" in str(error)
