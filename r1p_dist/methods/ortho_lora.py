@@ -1,0 +1,62 @@
+"""Ortho-LoRA (arXiv 2601.09684): one LoRA for all tasks at once, whose tasks' gradients are kept from conflicting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from r1p_dist.protocol import DataRequest, LowRankMethod, Stage, Trainer
+
+if TYPE_CHECKING:
+    from r1p_dist.backbones.backbone import Batch
+    from r1p_dist.data import Stream, Task
+
+
+class OrthoLora(LowRankMethod):
+    """Ortho-LoRA: a batch of every task in each step; of each A and B, gradients that conflict are made orthogonal.
+
+    A multi-task method, so it trains all tasks in one stage. No code was released: the projection is that of PCGrad,
+    done for every matrix by itself, and the tasks' gradients are averaged. A step costs as much as the tasks' steps.
+    """
+
+    paper = "arXiv 2601.09684"
+    tiny = {"rank": 4}
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        iterations = sum(stage.iterations for stage in super().stages(stream)) // len(stream.tasks)
+        return [Stage("joint", stream.tasks, max(1, iterations))]
+
+    def further_data(self, stage: Stage, past: Sequence[Task]) -> dict[str, DataRequest]:
+        return {task.name: DataRequest((task,)) for task in stage.tasks}
+
+    def begin(self, stage: Stage, trainer: Trainer) -> None:
+        self._tasks = [task.name for task in stage.tasks]
+
+    def step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
+        by_task = []
+        for task in self._tasks:
+            micro = [trainer.gradients(batch) for batch in trainer.next_batches(task)]
+            by_task.append({name: torch.stack([part[name] for part in micro]).mean(0) for name in micro[0]})
+        order = self.generator(trainer.step_number)
+        projected = {name: project([task[name] for task in by_task], order) for name in by_task[0]}
+        trainer.backward_gradients(projected)
+        trainer.update()
+
+
+def project(gradients: Sequence[torch.Tensor], order: torch.Generator) -> torch.Tensor:
+    """Returns the mean of one matrix' gradients, each freed from what conflicts with the others' (their original ones).
+
+    order: draws the order in which the others are met.
+    """
+    found = []
+    for number, gradient in enumerate(gradients):
+        own = gradient.clone()
+        for other in torch.randperm(len(gradients), generator=order).tolist():
+            if other != number:
+                against = gradients[other]
+                overlap = (own * against).sum()
+                own -= overlap.clamp(max=0) / against.square().sum().clamp(min=1e-12) * against
+        found.append(own)
+    return torch.stack(found).mean(0)
