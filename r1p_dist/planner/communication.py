@@ -6,6 +6,7 @@ partitioned_param_coordinator.py) and of this package. A step is one in the midd
 ZeRO-3 also compare their order of modules among ranks.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable
 
@@ -21,6 +22,7 @@ from r1p_dist.planner.zero3 import Coordinator
 _ENGINE_BUCKET = 500_000_000  # numbers in one all-reduce at stage 0, fixed in DeepSpeed's engine
 _VOTE_BYTES = 8  # int64
 _BARRIER_BYTES = 1
+_LENGTH_BYTES = 8  # int64
 
 
 def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:
@@ -153,9 +155,10 @@ def _after_update(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
 def boundary_collectives(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
     """Returns what one rank takes part in from the last step of a task to the first of the next, evaluations left out.
 
-    The experts are read before and for the merge, begun anew, and given to a new engine.
+    The experts are read before and for the merge, begun anew, and given to a new engine. What the task leaves is
+    written.
     """
-    found: Collectives = Counter()
+    found = _writes(ranks)
     size = shape.dtype.itemsize
     if zero.stage < 3:  # a new engine sends all parameters from rank 0
         found.update(Collective("broadcast", p.numel * size, "engine") for p in shape.trace.parameters)
@@ -173,6 +176,19 @@ def boundary_collectives(shape: ModelShape, zero: Zero, ranks: int) -> Collectiv
             found[Collective("all_gather", numel * size, "experts")] += reads
     found[Collective("barrier", _BARRIER_BYTES, "engine")] += 3
     return +found
+
+
+def _writes(ranks: int) -> Collectives:
+    """Rank 0 writes two files: what was merged, and what the method keeps for later tasks, which is nothing.
+
+    Ranks tell each other what they keep, and rank 0 how each write ended: JSON, and before it its length.
+    """
+    if ranks == 1:
+        return Counter()
+    kept, answer = len(json.dumps([])), len(json.dumps({"result": None}))
+    found = Counter(Collective("all_gather", ranks * size, "files") for size in (_LENGTH_BYTES, kept))
+    found.update(2 * [Collective("broadcast", size, "files") for size in (_LENGTH_BYTES, answer)])
+    return found
 
 
 def _padded(numel: int, multiple: int) -> int:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
@@ -14,6 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from r1p_dist.backbones import Backbone, ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.checkpoint import save_memory, save_updates
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import world_size
 from r1p_dist.methods import make_method
@@ -101,8 +103,10 @@ def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]
         run = _Run(rank, sizes, overrides)
         for _ in range(3):
             run.step()
-        with Recorder() as recorder:
+        with Recorder() as recorder, TemporaryDirectory() as folder:
             run.stages.end()
+            save_updates(Path(folder) / "adapter.safetensors", run.stages.updates[-1])
+            save_memory(Path(folder) / "memory.safetensors", run.stages.memory[-1])
             run.stages.engine.close()
             run.stages.begin(1)
         found.append(recorder.as_list())
