@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import open_clip
 import torch
-import torch.nn.functional as F
 
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.backbones.llava_shapes import SHAPES
@@ -96,15 +95,14 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
         )
     adapters = attach_adapters(config, backbone, dtype)
 
-    def forward() -> list[torch.Tensor]:
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
         size = clip.visual.image_size
         height, width = size if isinstance(size, tuple | list) else (size, size)
-        image = clip.visual(torch.empty(batch.pictures, 3, height, width, dtype=dtype, device="meta"))
+        image = torch.empty(batch.pictures, 3, height, width, dtype=dtype, device="meta")
         tokens = torch.empty(batch.prompts, batch.prompt_tokens, dtype=torch.int64, device="meta")
-        routing = backbone.routing["text"]
-        routing.weights = routing.end = tokens[:, 0]
-        routing.padding = tokens > 0
-        return [F.normalize(features.float(), dim=-1) for features in (image, clip.text(tokens))]
+        counts = end = tokens[:, 0]
+        # by way of the backbone, as DeepSpeed calls it: the first weights are prefetched when it is entered
+        return backbone(image, tokens, counts, end)
 
     trace = trace_step(backbone, forward)
     loss = Contrast(batch.pictures, clip.visual.output_dim, trace.outputs_with_gradient)

@@ -76,8 +76,8 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: 
 def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) -> int:
     """Returns the highest sum of activations and of weights that ZeRO-3 holds whole, bytes, over a micro step.
 
-    What is gathered lies there twice until the last of those that were gathered together was used: as the ranks' parts
-    one after another, and parameter by parameter.
+    Weights that are gathered together lie there twice until the last of them was used: as the ranks' parts one after
+    another, and parameter by parameter. One that is gathered alone lies there once.
     """
     trace, size = shape.trace, shape.dtype.itemsize
     coordinator = Coordinator(trace, zero, ranks)

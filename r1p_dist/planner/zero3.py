@@ -19,7 +19,7 @@ from r1p_dist.planner.zero import Zero
 
 @dataclass
 class _Gather:
-    """Parameters that were gathered together. size: the numbers of their flat buffer, padded.
+    """Several parameters that were gathered together. size: the numbers of their flat buffer, padded.
 
     The buffer stays until all of them were waited for by their own module; with the first, all get their own copy.
     """
@@ -42,14 +42,17 @@ class Move:
 
 
 class Coordinator:
-    """Knows which parameters are whole on a rank (`whole`), from one micro step to the next."""
+    """Knows which parameters are whole on a rank, from one micro step to the next.
+
+    whole: per parameter the numbers of its storage. What was gathered alone keeps the buffer, padded, and has no copy.
+    """
 
     def __init__(self, trace: Trace, zero: Zero, ranks: int) -> None:
         self._trace, self._zero = trace, zero
         self._numel = [parameter.numel for parameter in trace.parameters]
         self._padded = [-(-numel // ranks) * ranks for numel in self._numel]
         self._persistent = {i for i, parameter in enumerate(trace.parameters) if zero.is_persistent(parameter)}
-        self.whole = set(self._persistent)  # gathered again after every update
+        self.whole = {i: self._padded[i] for i in self._persistent}  # gathered again, each alone, after every update
         order = [visit.module for visit in trace.visits if visit.is_fetch]
         # what was there before the adapters comes first in a module
         own = [sorted(parameters, key=self._is_new) for parameters in trace.parameters_of]
@@ -67,7 +70,7 @@ class Coordinator:
     @property
     def held(self) -> int:
         """The numbers of whole parameters between two micro steps."""
-        return sum(self._numel[i] for i in self.whole)
+        return sum(self.whole.values())
 
     def micro_step(self) -> list[int]:
         """Returns the numbers of each gather, padded, in their order."""
@@ -123,19 +126,23 @@ class Coordinator:
                     free |= again - self._persistent
                     uses |= again
                     in_backward.pop(module, None)
-                released = self._release(uses, free, users, module)
-                live -= released
-                held -= released
+                for i in self._release(uses, free, users, module):
+                    live -= self._numel[i]
+                    held -= self.whole.pop(i)
                 yield Move([], held, held)
         for module in reversed(in_backward):  # what no hook released, as in a block whose input needs no gradient
             uses = {*self._trace.parameters_of[module], *recomputed.pop(module, set())}
-            self._release(uses, uses - self._persistent, users, module)
+            for i in self._release(uses, uses - self._persistent, users, module):
+                del self.whole[i]
 
     def _gather(self, parameters: list[int], flying: dict[int, _Gather]) -> int:
-        gather = _Gather(set(parameters), sum(self._padded[i] for i in parameters))
-        flying.update(dict.fromkeys(parameters, gather))
-        self.whole.update(parameters)
-        return gather.size
+        size = sum(self._padded[i] for i in parameters)
+        if len(parameters) == 1:
+            self.whole[parameters[0]] = size
+        else:
+            flying.update(dict.fromkeys(parameters, _Gather(set(parameters), size)))
+            self.whole.update((i, self._numel[i]) for i in parameters)
+        return size
 
     def _ahead(self, queue: deque[tuple[int, int]], met: dict[int, int], live: int) -> list[int]:
         """Returns what is to be gathered ahead of its use, and takes it off the queue."""
@@ -150,14 +157,11 @@ class Coordinator:
                 numel += self._numel[i]
         return list(found)
 
-    def _release(self, held: set[int], free: set[int], users: dict[int, set[int]], module: int) -> int:
-        released = 0
+    def _release(self, held: set[int], free: set[int], users: dict[int, set[int]], module: int) -> list[int]:
+        """Ends a module's use of what it held; returns what is to go."""
         for i in held:
             users.get(i, set()).discard(module)
-            if i in free and i in self.whole and not users.get(i):
-                self.whole.remove(i)
-                released += self._numel[i]
-        return released
+        return [i for i in held if i in free and i in self.whole and not users.get(i)]
 
     def _is_needed_soon(self, i: int, place: int) -> bool:
         later = bisect_left(self._uses[i], place)
