@@ -51,8 +51,8 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: 
     if zero.stage == 3:
         share = sum(-(-p.numel // ranks) for p in parameters if p.is_trained)
         weights = sum(-(-p.numel // ranks) for p in held) + share
-        highest = highest_with_gathered(shape, zero, ranks, loss)
-        gathered = highest - activations
+        if ranks > 1:  # else its part is the weight
+            gathered = highest_with_gathered(shape, zero, ranks, loss) - activations
         pristine = -(-shape.pristine_numel // ranks) * size
     elif zero.stage == 0:
         share, weights = trained, sum(p.numel for p in held) + trained

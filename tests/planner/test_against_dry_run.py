@@ -36,7 +36,7 @@ def test_tiny_on_many_ranks(ranks: int, stage: int) -> None:
     check(ranks, f"deepspeed.config=zero{stage}", "options.vote=lagged")
 
 
-@pytest.mark.parametrize("ranks, overrides", [(8, TIGHT), (64, ["train.precision=bf16"])])
+@pytest.mark.parametrize("ranks, overrides", [(1, []), (8, TIGHT), (64, ["train.precision=bf16"])])
 def test_tiny_sharded_on_many_ranks(ranks: int, overrides: list[str]) -> None:
     check(ranks, "deepspeed.config=zero3", *overrides)
 
