@@ -44,6 +44,7 @@ class ByFile(LoadScopeScheduling):
         return "slurm" if nodeid.startswith("tests/slurm/") else nodeid.split("::", 1)[0]
 
 
+@pytest.hookimpl(optionalhook=True)  # `pytest -p no:xdist` has no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 

@@ -26,7 +26,7 @@ class OrthoLora(LowRankMethod):
 
     def stages(self, stream: Stream) -> list[Stage]:
         iterations = sum(stage.iterations for stage in super().stages(stream)) // len(stream.tasks)
-        return [Stage("joint", stream.tasks, max(1, iterations))]
+        return [Stage("together", stream.tasks, max(1, iterations))]
 
     def further_data(self, stage: Stage, past: Sequence[Task]) -> dict[str, DataRequest]:
         return {task.name: DataRequest((task,)) for task in stage.tasks}

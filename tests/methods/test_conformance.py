@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import r1p_dist.engine
-from r1p_dist.adapters import Dense
+from r1p_dist.adapters import Dense, LoRALinear
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import load_backbone
 from r1p_dist.distributed import rank, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.export.run import export_run
 from r1p_dist.methods import make_method, method_class, shipped_methods
+from r1p_dist.protocol import Method
 from r1p_dist.recipes import load_config
 from r1p_dist.train import train_step
 from tests.export.fake_run import PROMPTS as PROMPTS_OF_EXPORT
@@ -91,8 +92,7 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
             train_step(method, trainer, [prepare(batch) for batch in batches], config.train)
             trainer.step_number = step + 1
             found["losses"].append(stages.meter.read(0)[0]["loss"])
-            values = full_values(*method.trainable_parameters().values())
-            found["values"].append(torch.cat([value.flatten() for value in values]))
+            found["values"].append(trained_values(method))
         stages.end()
         updates = [
             full_values(update.value)[0] if isinstance(update, Dense) else update.scaling * update.B @ update.A
@@ -103,6 +103,16 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
         found["features"].append(features.detach())
         stages.engine.close()
     return found
+
+
+def trained_values(method: Method) -> torch.Tensor:
+    """Returns what a method trains, whole and flat; of a LoRA B A, all that the model sees of it: A may be turned where
+    singular values are nearly equal, and B with it."""
+    loras = [adapter for adapter in method.adapters if isinstance(adapter, LoRALinear)]
+    own = {parameter for adapter in loras for parameter in adapter.trainable_parameters().values()}
+    others = [parameter for parameter in method.trainable_parameters().values() if parameter not in own]
+    products = [update.B @ update.A for update in (adapter.update() for adapter in loras)]
+    return torch.cat([value.flatten() for value in [*products, *full_values(*others)]])
 
 
 def train_all(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
