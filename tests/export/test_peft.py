@@ -79,6 +79,24 @@ def test_tasks_of_other_ranks_and_scalings_join(tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(run, other / "00-fashion"), expected_logits(run, [0]), atol=2e-4, rtol=0)
 
 
+def test_layers_of_other_ranks_and_scalings_get_their_own(tmp_path: Path) -> None:
+    run = small_run(tmp_path, ranks=(3, 2))
+    for file in run.glob("adapters/*/adapter.safetensors"):
+        tensors = load_file(file)
+        tensors["image.1.fc2.A"], tensors["image.1.fc2.B"] = (
+            tensors["image.1.fc2.A"][:1],
+            tensors["image.1.fc2.B"][:, :1],
+        )
+        tensors["text.0.v.scaling"] *= 3
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    folder = export_run(run, "peft", with_base=True)
+    for adapter, tasks in (("01-country_flags", [1]), ("all", [0, 1])):
+        torch.testing.assert_close(logits_of(run, folder / adapter), expected_logits(run, tasks), atol=2e-4, rtol=0)
+    config = json.loads((folder / "all" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"vision_model.encoder.layers.1.mlp.fc2": 2}
+    assert len(config["alpha_pattern"]) == 2  # of that layer, and of the one with a scaling of its own
+
+
 def test_only_the_adapted_layers_are_named(tmp_path: Path) -> None:
     run = small_run(tmp_path, ["targets.towers=[image]", "targets.layers=[v,fc2]"])
     folder = export_run(run, "peft", with_base=True)

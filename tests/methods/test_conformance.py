@@ -1,5 +1,6 @@
 """What every method must pass, found by listing the folder: its author writes none of it (docs/add_a_method.md)."""
 
+import hashlib
 import re
 from functools import partial
 from pathlib import Path
@@ -203,28 +204,62 @@ def test_a_second_forward_in_a_micro_batch_changes_nothing(run_distributed) -> N
     assert all(run_distributed(forward_twice, 2, METHODS, timeout_s=1100)[0].values())
 
 
-def run_stopped(rank: int, world_size: int, folder: str, toy: list[str], names: list[str]) -> dict[str, list[str]]:
+def note_weights(name: str, seen: dict[str, list[str]]) -> None:
+    """Has a method write down with which weights each run calls `prepare` and `begin`."""
+    kind = method_class(name)
 
-    return {
-        name: run_in_parts(
-            rank, world_size, f"{folder}/{name}", [*toy, "deepspeed.config=zero2", *options_of(name)], [3, 9]
-        )
-        for name in names
-    }
+    def noted(call: str) -> Any:
+        own = getattr(kind, call)
+
+        def note(method: Method, stage: Any, *rest: Any) -> None:
+            trained = set(method.trainable_parameters().values()) if call == "prepare" else set()
+            digest = hashlib.sha256()
+            for parameter in method.backbone.parameters():
+                digest.update(b"" if parameter in trained else parameter.detach().numpy().tobytes())
+            key = f"{Path(method.config.run_dir).name}: {call} {getattr(stage, 'name', stage)}"
+            seen.setdefault(key, []).append(digest.hexdigest())
+            own(method, stage, *rest)
+
+        return note
+
+    kind.prepare, kind.begin = noted("prepare"), noted("begin")
+
+
+def run_stopped(rank: int, world_size: int, folder: str, toy: list[str], names: list[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        seen: dict[str, list[str]] = {}
+        note_weights(name, seen)
+        overrides = [*toy, "deepspeed.config=zero2", *options_of(name)]
+        found[name] = {"endings": run_in_parts(rank, world_size, f"{folder}/{name}", overrides, [3, 9]), "seen": seen}
+    return found
 
 
 @pytest.fixture(scope="module")
-def runs(run_distributed, tmp_path_factory, toy: list[str]) -> tuple[Path, dict[str, list[str]]]:
+def runs(run_distributed, tmp_path_factory, toy: list[str]) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
     return folder, run_distributed(run_stopped, 2, str(folder), toy, METHODS, timeout_s=1100)[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_a_stopped_run_ends_as_an_undisturbed_one(runs: tuple[Path, dict[str, list[str]]], name: str) -> None:
-    folder, endings = runs
-    assert endings[name][-1] == "finished" and len(endings[name]) == 3
+def test_a_stopped_run_ends_as_an_undisturbed_one(runs: tuple[Path, dict[str, Any]], name: str) -> None:
+    folder, found = runs
+    endings = found[name]["endings"]
+    assert endings[-1] == "finished" and len(endings) == 3
     assert_equal(folder / name / "calm", folder / name / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_stage_begins_with_the_weights_of_the_past(runs: tuple[Path, dict[str, Any]], name: str) -> None:
+    seen = runs[1][name]["seen"]
+    calm = {key.partition(": ")[2]: digests for key, digests in seen.items() if key.startswith("calm")}
+    stopped = {key.partition(": ")[2]: digests for key, digests in seen.items() if key.startswith("stopped")}
+    assert calm.keys() == stopped.keys() and len(set.union(*map(set, calm.values()))) > 1
+    assert any(len(digests) > 1 for digests in stopped.values()), "no stage was resumed"
+    for call, digests in stopped.items():
+        assert set(digests) == set(calm[call]) and len(calm[call]) == 1, call
 
 
 @pytest.mark.slow
