@@ -235,7 +235,7 @@ class RunConfig(Section):
     """Everything that decides a run.
 
     `method`: a shipped one, one of an installed package, or `package.module:Class`; `options`: its own, which its class
-    checks. `resume`: `auto` goes on from the newest whole checkpoint in `run_dir`, `never` begins anew, a path names a
+    checks. `resume`: `auto` resumes from the newest whole checkpoint in `run_dir`, `never` starts over, a path names a
     checkpoint. `extend`: tasks behind those of the stream, each `STREAM:TASK`, or `STREAM` for all of its tasks; a run
     that is finished goes on with them.
     """

@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; it saved, and the same command goes on from there. The message says where."""
+    """A signal asked the run to end; it saved, and the same command resumes there. The message says where."""
 
     def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)

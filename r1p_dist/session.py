@@ -211,7 +211,7 @@ class Session:
             save_updates(self._own_file(index, "adapter"), updates)
             save_memory(self._own_file(index, "memory"), self.method.memory())
         except InputError as error:
-            raise InputError(f"{error}; make room, the same command then goes on from {self.last_saved}") from error
+            raise InputError(f"{error}; make room, the same command then resumes from {self.last_saved}") from error
         self._updates[index] = updates
         self.deploy(self.method.deployed(index + 1))
         if any(isinstance(update, Dense) for update in updates.values()):

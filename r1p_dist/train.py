@@ -36,7 +36,7 @@ from r1p_dist.trainer import TaskTrainer
 def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     """Trains the stream of a configuration and returns its metrics, as in metrics.json.
 
-    A run that was interrupted goes on from its newest checkpoint. lock_patience_s: how long to wait for the processes
+    A run that was interrupted resumes from its newest checkpoint. lock_patience_s: how long to wait for the processes
     of a start before this one to leave the run folder. Raises InputError before any training, or where training cannot
     go on; Interrupted when a signal ended it.
     """
@@ -103,7 +103,7 @@ def train_stream(
     log.status("starting")
     progress.before_merge += [None] * (len(stream.tasks) - len(progress.before_merge))
     if session.point:
-        log.say(f"goes on from {session.point.folder}")
+        log.say(f"resumes from {session.point.folder}")
     for index in range(session.first_stage, len(stages)):
         stage, loader = stages[index], loaders[index]
         if method.trains:
@@ -221,7 +221,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             log.status("stopped", stage.name, running.step, session.steps_left(running))
             raise Interrupted(
                 f"{stop.name} at task {stage.name} step {running.step}: saved in {session.last_saved}; the same "
-                "command goes on from there",
+                "command resumes there",
                 stop,
             )
     log.end_stage()
@@ -257,7 +257,7 @@ def stop_if_asked(agreement: StepAgreement, session: Session) -> None:
         session.wait_on_all_ranks()
         session.log.status("stopped")
         raise Interrupted(
-            f"{stop.name} in an evaluation: the same command goes on from {session.last_saved or 'the beginning'}", stop
+            f"{stop.name} in an evaluation: the same command resumes from {session.last_saved or 'the beginning'}", stop
         )
 
 

@@ -110,7 +110,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(run_distributed, toy: list[str
     endings = run_distributed(run_in_parts, 2, str(tmp_path), [*toy, *CASES[case]], [5, 6], timeout_s=1100)
     assert endings[0] == endings[1] and endings[0][-1] == "finished"
     stops = endings[0][:-1]
-    assert len(stops) == 2 and all("SIGUSR2" in stop and "goes on from" in stop for stop in stops)
+    assert len(stops) == 2 and all("SIGUSR2" in stop and "resumes there" in stop for stop in stops)
     assert any("at task" in stop for stop in stops)  # the other one may fall into an evaluation
     assert_equal(tmp_path / "calm", tmp_path / "stopped")
 

@@ -1,4 +1,4 @@
-"""What a run leaves on disk to go on from: updates and memory of finished tasks, and checkpoints."""
+"""What a run leaves on disk to resume from: updates and memory of finished tasks, and checkpoints."""
 
 from r1p_dist.checkpoint.adapters import TensorFile as TensorFile
 from r1p_dist.checkpoint.adapters import load_updates as load_updates

@@ -5,7 +5,7 @@
         method.safetensors     what the method counts: votes, active experts and so on
         ranks.safetensors      each rank's random states and running sums
         merged-<i>.safetensors the updates of task i, linked from RUN/adapters; memory-<i>: what the method keeps of it
-    start.safetensors      of a task in progress, the values that it began with, linked from the checkpoint before it
+        start.safetensors      of a task in progress, the values that it began with, linked from the checkpoint before
         state.json             where the run stands: task, step, data cursor, accuracy matrix, backbone, versions
         config.yaml            the resolved configuration
         manifest.json          size and SHA-256 of each file; written last
@@ -103,7 +103,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
 
     def find(self) -> Checkpoint | None:
-        """Returns the checkpoint to go on from, or None to begin.
+        """Returns the checkpoint to resume from, or None to begin.
 
         InputError: `resume` names a folder that is no whole checkpoint, or the run had another configuration.
         """
@@ -130,7 +130,7 @@ class Checkpoints:
             self._check(folder)
             return str(folder)
         if candidates:
-            raise InputError(f"{self.root}: none of {len(candidates)} checkpoints is whole; resume=never begins anew")
+            raise InputError(f"{self.root}: none of {len(candidates)} checkpoints is whole; resume=never starts over")
         return None
 
     def _check(self, folder: Path) -> None:
@@ -146,7 +146,7 @@ class Checkpoints:
         if differences := config_differences(before, self.config):
             raise InputError(
                 f"run_dir={self.config.run_dir}: its run has another configuration: {'; '.join(differences)}; give "
-                "another run_dir, or begin anew with resume=never"
+                "another run_dir, or start over with resume=never"
             )
 
     def save(

@@ -49,7 +49,7 @@ class TrainJob:
             sys.exit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """Returns what submitit starts when the job was queued again: the same, which goes on from its checkpoint."""
+        """Returns what submitit starts when the job was queued again: the same, which resumes from its checkpoint."""
         return DelayedSubmission(self)
 
     def _train(self) -> int:

@@ -202,7 +202,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Pat
     for folder in checkpoint_folders(root):
         shutil.copytree(folder, tmp_path / "other/checkpoints" / folder.relative_to(root))
         (tmp_path / "other/checkpoints" / folder.relative_to(root) / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="none of 4 checkpoints is whole; resume=never begins anew"):
+    with pytest.raises(InputError, match="none of 4 checkpoints is whole; resume=never starts over"):
         Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path / 'other'}"])).find()
     broken = load_config("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
     with pytest.raises(InputError, match="resume=.*step-2: not a whole checkpoint: manifest.json is missing"):
