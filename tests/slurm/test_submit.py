@@ -105,14 +105,16 @@ def test_srun_alone_starts_the_ranks(tmp_path: Path) -> None:
     in_own_way(tmp_path, "srun", "--nodes=2", "--ntasks=2", "--cpus-per-task=1", sys.executable)
 
 
-def test_the_deepspeed_launcher_starts_the_ranks_through_slurm(tmp_path: Path) -> None:
+def test_the_deepspeed_launcher_starts_the_ranks_through_slurm(tmp_path: Path, free_port: int) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("n1 slots=1\nn2 slots=1\n")
     slurm = ["--launcher", "slurm", "--launcher_args", "--nodes=2 --cpus-per-task=1"]
-    in_own_way(tmp_path / "run", "deepspeed", *WITHOUT_SSH, "--hostfile", str(hosts), *slurm)
+    in_own_way(
+        tmp_path / "run", "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts), *slurm
+    )
 
 
-def test_the_deepspeed_launcher_reads_a_hostfile(tmp_path: Path) -> None:
+def test_the_deepspeed_launcher_reads_a_hostfile(tmp_path: Path, free_port: int) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
-    in_own_way(tmp_path / "run", "deepspeed", *WITHOUT_SSH, "--hostfile", str(hosts))
+    in_own_way(tmp_path / "run", "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts))
