@@ -52,6 +52,7 @@ def test_a_run_with_one_block_per_tower(tmp_path: Path, capsys: pytest.CaptureFi
     shapes = {}
     for block, widths in layers.items():
         for layer, (inputs, outputs) in widths.items():
-            shapes |= {f"{block}.{layer}.A": (merged, inputs), f"{block}.{layer}.B": (outputs, merged)}
+            name = f"{block}.{layer}"
+            shapes |= {f"{name}.A": (merged, inputs), f"{name}.B": (outputs, merged), f"{name}.scaling": ()}
     assert {name: tuple(tensor.shape) for name, tensor in experts.items()} == shapes
     assert all(tensor.abs().max() > 0 for tensor in experts.values())
