@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, Factors, FusedProjection, Routing
+from r1p_dist.adapters.low_rank import recorded
 from r1p_dist.adapters.pool import share_votes, top
 from r1p_dist.errors import InputError
 
@@ -32,6 +33,10 @@ def expected_votes(adapted: AdaptedLinear, guides: torch.Tensor, weights: list[i
         for j in sorted(range(adapted.rank), key=lambda j: (-probabilities[j], j))[: adapted.active]:
             votes[j] += weight
     return votes
+
+
+def vote_of(adapted: AdaptedLinear, x: torch.Tensor) -> list[int]:
+    return expected_votes(adapted, x[:, 0], [1] * len(x))
 
 
 def expected_output(adapted: AdaptedLinear, x: torch.Tensor, active: list[int]) -> torch.Tensor:
@@ -108,12 +113,21 @@ def test_dropout_applies_to_the_update_alone_with_its_mean_kept() -> None:
     assert error.abs().max() < 5  # 315 elements within five standard errors
 
 
+def mean_probabilities(adapted: AdaptedLinear, x: torch.Tensor, weights: list[int]) -> torch.Tensor:
+    """(rank,): of every sample as often as it occurs."""
+    samples = [sample for sample, weight in zip(x[:, 0], weights, strict=True) for _ in range(weight)]
+    each = [(adapted.router.weight @ sample + adapted.router.bias).softmax(0) for sample in samples]
+    return sum(each) / len(each)
+
+
+@pytest.mark.parametrize("weights", [None, [1, 4, 1, 2, 1]])
 @pytest.mark.parametrize("router_grad", ["straight_through", "gated"])
-def test_router_gradients(router_grad: str) -> None:
-    adapted, x = make(router_grad=router_grad), example()
+def test_router_gradients(router_grad: str, weights: list[int] | None) -> None:
+    routing = Routing(weights=None if weights is None else torch.tensor(weights))
+    adapted, x = make(router_grad=router_grad, routing=routing), example()
     y = adapted(x)
     active = most(adapted.activation_counts.tolist(), 4)
-    q = (x[:, 0] @ adapted.router.weight.T + adapted.router.bias).softmax(-1).mean(0)
+    q = mean_probabilities(adapted, x, weights or [1] * BATCH)
     hard = torch.zeros(6, dtype=torch.float64)
     hard[active] = 1
     mask = hard + (q - q.detach()) if router_grad == "straight_through" else hard * 4 * q / q[active].sum()
@@ -131,8 +145,10 @@ def test_router_gradients(router_grad: str) -> None:
 def test_merge_adds_the_most_counted_experts_and_eval_uses_the_weight_alone() -> None:
     adapted = make().float()
     pristine = adapted.linear.weight.clone()
-    adapted(example().float())
+    for seed in (1, 2, 3, 4):
+        adapted(example(seed).float())
     counts = adapted.activation_counts.tolist()
+    assert set(most(counts, 2)) != set(most(vote_of(adapted, example(4).float()), 2)), "of the task, not of a batch"
     chosen = adapted.merge()
     assert chosen.tolist() == most(counts, 2)
     delta = sum(adapted.scaling * torch.outer(adapted.B[:, j], adapted.A[j]) for j in chosen)
@@ -145,13 +161,36 @@ def test_merge_adds_the_most_counted_experts_and_eval_uses_the_weight_alone() ->
     assert torch.equal(adapted.linear.weight, pristine)
 
 
-def test_gated_merge_scales_experts_by_their_mean_gate() -> None:
-    adapted = make(router_grad="gated").float()
-    for seed in (1, 2, 3):
-        adapted(example(seed).float())
-    gates = adapted.gate_sum / 3
-    update, chosen = adapted.update(2)
-    torch.testing.assert_close(update.A, (gates[chosen, None] * adapted.A[chosen]).float())
+def gate_of(adapted: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+    """(rank,): active * q_j / sum of q over the active experts, 0 for the others."""
+    q = mean_probabilities(adapted, x, [1] * BATCH).detach().tolist()
+    active = most(vote_of(adapted, x), adapted.active)
+    total = sum(q[j] for j in active)
+    return torch.tensor([adapted.active * q[j] / total if j in active else 0.0 for j in range(adapted.rank)])
+
+
+def test_gated_merge_scales_experts_by_the_mean_gate_of_their_own_task() -> None:
+    adapted = make(router_grad="gated")
+    for task, seeds in enumerate([(1, 2, 3), (4, 5)]):
+        if task:
+            adapted.reset(torch.Generator().manual_seed(task))
+        batches = [example(seed) for seed in seeds]
+        for x in batches:
+            adapted(x)
+        votes = [sum(votes) for votes in zip(*(vote_of(adapted, x) for x in batches), strict=True)]
+        gates = torch.stack([gate_of(adapted, x) for x in batches]).mean(0)
+        update, chosen = adapted.update(2)
+        assert chosen.tolist() == most(votes, 2)
+        torch.testing.assert_close(update.A, torch.stack([gates[j] * adapted.A[j].float() for j in most(votes, 2)]))
+
+
+def test_a_micro_batch_has_one_gate_however_often_its_forward_runs() -> None:
+    adapted, x = make(router_grad="gated"), example().requires_grad_()
+    with recorded([adapted]):
+        torch.utils.checkpoint.checkpoint(adapted, x, use_reentrant=False).sum().backward()
+        adapted(example(2))
+    assert adapted.gate_steps == 1
+    torch.testing.assert_close(adapted.gate_sum.float(), gate_of(adapted, x.detach()))
 
 
 def test_merges_accumulate_from_the_pristine_weight_even_in_bf16() -> None:
@@ -190,7 +229,9 @@ def test_checkpointing_counts_votes_once_and_keeps_gradients() -> None:
 def test_ago_term_uses_the_most_counted_experts_against_all_past_columns() -> None:
     adapted = make()
     adapted.orthogonal_to = torch.randn(OUT, 8, dtype=torch.float64)
-    adapted(example())
+    for seed in (1, 2, 3, 4):
+        adapted(example(seed))
+    assert set(most(adapted.activation_counts.tolist(), 2)) != set(most(vote_of(adapted, example(4)), 2))
     expected = sum(
         abs((adapted.B[:, j] * adapted.orthogonal_to[:, p]).sum())
         for j in most(adapted.activation_counts.tolist(), 2)
@@ -250,10 +291,6 @@ def test_reset_is_the_same_for_a_seed_and_has_no_effect_on_the_output() -> None:
     assert adapted.A.abs().max() <= bound and adapted.A.abs().max() > 0.9 * bound
     x = example()
     torch.testing.assert_close(adapted(x), x @ adapted.linear.weight.T + adapted.linear.bias)
-
-
-def vote_of(adapted: AdaptedLinear, x: torch.Tensor) -> list[int]:
-    return expected_votes(adapted, x[:, 0], [1] * len(x))
 
 
 def active_in(adapted: AdaptedLinear, x: torch.Tensor) -> list[int]:
