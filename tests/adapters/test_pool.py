@@ -185,12 +185,14 @@ def test_gated_merge_scales_experts_by_the_mean_gate_of_their_own_task() -> None
 
 
 def test_a_micro_batch_has_one_gate_however_often_its_forward_runs() -> None:
-    adapted, x = make(router_grad="gated"), example().requires_grad_()
+    adapted = make(router_grad="gated")
+    first, second, third = (example(seed) for seed in (1, 2, 3))
+    torch.utils.checkpoint.checkpoint(adapted, first.clone().requires_grad_(), use_reentrant=False).sum().backward()
     with recorded([adapted]):
-        torch.utils.checkpoint.checkpoint(adapted, x, use_reentrant=False).sum().backward()
-        adapted(example(2))
-    assert adapted.gate_steps == 1
-    torch.testing.assert_close(adapted.gate_sum.float(), gate_of(adapted, x.detach()))
+        adapted(second)
+        adapted(third)
+    assert adapted.gate_steps == 2
+    torch.testing.assert_close(adapted.gate_sum.float(), gate_of(adapted, first) + gate_of(adapted, second))
 
 
 def test_merges_accumulate_from_the_pristine_weight_even_in_bf16() -> None:

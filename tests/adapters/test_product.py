@@ -118,6 +118,26 @@ def test_bf16_keeps_updates_below_the_grid_of_the_weight() -> None:
     assert arrived(F.linear(x, linear.weight, linear.bias) + (x @ A.T) @ B.T) < 0.6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_updates_below_the_grid_of_the_bias(dtype: torch.dtype) -> None:
+    """One update of a hundredth of a step of the bias: onto the bias first, not a bit of it would arrive."""
+    n, out = 4000, 8
+    linear = nn.Linear(IN, out).to(dtype).requires_grad_(False)
+    nn.init.constant_(linear.bias, 100.0)
+    x = torch.randn(n, IN, generator=torch.Generator().manual_seed(0)).to(dtype)
+    A, B = torch.zeros(1, IN, dtype=dtype), torch.full((out, 1), 1.0, dtype=dtype)
+    step = 100 * torch.finfo(dtype).eps
+    nn.init.normal_(linear.weight, std=step, generator=torch.Generator().manual_seed(1))  # spreads the roundings
+    A[0, 0] = step / 100
+    x[:, 0] = 1.0
+    with_update, without = (
+        composed_product(Product(linear, [slice(0, out)], [scaling], [None]), x, None, [A], [B]).double()
+        for scaling in (1.0, 0.0)
+    )
+    arrived = (with_update - without).mean() / A[0, 0].double()
+    assert arrived == pytest.approx(1.0, abs=0.3)
+
+
 def test_feature_dropout_drops_whole_features_of_the_update_alone() -> None:
     torch.manual_seed(0)
     adapted = AdaptedLinear(nn.Linear(IN, OUT), 6, 6.0, 6, 2, dropout=0.3, dropout_kind="feature").double()

@@ -1,6 +1,7 @@
 """LLaVA-style models: loss and answers of transformers, the guide of each conversation, kept features, files."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from r1p_dist.adapters import AdaptedLinear
-from r1p_dist.backbones import LlavaBackbone, load_llava
+from r1p_dist.backbones import LlavaBackbone, load_backbone, load_llava
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.llava_weights import read_config
-from r1p_dist.config import DataConfig, TrainConfig
+from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
@@ -25,6 +26,13 @@ FAMILIES = ("llava", "llava_next", "llava_onevision")
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_model().save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    return tmp_path
 
 
 def talk(*texts: str, pictures: tuple = (), number: int = 0) -> Sample:
@@ -184,6 +192,20 @@ def test_a_tower_with_adapters_is_looked_at_each_time_and_learns() -> None:
     assert all(adapter.B.grad.abs().sum() > 0 for adapter in adapters) and not backbone._cache._kept
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_checkpointed_blocks_run_again_in_the_backward(is_on: bool, folder: Path) -> None:
+    backbone = load_backbone(BackboneConfig(kind="llava", name=str(folder), gradient_checkpointing=is_on))
+    attach(backbone, "first", ("language", "image"))
+    runs = Counter()
+    towers = {"language": backbone.model.model.language_model.layers, "image": backbone._seen_blocks()}
+    for tower, blocks in towers.items():
+        for number, block in enumerate(blocks):
+            block.mlp.register_forward_pre_hook(lambda *_, name=f"{tower}.{number}": runs.update([name]))
+    losses, _ = backbone(training_batch(backbone))
+    losses.sum().backward()
+    assert set(runs.values()) == {2 if is_on else 1} and len(runs) == 4
+
+
 @pytest.mark.parametrize("average_over", ["tokens", "samples"])
 def test_the_loss_of_several_micro_batches_is_one_mean(average_over: str) -> None:
     backbone = make_backbone().eval()
@@ -237,13 +259,6 @@ def test_files_are_read_as_transformers_reads_them(family: str, tmp_path: Path) 
         assert torch.equal(value, expected), name
     for (name, value), (_, expected) in zip(backbone.model.named_buffers(), plain.named_buffers(), strict=True):
         assert torch.equal(value, expected), name
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_model().save_pretrained(tmp_path)
-    make_processor().save_pretrained(tmp_path)
-    return tmp_path
 
 
 def set_config(folder: Path, **values) -> None:

@@ -1,6 +1,7 @@
 """CLIP backbones against plain open_clip: untouched, with adapters, and merged."""
 
 import copy
+from collections import Counter
 
 import open_clip
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 from r1p_dist import attach_pool, load_clip
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.adapters.pool import share_votes
+from r1p_dist.backbones import load_backbone
 from r1p_dist.backbones.open_clip import ClipBackbone
+from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
 from tests.small_clip import CONFIG, make_backbone, make_clip, tokenize
 
@@ -142,6 +145,24 @@ def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
         backbone.loss(backbone, prepare({"image": images(), "label": torch.tensor([0, 1, 2, 0])})).backward()
         results.append([(adapter.activation_counts, adapter.A.grad, adapter.B.grad) for adapter in adapted])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("is_on", [False, True])
+def test_checkpointed_blocks_run_again_in_the_backward_and_keep_nothing_but_their_input(is_on: bool) -> None:
+    backbone = load_backbone(BackboneConfig(name="tiny", gradient_checkpointing=is_on))
+    attach_pool(backbone, rank=6, active=3, merged=2)
+    blocks, runs = backbone.blocks, Counter()
+    for number, block in enumerate(blocks):
+        block.ln_2.register_forward_hook(lambda *_, number=number: runs.update([number]))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda t: t):
+        prepare = backbone.preparer(["cat", "tree"])
+        loss = backbone.loss(backbone, prepare({"image": images(4, 64), "label": torch.tensor([0, 1, 1, 0])}))
+    per_block = sum(kept) / len(blocks)
+    once = 4 * (8 * 8 + 1) * 192 * 4  # a block's input in the image tower, in bytes
+    assert per_block < 2 * once if is_on else per_block > 4 * once
+    loss.backward()
+    assert runs == dict.fromkeys(range(len(blocks)), 2 if is_on else 1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of torch itself

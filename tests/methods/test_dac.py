@@ -1,4 +1,4 @@
-"""DAC's whole loss, with its gradient, against the formula written out (methods.md section 1), in every reading of it."""
+"""DAC's whole loss and its gradient against the formula written out, in every reading of the AGO loss."""
 
 import pytest
 import torch
