@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from r1p_dist.data.encoders import PictureEncoder
-from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader
+from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.data.order import SampleOrder
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import Task
 from r1p_dist.data.transforms import evaluation_transform, train_transform
 from r1p_dist.errors import InputError
+from r1p_dist.recipes import load_config
 from tests.data.toy_task import make_task, picture, write_tar
 
 PREPROCESS = {"size": 8, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bicubic"}
@@ -427,6 +428,45 @@ def test_replay_has_its_share_of_every_block_and_its_own_order(task: Task, tmp_p
         assert torch.equal(image, evaluation_transform(PREPROCESS)(expected.images[0]))
     places = [[position for position, label in enumerate(batch.tolist()) if label >= 3] for batch in batches]
     assert len({tuple(place) for place in places}) > 3, "at random places of a block"
+
+
+def pixels_of(shards: tuple[Path, ...], class_names: tuple[str, ...]) -> list[bytes]:
+    data, transform = ShardDataset(shards, class_names), evaluation_transform(PREPROCESS)
+    return [transform(data.read(index).images[0]).numpy().tobytes() for index in range(len(data))]
+
+
+@pytest.mark.parametrize("evaluate_on", ["test", "validation"])
+def test_what_is_scored_is_never_trained_on(task: Task, tmp_path: Path, evaluate_on: str):
+    other = make_task(tmp_path, "other", [index % 3 for index in range(7)], task.class_names, first=50)
+    task = replace(task, test=other.train, sizes={})
+    pixels = {split: pixels_of(getattr(task, split), task.class_names) for split in ("train", "validation", "test")}
+    sizes = ["train.global_batch_size=5", "evaluation.batch_size=4"]
+    config = load_config("mini_mtil", [f"data.evaluate_on={evaluate_on}", *sizes])
+
+    def seen(loader: TrainLoader | EvaluationLoader) -> list[bytes]:
+        return sorted(image.numpy().tobytes() for batch in loader for image in batch["image"])
+
+    if evaluate_on == "test":
+        assert seen(train_loader(config, [task], 5, FIXED)) == sorted(pixels["train"] + pixels["validation"])
+    else:
+        assert set(seen(train_loader(config, [task], 5, FIXED))) == set(pixels["train"])
+    for encoder in (FIXED, AUGMENTING):  # that of the training, too, crops nothing here
+        assert seen(evaluation_loaders(config, [task], encoder)["fruit"]) == sorted(pixels[evaluate_on])
+
+
+def test_replay_and_reference_each_have_their_own_share(task: Task, tmp_path: Path):
+    tools = make_task(tmp_path, "tools", [1, 0, 1, 1, 0], ["saw", "axe"], first=100)
+    birds = make_task(tmp_path, "birds", [0, 1, 0], ["owl", "tit"], first=200)
+    shares = ["data.replay_share=0.25", "data.reference_share=0.125", "data.reference=birds"]
+    config = load_config("mini_mtil", ["train.global_batch_size=8", *shares])
+    loader = train_loader(config, [task], 6, FIXED, past=[tools], reference=[birds])
+    for batch in loader:
+        names = [loader.prompts[label].removesuffix(".").split()[-1] for label in batch["label"]]
+        counted = [sum(name in task.class_names for name in names) for task in (task, tools, birds)]
+        assert counted == [5, 2, 1]
+    # a first stage has no past, and its own samples stand in for what replay would have
+    for batch in train_loader(config, [task], 6, FIXED, past=[], reference=[birds]):
+        assert (batch["label"] < len(task.class_names)).sum() == 7
 
 
 def test_a_split_that_is_not_there(task: Task):
