@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load, save
 
 from r1p_dist.checkpoint.checkpoints import Checkpoint, Checkpoints, checkpoint_folders, config_differences
@@ -228,6 +231,110 @@ def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: P
     message = str(caught.value)
     assert "options.guide.text: first there, eot here; train.lr: 0.01 there, 0.5 here" in message
     assert "resume=never" in message and "\n" not in message
+
+
+# Every key, by whether it may change between two starts of a run, with another value than `mini_mtil` has.
+MAY_CHANGE = {
+    "run_dir": "elsewhere",
+    "resume": "never",
+    "data.workers": "1",
+    "data.cache_dir": "elsewhere",
+    "data.cache_gb": "3",
+    "evaluation.batch_size": "3",
+    "backbone.gradient_checkpointing": "true",
+    "train.compile": "true",
+    "deepspeed.config": "zero3",
+    "deepspeed.overrides": "{zero_optimization: {reduce_bucket_size: 3}}",
+    "log.every_steps": "3",
+    "log.tensorboard": "true",
+    "checkpoint.every_steps": "3",
+    "checkpoint.keep": "3",
+    "faults.not_finite": "skip",
+    "faults.hang_minutes": "3",
+}
+MUST_STAY = {
+    "seed": "3",
+    "method": "lora",
+    "stream": "elsewhere",
+    "order": "elsewhere",
+    "tasks": "[fashion]",
+    "backbone.kind": "llava",
+    "backbone.name": "ViT-B-16",
+    "backbone.pretrained": "elsewhere",
+    "backbone.force_quick_gelu": "true",
+    "backbone.feature_cache_gb": "3",
+    "options": "{rank: 9}",
+    "targets.towers": "[text]",
+    "targets.layers": "[q]",
+    "train.iterations": "3",
+    "train.global_batch_size": "3",
+    "train.gradient_accumulation_steps": "2",
+    "train.lr": "3",
+    "train.min_lr": "1e-7",
+    "train.warmup_steps": "3",
+    "train.weight_decay": "3",
+    "train.betas": "[0.3, 0.3]",
+    "train.gradient_clipping": "3",
+    "train.precision": "bf16",
+    "train.average_over": "samples",
+    "train.per_task": "{fashion: {lr: 3}}",
+    "data.shots": "3",
+    "data.samples": "3",
+    "data.group_by_length": "3",
+    "data.shuffle_shards": "3",
+    "data.replay_share": "0.3",
+    "data.reference": "elsewhere",
+    "data.reference_share": "0.3",
+    "data.max_bad_fraction": "0.3",
+    "data.evaluate_on": "validation",
+    "data.augment": "false",
+    "data.blind": "true",
+}
+NEEDED_BESIDE = {
+    "data.reference": ["data.reference_share=0.3"],
+    "data.reference_share": ["data.reference=elsewhere"],
+    "data.blind": ["backbone.kind=llava"],
+}
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_of(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def test_every_key_is_known_to_stay_or_to_be_free() -> None:
+    assert set(keys_of(RunConfig)) == MAY_CHANGE.keys() | MUST_STAY.keys() | {"extend"}
+    assert not MAY_CHANGE.keys() & MUST_STAY.keys()
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_a_free_key_may_change(key: str) -> None:
+    before, now = load_config("mini_mtil"), load_config("mini_mtil", [f"{key}={MAY_CHANGE[key]}"])
+    assert before != now and config_differences(before, now) == config_differences(now, before) == []
+
+
+@pytest.mark.parametrize("key", MUST_STAY)
+def test_any_other_key_must_stay(key: str) -> None:
+    before = load_config("mini_mtil")
+    now = load_config("mini_mtil", [f"{key}={MUST_STAY[key]}", *NEEDED_BESIDE.get(key, ())])
+    differences = config_differences(before, now)
+    named = [difference for difference in differences if difference.partition(":")[0].startswith(key)]
+    assert named and " there, " in named[0] and named[0].endswith(" here")
+    for name in [key, *(beside.partition("=")[0] for beside in NEEDED_BESIDE.get(key, ()))]:
+        differences = [difference for difference in differences if not difference.startswith(name)]
+    assert key in ("method", "backbone.kind", "data.blind") or differences == [], "others came to differ"
+
+
+def test_the_page_names_the_keys_that_may_change() -> None:
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    section = page.partition("## What may change between two starts")[2].partition("and the number of ranks")[0]
+    named = re.findall(r"`([\w.]+)`", section)
+    covered = {key for key in MAY_CHANGE if any(key == name or key.startswith(f"{name}.") for name in named)}
+    assert covered == MAY_CHANGE.keys()
+    assert not any(key.startswith(f"{name}.") or key == name for name in named for key in MUST_STAY)
 
 
 def test_more_tasks_are_no_other_configuration_but_fewer_are() -> None:
