@@ -129,6 +129,13 @@ def test_merge_reaches_every_copy(run_distributed, name: str) -> None:
         assert all(facts.values()) and len(facts) == 12, facts
 
 
+@pytest.mark.slow
+def test_merge_reaches_the_copies_of_both_nodes(run_distributed) -> None:
+    """Four ranks in groups of two, as on two nodes: a rank's place in its group is not its rank."""
+    for facts in run_distributed(train_merge_unmerge, 4, VARIANTS["zero++ with a copy per node"], 2, timeout_s=1100):
+        assert all(facts.values()) and len(facts) == 12, facts
+
+
 LARGER = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 768, "head_width": 64, "layers": 1},
