@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
@@ -119,6 +120,43 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     assert load_config(run_dir / "config.yaml").train.iterations == 4
     assert (run_dir / "report.html").is_file() and list((run_dir / "tensorboard").iterdir())
     assert [value is not None for value in metrics["before_merge"]] == [True, True]
+    _, (own, later), (kept, last) = metrics["accuracy"]
+    assert own != kept and later != last, "the figures below need rows that differ"
+    assert metrics["transfer"] == later and metrics["last"] == pytest.approx((kept + last) / 2)
+    assert metrics["bwt"] == pytest.approx(kept - own) and metrics["average"] == pytest.approx(
+        (own + later + kept + last) / 4
+    )
+
+
+def metrics_of(rows: list[list[float]], stages: int) -> dict[str, Any]:
+    """What a run of three tasks writes that has found these rows."""
+    from r1p_dist.session import Progress
+    from r1p_dist.train import make_metrics
+
+    tasks = [SimpleNamespace(name=name, metric="accuracy", domain=None) for name in "abc"]
+    session = SimpleNamespace(
+        config=load_config("mini_mtil"),
+        progress=Progress(rows=rows),
+        method=SimpleNamespace(count_parameters=lambda: 7),
+        stages=[None] * stages,
+        facts={"versions": {}},
+        seconds=12.34,
+    )
+    return make_metrics(SimpleNamespace(tasks=tasks), session)
+
+
+def test_figures_of_a_run_by_hand() -> None:
+    zero_shot, *trained = [[10.0, 20.0, 30.0], [50.0, 24.0, 32.0], [46.0, 60.0, 26.0], [40.0, 51.0, 80.0]]
+    found = metrics_of([zero_shot, *trained], stages=3)
+    assert found["transfer"] == (24 + (32 + 26) / 2) / 2 and found["last"] == (40 + 51 + 80) / 3
+    assert found["bwt"] == ((40 - 50) + (51 - 60)) / 2 and found["mft"] == pytest.approx((50 + 60 + 80) / 3)
+    # in the middle of the stream: no row is taken for the last one, and none for joint training's
+    for count in (0, 1, 2):
+        partial = metrics_of([zero_shot, *trained[:count]], stages=3)
+        assert partial["last"] is partial["bwt"] is partial["average"] is None
+        assert partial["transfer"] == (26.5 if count == 2 else None)
+    joint = metrics_of([zero_shot, trained[2]], stages=1)
+    assert joint["last"] == 57.0 and joint["transfer"] is joint["average"] is None
 
 
 def test_zero_shot_repeats_its_row_and_has_the_identities(run_distributed, toy: list[str], tmp_path: Path) -> None:
