@@ -97,7 +97,7 @@ def test_answers_in_a_batch_are_those_of_each_alone(family: str) -> None:
             if family == "llava_onevision":
                 inputs["batch_num_images"] = torch.tensor([len(sample.images)])
         ids = plain.generate(**inputs, do_sample=False, max_new_tokens=6)[0, alone["input_ids"].shape[1] :]
-        assert text == backbone.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        assert text and text == backbone.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert is_finished == (2 in ids.tolist())
 
 

@@ -151,7 +151,8 @@ def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
 def test_checkpointed_blocks_run_again_in_the_backward_and_keep_nothing_but_their_input(is_on: bool) -> None:
     backbone = load_backbone(BackboneConfig(name="tiny", gradient_checkpointing=is_on))
     attach_pool(backbone, rank=6, active=3, merged=2)
-    blocks, runs = backbone.blocks, Counter()
+    blocks = [*backbone.model.visual.transformer.resblocks, *backbone.model.text.transformer.resblocks]
+    runs: Counter[int] = Counter()
     for number, block in enumerate(blocks):
         block.ln_2.register_forward_hook(lambda *_, number=number: runs.update([number]))
     kept: list[int] = []
