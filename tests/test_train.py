@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from r1p_dist.data import Stream, TrainLoader
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
@@ -216,6 +217,22 @@ def write_stream(folder: Path, train: list[tuple[str, bytes]]) -> Path:
         "templates: templates.txt}\n"
     )
     return folder / "stream.yaml"
+
+
+def test_each_stage_mixes_in_the_tasks_before_it_and_the_reference(monkeypatch, toy: list[str], tmp_path: Path) -> None:
+    import r1p_dist.train
+
+    found: list[TrainLoader] = []
+    monkeypatch.setattr(r1p_dist.train, "train_stream", lambda stream, loaders, *rest: found.extend(loaders) or {})
+    reference = write_stream(tmp_path / "reference", [("a.cls", b"1"), ("a.png", b"")])
+    shares = ["data.replay_share=0.25", "data.reference_share=0.125", f"data.reference={reference}"]
+    config = load_config("mini_mtil", [*SHORT, *toy, *shares, f"run_dir={tmp_path}/run", "deepspeed.config=zero0"])
+    r1p_dist.train.run(config)
+    cards, flags = (
+        [task.prompt(label) for label in range(8)] for task in Stream.load(config.stream, None, TASKS).tasks
+    )
+    others = ["a cat", "a dog"]
+    assert [loader.prompts for loader in found] == [[*cards, *others], [*flags, *cards, *others]]
 
 
 def test_bad_input_is_one_line_that_names_it_before_any_training(run_distributed, tmp_path: Path) -> None:
