@@ -12,6 +12,7 @@ from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.data.samples import Sample, Turn
 from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
 from r1p_dist.methods import make_method
+from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
 from tests.small_llava import make_backbone
 from tests.stages import Stages
@@ -54,8 +55,9 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
     if config.backbone.gradient_checkpointing:
         backbone.checkpoint_blocks()
     method = make_method(config, backbone)
-    if optimizer == "sgd":
-        r1p_dist.engine.make_optimizer = lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr)
+    # each case's own: several run in one process
+    makers = {"sgd": lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr), "adamw": make_optimizer}
+    r1p_dist.engine.make_optimizer = makers[optimizer]
     encoder, accumulation = backbone.encoder(config.data), config.train.gradient_accumulation_steps
     stages = Stages(method, config)
     losses, counts, experts, answers, collectives = [], [], [], [], []
