@@ -212,10 +212,13 @@ def note_weights(name: str, seen: dict[str, list[str]]) -> None:
         own = getattr(kind, call)
 
         def note(method: Method, stage: Any, *rest: Any) -> None:
-            trained = set(method.trainable_parameters().values()) if call == "prepare" else set()
+            kept = {parameter for adapter in method.adapters for parameter in adapter.linear.parameters()}
+            own_values = {parameter for adapter in method.adapters for parameter in adapter.parameters()} - kept
+            own_values |= set(method.trainable_parameters().values())
+            left_out = own_values if call == "prepare" else set()  # which sets them
             digest = hashlib.sha256()
             for parameter in method.backbone.parameters():
-                digest.update(b"" if parameter in trained else parameter.detach().numpy().tobytes())
+                digest.update(b"" if parameter in left_out else parameter.detach().numpy().tobytes())
             key = f"{Path(method.config.run_dir).name}: {call} {getattr(stage, 'name', stage)}"
             seen.setdefault(key, []).append(digest.hexdigest())
             own(method, stage, *rest)
