@@ -38,7 +38,8 @@ POOL = ["options.rank=7", "options.active=5", "options.merged=3"]
 
 
 def case(stage: int, *overrides: str, sizes: dict = SIZES, batch: int = 24) -> tuple[dict, list[str]]:
-    own = [f"deepspeed.config=zero{stage}", f"train.global_batch_size={batch}", *POOL]
+    own = [f"deepspeed.config=zero{stage}", f"train.global_batch_size={batch}"]
+    own += [] if "method=lora" in overrides else POOL
     return sizes, [*own, *([NO_PREFETCH] if stage == 3 else []), *overrides]
 
 
