@@ -32,6 +32,8 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed looks at it for any optimizer, and it compiles
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
+# what start_process_group sets where no launcher has
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class ByFile(LoadScopeScheduling):
@@ -79,13 +81,19 @@ def no_shared_memory_left() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_process_group_left() -> Iterator[None]:
-    """What runs in a test's own process leaves its group of one rank; a file must not depend on those before it."""
+    """What runs in a test's own process leaves its group of one rank, and in the environment that it is a rank, which a
+    program that a later file starts would believe; a file must not depend on those before it."""
+    before = {name: os.environ.get(name) for name in OF_A_RANK}
     yield
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         from r1p_dist.distributed import end_process_group
 
         end_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")
