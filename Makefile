@@ -45,7 +45,7 @@ train: $(VENV)/.installed
 smoke: $(VENV)/.installed
 	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_mtil_smoke resume=never
 	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_instruct_smoke resume=never
-	$(BIN)/python tools/check_smoke.py
+	$(BIN)/python tools/dev/check_smoke.py
 
 # Which tests stay together and in which order they start: tests/conftest.py.
 PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -83,9 +83,9 @@ $(VENV)/bin/python:
 		|| { echo 'error: $(PYTHON) cannot make virtual environments: apt install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(OLDEST)/lower_bounds.txt: pyproject.toml tools/lower_bounds.py
+$(OLDEST)/lower_bounds.txt: pyproject.toml tools/dev/lower_bounds.py
 	@mkdir -p $(OLDEST)
-	$(PYTHON) tools/lower_bounds.py > $@
+	$(PYTHON) tools/dev/lower_bounds.py > $@
 
 # The second line compiles the one operation that DeepSpeed would otherwise compile in the first run's first minute.
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python

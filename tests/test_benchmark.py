@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[1] / "tools" / "dev"
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:
 
 
 def test_the_published_tables_are_those_of_the_published_results(tool: ModuleType, capsys) -> None:
-    docs = TOOLS.parent / "docs"
+    docs = TOOLS.parents[1] / "docs"
     assert tool.main(["table", str(docs / "benchmarks")]) == 0
     page = (docs / "performance.md").read_text(encoding="utf-8")
     for table in capsys.readouterr().out.strip().split("\n\n"):

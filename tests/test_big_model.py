@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "big_model_check.py"
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "dev" / "big_model_check.py"
 
 
 def clip_block(width: int, hidden: int) -> dict[str, tuple[int, int]]:

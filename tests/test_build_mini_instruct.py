@@ -14,7 +14,7 @@ from r1p_dist.data.stream import ASSETS, SPLITS, Stream
 from r1p_dist.evaluation.answers import Answer, follows_instruction, score
 from tests.data.toy_task import read_webdataset
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[1] / "tools" / "dev"
 SHIPPED = ASSETS / "mini_instruct"
 
 

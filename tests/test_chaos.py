@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "chaos.py"
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "dev" / "chaos.py"
 
 
 @pytest.fixture(scope="module")

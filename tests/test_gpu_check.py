@@ -13,9 +13,11 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    sys.path.insert(0, str(TOOLS))
+    folders = [str(TOOLS), str(TOOLS / "dev")]
+    sys.path[:0] = folders
     yield importlib.import_module("gpu_check")
-    sys.path.remove(str(TOOLS))
+    for folder in folders:
+        sys.path.remove(folder)
 
 
 @pytest.mark.slow

@@ -71,9 +71,9 @@ def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Pa
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from r1p_dist import config; "
-        "assert config.__file__.startswith(sys.argv[1]); "
-        "print(config.load_config('mini_mtil').dump())"
+        "import sys; sys.path.insert(0, sys.argv[1]); from r1p_dist import recipes; "
+        "assert recipes.__file__.startswith(sys.argv[1]); "
+        "print(recipes.load_config('mini_mtil').dump())"
     )
     result = subprocess.run(
         [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=500, cwd=tmp_path
@@ -101,5 +101,5 @@ def test_every_dependency_has_a_lower_bound_that_the_tests_can_install(wheel: Pa
         if bound.operator == ">="
     }
     assert len(bounds) == len({requirement.name for requirement in declared} - {"r1p-dist"})
-    script = [sys.executable, ROOT / "tools/lower_bounds.py"]
+    script = [sys.executable, ROOT / "tools/dev/lower_bounds.py"]
     assert set(subprocess.run(script, capture_output=True, text=True, check=True).stdout.split()) == bounds

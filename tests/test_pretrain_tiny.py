@@ -30,11 +30,11 @@ def llava() -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.insert(0, str(ROOT / "tools" / "dev"))
     try:
         return importlib.import_module(f"pretraining.{name}")
     finally:
-        sys.path.remove(str(ROOT / "tools"))
+        sys.path.remove(str(ROOT / "tools" / "dev"))
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "torchvision", "transformers", "open_clip", "deepspeed", "matplotlib", "webdataset")
-ENTRIES = sorted(str(path) for folder in ("tools", "launchers") for path in (ROOT / folder).glob("*.py"))
+ENTRIES = sorted(str(path) for folder in ("tools", "tools/dev", "launchers") for path in (ROOT / folder).glob("*.py"))
 COMMANDS = [
     *([entry] for entry in ENTRIES),
-    *([str(ROOT / "tools/benchmark.py"), name] for name in ("step", "data", "scaling", "table")),
+    *([str(ROOT / "tools/dev/benchmark.py"), name] for name in ("step", "data", "scaling", "table")),
     *([str(ROOT / "tools/convert_shards.py"), name] for name in ("verify", "stats")),
     *([str(ROOT / "launchers/submit.py"), name] for name in ("sweep", "status", "logs", "cancel")),
-    [str(ROOT / "tools/pretrain_tiny.py"), "--kind", "llava"],
+    [str(ROOT / "tools/dev/pretrain_tiny.py"), "--kind", "llava"],
     *(["r1p", *name] for name in ([], ["train"], ["extend"], ["forget"], ["methods"], ["doctor"])),
 ]
 # Each in an interpreter of its own would take half a second; what one imports lightly, the next one may have.

@@ -1,6 +1,6 @@
 """What a step of ViT-B/16 costs, counted instead of timed: operations, and bytes kept for the backward.
 
-Times are measured by tools/benchmark.py, never by a test.
+Times are measured by tools/dev/benchmark.py, never by a test.
 """
 
 import open_clip

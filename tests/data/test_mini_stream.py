@@ -13,7 +13,7 @@ from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import ASSETS, Stream
 from tests.data.toy_task import picture, read_webdataset, write_tar
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "build_mini_stream.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "dev" / "build_mini_stream.py"
 
 
 @pytest.fixture(scope="module")

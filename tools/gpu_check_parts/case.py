@@ -93,7 +93,7 @@ def start(
     function: str, call: Mapping[str, Any], options: Mapping[str, Any], log: Path, environment: Mapping[str, str] = {}
 ) -> subprocess.Popen:
     """Starts a function, MODULE:NAME, in a new process; call: the arguments of its Report."""
-    paths = [str(TOOLS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(TOOLS), str(TOOLS / "dev"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     hidden = ON_CPU if call["device"] == "cpu" else {}
     command = [sys.executable, "-m", "gpu_check_parts.case", function, json.dumps(call), json.dumps(dict(options))]

@@ -1,7 +1,7 @@
 """Kill a run again and again, and compare what it ends with to a run that nobody disturbed.
 
-    python tools/chaos.py --kills 50 --json chaos.json
-    python tools/chaos.py --kills 8 --tasks 2 --ranks 2 --seed 1
+    python tools/dev/chaos.py --kills 50 --json chaos.json
+    python tools/dev/chaos.py --kills 8 --tasks 2 --ranks 2 --seed 1
 
 Two runs of `deepspeed launchers/train.py` with the same configuration: one is left alone, the other one is started,
 killed with SIGKILL and started again until it was killed often enough, then left to finish. Moments and victims (one
@@ -33,7 +33,7 @@ import psutil
 from r1p_dist.data import Stream
 from r1p_dist.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("step", "save", "merge", "evaluation")
 # Ranks notice that their launcher is gone at the next step, so without it they would end a merge or an evaluation.
 VICTIMS = {phase: ("rank 0", "rank 1", "all ranks") for phase in PHASES}

@@ -1,8 +1,8 @@
 """Hold the planner against dry runs: rank 0 of N makes real steps alone, and what it took is compared with the plan.
 
-    python tools/check_plan.py --model tiny --batch 8 --zero 0,1,2,3
-    python tools/check_plan.py --model ViT-B-16 --batch 4 --zero 2,3 --ranks 8,64
-    python tools/check_plan.py --model ViT-bigG-14 --depth 2 --batch 2 --zero 2,3 --bucket 5e6
+    python tools/dev/check_plan.py --model tiny --batch 8 --zero 0,1,2,3
+    python tools/dev/check_plan.py --model ViT-B-16 --batch 4 --zero 2,3 --ranks 8,64
+    python tools/dev/check_plan.py --model ViT-bigG-14 --depth 2 --batch 2 --zero 2,3 --bucket 5e6
 
 Prints a Markdown table: calls and bytes of all collectives of a step and of a task boundary, and whether those of each
 kind are exactly as planned; memory at the peak of a step. --bucket N sets DeepSpeed's reduce_bucket_size, which would

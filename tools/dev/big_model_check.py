@@ -1,8 +1,8 @@
 """Train a big model of random weights on this machine and print what each phase takes in time and memory.
 
-    python tools/big_model_check.py --model ViT-L-14 --tasks 2 --steps 3
-    python tools/big_model_check.py --model ViT-bigG-14 --limit-gb 18 --json big.json
-    python tools/big_model_check.py --model llava-1.5-7b --limit-gb 22
+    python tools/dev/big_model_check.py --model ViT-L-14 --tasks 2 --steps 3
+    python tools/dev/big_model_check.py --model ViT-bigG-14 --limit-gb 18 --json big.json
+    python tools/dev/big_model_check.py --model llava-1.5-7b --limit-gb 22
 
 A real run of `deepspeed launchers/train.py` under ZeRO-3 in bf16, on a stream of few pictures: zero-shot evaluation,
 steps, merge, evaluation, save. Memory is what all ranks hold together, from /proc (Linux): anonymous and shared memory,
@@ -33,7 +33,7 @@ from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.data import Stream
 from r1p_dist.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PICTURES = 2, {"train": 8, "test": 2}
 SOURCE_TASKS = {
     "mini_mtil": ("fashion", "country_flags", "playing_cards", "planet_surface"),

@@ -1,6 +1,6 @@
 """Build a stream of WebDataset shards from a folder of small classification tasks.
 
-    python tools/build_mini_stream.py INPUT OUTPUT [--name NAME] [--validation-per-class 4]
+    python tools/dev/build_mini_stream.py INPUT OUTPUT [--name NAME] [--validation-per-class 4]
         [--order NAME=task,task,...] [--unseen TASK ...]
 
 INPUT has one folder per task with `classnames.txt`, `templates.txt` (`{c}` is the class name), `train-*.tar` and

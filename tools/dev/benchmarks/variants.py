@@ -29,7 +29,7 @@ PROMPTS = "a photo of a {}."
 
 
 class Variant:
-    """arguments: model, batch, dtype, dropout, dropout_kind and device, as of tools/benchmark.py step."""
+    """arguments: model, batch, dtype, dropout, dropout_kind and device, as of tools/dev/benchmark.py step."""
 
     def __init__(self, arguments: argparse.Namespace, weights: Weights | None = None):
         """weights: frozen ones to share; new ones are drawn without."""

@@ -9,7 +9,7 @@ def main() -> None:
     """Print a line for each dependency."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     # Not parsed as TOML: Python 3.10 cannot, and nothing is installed yet when this runs.
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     for name, bound in re.findall(r'^  "([\w.-]+)(?:\[[\w,]+\])?>=([\w.]+)', text, re.MULTILINE):
         print(f"{name}=={bound}")
 

@@ -1,7 +1,7 @@
 """Pretrain the small models that ship with the package, on real image-caption pairs.
 
-    python tools/pretrain_tiny.py --pairs DIR --output r1p_dist/assets/tiny
-    python tools/pretrain_tiny.py --kind llava --pairs DIR --clip r1p_dist/assets/tiny --output OUTPUT
+    python tools/dev/pretrain_tiny.py --pairs DIR --output r1p_dist/assets/tiny
+    python tools/dev/pretrain_tiny.py --kind llava --pairs DIR --clip r1p_dist/assets/tiny --output OUTPUT
 
 DIR holds `pairs-*.tar`, `extra-*.tar.gz` (training) and `val-*.tar` (held out), each sample `KEY.jpg|png` plus
 `KEY.txt`. OUTPUT becomes a folder with configuration, tokenizer, safetensors weights and the log. Plain open_clip loads

@@ -1,7 +1,7 @@
 """Measure what training costs, on this machine, with numbers that anyone can get again.
 
-    python tools/benchmark.py step --model ViT-B-16 --batch 8 --dtype float32 --against limit,peft --pairs 5
-    python tools/benchmark.py --help
+    python tools/dev/benchmark.py step --model ViT-B-16 --batch 8 --dtype float32 --against limit,peft --pairs 5
+    python tools/dev/benchmark.py --help
 
 Machines are noisy: variants run interleaved in one process, and ratios count, not seconds. The results are printed and,
 with --json FILE, written there; `table` prints a folder of them as Markdown.

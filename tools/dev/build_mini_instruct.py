@@ -1,7 +1,7 @@
 """Build the shipped stream of instruction tasks, r1p_dist/assets/mini_instruct, from the pictures of mini_mtil.
 
-    python tools/build_mini_instruct.py OUTPUT
-    python tools/build_mini_instruct.py --baselines mini_instruct
+    python tools/dev/build_mini_instruct.py OUTPUT
+    python tools/dev/build_mini_instruct.py --baselines mini_instruct
 
 OUTPUT becomes a folder with `stream.yaml` and, per task, train, validation and test shards of `KEY.jpg` and `KEY.json`
 (a conversation of one question and one answer, with the picture's source and licence). The pictures keep their keys and
