@@ -10,8 +10,11 @@
 """
 
 import sys
+from functools import partial
 
-from r1p_dist.cluster.main import main
+from r1p_dist.cli import run_command
+
+main = partial(run_command, "submit")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,11 @@
 """
 
 import sys
+from functools import partial
 
-from r1p_dist.cli import launcher_main
+from r1p_dist.cli import run_command
+
+main = partial(run_command, "train")
 
 if __name__ == "__main__":
-    sys.exit(launcher_main())
+    sys.exit(main())

@@ -4,15 +4,23 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from r1p_dist.arguments import Parser
 from r1p_dist.errors import InputError
 
 DISTRIBUTION = "r1p-dist"
 ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 ALLOCATOR_VALUE = 4294967296  # bytes
+
+
+def main(prog: str, argv: Sequence[str]) -> int:
+    """Examines this machine."""
+    Parser(prog=prog, description="Say what this machine has and what it lacks.").parse_args(argv)
+    return examine()
 
 
 def examine() -> int:

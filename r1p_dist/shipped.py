@@ -11,7 +11,12 @@ _CHECKOUT_FOLDERS = {"recipes": "launchers/recipes", "ds_configs": "ds_configs",
 
 def shipped_files(folder: str, suffix: str) -> dict[str, Path]:
     """Return name without suffix -> path of every file in `recipes`, `ds_configs` or `clusters`, sorted by name."""
-    packaged = _PACKAGE / folder
-    # Only a wheel has the folder inside the package, so its presence decides; site-packages is never searched.
-    root = packaged if packaged.is_dir() else _PACKAGE.parent / _CHECKOUT_FOLDERS[folder]
+    root = checkout()
+    root = _PACKAGE / folder if root is None else root / _CHECKOUT_FOLDERS[folder]
     return {path.stem: path for path in sorted(root.glob(f"*{suffix}"))}
+
+
+def checkout() -> Path | None:
+    """Return the folder of the checkout that the package is in; None where it was installed from a wheel."""
+    # Only a wheel has recipes inside the package, so their presence decides; site-packages is never searched.
+    return None if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parent

@@ -6,19 +6,21 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
-from r1p_dist import cli, doctor
+from r1p_dist import cli, doctor, errors
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = str(ROOT / "launchers" / "train.py")
+launcher = partial(cli.run_command, "train")
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("entry", [lambda argv: cli.main(["train", *argv]), cli.launcher_main], ids=["r1p", "launcher"])
+@pytest.mark.parametrize("entry", [lambda argv: cli.main(["train", *argv]), launcher], ids=["r1p", "launcher"])
 def test_overrides_may_stand_anywhere_between_the_flags(entry, trained: list[RunConfig]) -> None:
     assert entry(["seed=3", "--recipe", "mini_mtil", "options.rank=10", "train.lr=1e-4"]) == 0
     assert trained == [load_config("mini_mtil", ["seed=3", "options.rank=10", "train.lr=1e-4"])]
@@ -47,7 +49,7 @@ def test_overrides_may_stand_anywhere_between_the_flags(entry, trained: list[Run
 
 @pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
 def test_launcher_takes_deepspeeds_local_rank(flag: list[str], trained: list[RunConfig]) -> None:
-    assert cli.launcher_main([*flag, "--recipe", "mini_mtil"]) == 0
+    assert launcher([*flag, "--recipe", "mini_mtil"]) == 0
     assert trained == [load_config("mini_mtil")]
 
 
@@ -63,7 +65,7 @@ def test_only_rank_0_prints_the_configuration(
     trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert cli.launcher_main(["--recipe", "mini_mtil", "--print-config"]) == 0
+    assert launcher(["--recipe", "mini_mtil", "--print-config"]) == 0
     assert capsys.readouterr().out == ""
 
 
@@ -76,7 +78,19 @@ def test_only_rank_0_prints_the_configuration(
         (["train", "--recipe", "mini_mtil", "--dry"], "error: unrecognized arguments: --dry"),
         (["train"], "error: the following arguments are required: --recipe"),
         (["methods", "dac"], "error: unrecognized arguments: dac"),
-        (["trane"], "error: argument {train,extend,forget,dry-run,methods,doctor}: invalid choice: 'trane'"),
+        (["extend", "runs/a", "--task", "b", "--dry"], "error: unrecognized arguments: --dry"),
+        (["export", "runs/a"], "error: the following arguments are required: --to (r1p export --help shows how)"),
+        (["report", "nowhere"], "error: nowhere/metrics.json: "),
+        (["convert", "nowhere", "shards"], "error: nowhere: "),
+        (["convert", "nowhere", "shards", "--from", "tar"], "error: --from tar: no such kind; there are folder, "),
+        (["compare", "--output", "x", "--seeds", "a"], "error: --seeds a: not whole numbers"),
+        (["plan", "--batch", "8"], "error: the following arguments are required: --model (r1p plan --help"),
+        (["submit", "--recipe", "nowhere"], "error: recipe 'nowhere'"),
+        (["sweep"], "error: one of the arguments --recipe --file is required (r1p sweep --help"),
+        (["status", "nowhere"], "error: nowhere: no such folder"),
+        (["logs", "nowhere"], "error: nowhere: no job was submitted"),
+        (["cancel", "nowhere"], "error: nowhere: no job was submitted"),
+        (["trane"], "error: argument COMMAND: invalid choice: 'trane'"),
         ([], "error: the following arguments are required"),
     ],
 )
@@ -96,9 +110,9 @@ def test_other_ranks_let_rank_0_speak_first_then_give_their_own_error(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli.time, "sleep", waits.append)
-    assert cli.launcher_main(["--recipe", "nowhere"]) == 2
-    assert waits == [cli._OTHER_RANKS_WAIT_S]
+    monkeypatch.setattr(errors.time, "sleep", waits.append)
+    assert launcher(["--recipe", "nowhere"]) == 2
+    assert waits == [errors._OTHER_RANKS_WAIT_S]
     assert capsys.readouterr().err.startswith("error (rank 1): recipe 'nowhere'")
 
 
@@ -125,7 +139,7 @@ def test_allocator_hint_is_given_only_on_cpu_and_only_when_it_is_unset(
             monkeypatch.setenv(name, str(doctor.ALLOCATOR_VALUE))
         else:
             monkeypatch.delenv(name, raising=False)
-    cli.launcher_main(["--recipe", "mini_mtil"])
+    launcher(["--recipe", "mini_mtil"])
     assert capsys.readouterr().out.count("\n") == (0 if is_set else 1)
 
 

@@ -1,23 +1,22 @@
-"""tools/compare.py with a stand-in for `deepspeed` that writes the metrics it is told to."""
+"""`r1p compare` with a stand-in for `deepspeed` that writes the metrics it is told to."""
 
-import importlib.util
 import json
 import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import stdev
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+from r1p_dist.cli import main
+from r1p_dist.compare.settings import read_settings, settings_path
 from r1p_dist.evaluation import continual_metrics
 from r1p_dist.evaluation.comparison import Result, last_interval, read_correct
 from r1p_dist.recipes import load_config
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare.py"
 ZERO_SHOT = [20.0, 40.0]
 DOMAINS = ["seen", "unseen"]
 # Rows after task 1 and task 2, by method and seed; joint has one row for both.
@@ -47,18 +46,6 @@ for name, text in answer.items():
 """
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = load_tool()
-
-
 class Bench:
     """A folder with the stand-in on the PATH, what it answers and what it was called with."""
 
@@ -75,7 +62,7 @@ class Bench:
 
     def compare(self, *arguments: str) -> int:
         (self.folder / "answers.json").write_text(json.dumps(self.answers))
-        return compare.main(["--output", str(self.output), *arguments])
+        return main(["compare", "--output", str(self.output), *arguments])
 
     def calls(self) -> list[dict[str, Any]]:
         path = self.folder / "calls.jsonl"
@@ -157,9 +144,12 @@ def test_command_and_environment_of_a_run(bench: Bench) -> None:
     (call,) = bench.calls()
     argv = call["argv"]
     assert argv[:3] == ["--num_accelerators", "1", "--master_port"]
-    assert Path(argv[4]).parts[-2:] == ("launchers", "train.py")
     # The command line comes after the settings file, so it wins.
-    assert argv[5:] == [
+    assert argv[4:] == [
+        "--no_local_rank",
+        "--module",
+        "r1p_dist",
+        "train",
         "--recipe",
         "mini_mtil",
         "method=lora",
@@ -290,11 +280,11 @@ def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
         "mini_instruct": ["zero_shot", "blind", "lora", "dac", "lora_no_replay", "dac_no_replay", "joint"],
     }
     for recipe, labels in expected.items():
-        settings = compare.read_settings(compare.settings_path(recipe))
+        settings = read_settings(settings_path(recipe))
         assert list(settings) == labels
         for label, overrides in settings.items():
             load_config(recipe, [f"method={label}", *overrides])
-    assert "method=lora" in compare.read_settings(compare.settings_path("mini_mtil"))["lora_restart"]
+    assert "method=lora" in read_settings(settings_path("mini_mtil"))["lora_restart"]
 
 
 def test_methods_are_by_default_those_of_the_settings_file(bench: Bench) -> None:

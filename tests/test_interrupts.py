@@ -163,7 +163,7 @@ def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, toy: l
 
 HANGING = """
 import os, sys, time
-from r1p_dist.cli import launcher_main
+from r1p_dist.cli import run_command
 from r1p_dist.methods.dac import Dac
 
 def hang(self, trainer):
@@ -174,7 +174,7 @@ def wait_for_nothing():
     time.sleep(600)
 
 Dac.after_step = hang
-sys.exit(launcher_main())
+sys.exit(run_command("train"))
 """
 
 

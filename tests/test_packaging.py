@@ -87,7 +87,7 @@ def test_wheel_declares_the_console_scripts(wheel: Path) -> None:
         entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         scripts = archive.read(entry).decode()
     assert "r1p = r1p_dist.cli:main" in scripts
-    assert "r1p-submit = r1p_dist.cluster.main:main" in scripts
+    assert "r1p-submit = r1p_dist.cli:submit" in scripts
 
 
 def test_every_dependency_has_a_lower_bound_that_the_tests_can_install(wheel: Path) -> None:

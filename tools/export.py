@@ -1,59 +1,11 @@
-"""Export the model of a finished run, or its tasks' updates as adapters.
+"""`r1p export` from a checkout: `python tools/export.py --help` shows how."""
 
-    python tools/export.py runs/mini_mtil --to open_clip
-    python tools/export.py runs/mini_mtil --to hf --output clip-hf --dtype bf16
-    python tools/export.py runs/mini_mtil --to peft --tasks fashion,country_flags --with-base
-    python tools/export.py runs/mini_instruct --to hf
-
-open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`, of a CLIP alone. hf: one for transformers, for
-`CLIPModel.from_pretrained(FOLDER)` or, of a LLaVA, `AutoModelForImageTextToText.from_pretrained(FOLDER)`. peft: a LoRA
-adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every folder has a model card. By
-default it is RUN_DIR/export/FORMAT.
-"""
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-from r1p_dist.errors import InputError
-from r1p_dist.export.formats import FORMATS, TYPE_NAMES
+from r1p_dist.cli import run_command
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the folder; return 0, or 2 for wrong input."""
-    head, _, rest = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--tasks", metavar="NAME,NAME", help="only these tasks; default: all that are finished")
-    parser.add_argument(
-        "--dtype",
-        choices=TYPE_NAMES,
-        help="what the weights are rounded to; default: fp32, which keeps them, and for a LLaVA what its files have",
-    )
-    parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
-    arguments = parser.parse_args(argv)
-    from r1p_dist.export import export_run  # here, so that --help needs no torch
-
-    try:
-        folder = export_run(
-            arguments.run_dir,
-            arguments.to,
-            arguments.output,
-            tasks=None if arguments.tasks is None else arguments.tasks.split(","),
-            dtype=arguments.dtype,
-            with_base=arguments.with_base,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(folder)
-    return 0
-
+main = partial(run_command, "export")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ Why the update is not added to W first: at 1,576 tokens both forms cost about th
 text tower this one costs less, it needs no second copy of W, and in bf16 it keeps small updates. W lies on bf16's grid,
 so an update below half a step of the grid vanishes in W + scaling B A; a rounded x W^T lies on that grid as well. Here
 the update comes first and the big product is accumulated onto it, with one rounding at the end. The share of an update
-that arrives in a bf16 output, for updates of 4e-5, 4e-4 and 4e-3 of the output (`python tools/dev/benchmark.py precision`):
+that arrives in a bf16 output, for updates of 4e-5, 4e-4 and 4e-3 of it (`python tools/dev/benchmark.py precision`):
 
     W + update, then the product                0.02  0.19  0.93
     product, then the update added              0.02  0.21  0.96

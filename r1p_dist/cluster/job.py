@@ -8,8 +8,7 @@ from pathlib import Path
 from submitit import JobEnvironment
 from submitit.helpers import DelayedSubmission
 
-from r1p_dist.cli import report_errors
-from r1p_dist.errors import EXIT_INTERRUPTED, Interrupted
+from r1p_dist.errors import EXIT_INTERRUPTED, Interrupted, report_errors
 from r1p_dist.recipes import load_config
 from r1p_dist.rendezvous import export_rendezvous
 

@@ -1,19 +1,22 @@
-"""The command line of launchers/submit.py: submit a run or a sweep, see how runs stand, read logs, cancel."""
+"""The commands about a cluster: submit a run or a sweep, see how runs stand, read logs, cancel.
+
+What submits and asks is imported once the arguments are read.
+"""
+
+from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from r1p_dist.cli import Parser, report_errors
-from r1p_dist.cluster.profile import ClusterProfile
-from r1p_dist.cluster.runs import RunState, describe_runs, find_runs, read_log, wait_for
-from r1p_dist.cluster.scheduler import JobRecord, cancel
-from r1p_dist.config import RunConfig
+from r1p_dist.arguments import Parser, parse_with_overrides
 from r1p_dist.errors import InputError
-from r1p_dist.recipes import load_config
+
+if TYPE_CHECKING:
+    from r1p_dist.cluster.profile import ClusterProfile
+    from r1p_dist.cluster.runs import RunState
+    from r1p_dist.config import RunConfig
 
 _PROFILE_FLAGS = {
     "cluster": dict(choices=("slurm", "local", "debug"), help="where (default: slurm)"),
@@ -28,28 +31,27 @@ _PROFILE_FLAGS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run launchers/submit.py and return its exit code: 0, 1 (a run waited for did not finish) or 2 (wrong input)."""
-    return report_errors(partial(_main, list(sys.argv[1:] if argv is None else argv)))
-
-
-def _main(argv: list[str]) -> int:
-    commands = {"sweep": _sweep, "status": _status, "logs": _logs, "cancel": _cancel}
+def main(prog: str, argv: Sequence[str]) -> int:
+    """Submits a run, or does what the first word says; 1 where a run that was waited for did not finish."""
+    commands = {"sweep": submit_sweep, "status": print_status, "logs": print_log, "cancel": cancel_jobs}
     if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
-    return _submit(argv)
+        return commands[argv[0]](f"{prog} {argv[0]}", argv[1:])
+    return submit_run(prog, argv)
 
 
-def _submit(argv: list[str]) -> int:
+def submit_run(prog: str, argv: Sequence[str]) -> int:
+    """Submits a run."""
     parser = Parser(
-        prog="submit.py",
-        usage="submit.py --recipe RECIPE [--profile PROFILE] [flags] [key.sub=value ...]\n"
-        "       submit.py sweep | status | logs | cancel --help",
+        prog=prog,
+        usage=f"{prog} --recipe RECIPE [--profile PROFILE] [flags] [key.sub=value ...]\n"
+        f"       {prog} sweep | status | logs | cancel --help",
         description="Submit a run to a cluster.",
     )
     parser.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
     _add_flags(parser)
-    arguments, words = _parse(parser, argv)
+    arguments, words = parse_with_overrides(parser, argv)
+    from r1p_dist.recipes import load_config
+
     profile = _profile(arguments)
     config = load_config(arguments.recipe, words)
     if arguments.dry_run:
@@ -67,11 +69,11 @@ def _submit(argv: list[str]) -> int:
     return _wait([config.run_dir]) if arguments.wait else 0
 
 
-def _sweep(argv: list[str]) -> int:
+def submit_sweep(prog: str, argv: Sequence[str]) -> int:
+    """Submits the points of a sweep; 1 where one that was waited for did not finish."""
     parser = Parser(
-        prog="submit.py sweep",
-        usage="submit.py sweep --recipe RECIPE [flags] key=a,b,c [key.sub=value ...]\n"
-        "       submit.py sweep --file SWEEP.yaml [flags]",
+        prog=prog,
+        usage=f"{prog} --recipe RECIPE [flags] key=a,b,c [key.sub=value ...]\n       {prog} --file SWEEP.yaml [flags]",
         description="Train a recipe at many points. The same command again submits what failed, and only that.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -84,11 +86,12 @@ def _sweep(argv: list[str]) -> int:
     parser.add_argument("--samples", type=int, metavar="N", help="draw N points instead of all combinations")
     parser.add_argument("--sweep-seed", type=int, default=0, metavar="N", help="of the drawing (0)")
     _add_flags(parser)
-    arguments, words = _parse(parser, argv)
+    arguments, words = parse_with_overrides(parser, argv)
     for flag, value in (("--parallel", arguments.parallel), ("--samples", arguments.samples)):
         if value is not None and value < 1:
             parser.error(f"{flag} {value}: must be at least 1")
     profile = _profile(arguments)
+    from r1p_dist.cluster.runs import describe_runs, wait_for
     from r1p_dist.cluster.submission import dry_run
     from r1p_dist.cluster.sweep import Sweep, SweepFile, make_points
     from r1p_dist.cluster.sweep_table import best_of, write_sweep_file, write_sweep_table
@@ -126,10 +129,13 @@ def _sweep(argv: list[str]) -> int:
     return 0 if not arguments.wait or all(row.state in ("finished", "refused") for row in rows) else 1
 
 
-def _status(argv: list[str]) -> int:
-    parser = Parser(prog="submit.py status", description="Say how runs stand.")
+def print_status(prog: str, argv: Sequence[str]) -> int:
+    """Prints a line per run."""
+    parser = Parser(prog=prog, description="Say how runs stand.")
     parser.add_argument("folders", type=Path, nargs="*", default=[Path("runs")], help="with runs in them (runs)")
     arguments = parser.parse_args(argv)
+    from r1p_dist.cluster.runs import describe_runs, find_runs
+
     states = describe_runs(find_runs(arguments.folders))
     if not states:
         raise InputError(f"{', '.join(map(str, arguments.folders))}: no run and no job in there")
@@ -137,21 +143,27 @@ def _status(argv: list[str]) -> int:
     return 0
 
 
-def _logs(argv: list[str]) -> int:
-    parser = Parser(prog="submit.py logs", description="Print what a run's job printed.")
+def print_log(prog: str, argv: Sequence[str]) -> int:
+    """Prints what a run's job printed."""
+    parser = Parser(prog=prog, description="Print what a run's job printed.")
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
     parser.add_argument("--rank", type=int, default=0, help="which rank's (0)")
     arguments = parser.parse_args(argv)
+    from r1p_dist.cluster.runs import read_log
+
     for part in read_log(arguments.run, arguments.rank, arguments.follow):
         print(part, end="", flush=True)
     return 0
 
 
-def _cancel(argv: list[str]) -> int:
-    parser = Parser(prog="submit.py cancel", description="End the jobs of runs; a run that trains saves first.")
+def cancel_jobs(prog: str, argv: Sequence[str]) -> int:
+    """Ends the jobs of runs."""
+    parser = Parser(prog=prog, description="End the jobs of runs; a run that trains saves first.")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of the runs")
     arguments = parser.parse_args(argv)
+    from r1p_dist.cluster.scheduler import JobRecord, cancel
+
     for run_dir in arguments.runs:
         record = JobRecord.read(run_dir)
         if record is None:
@@ -184,6 +196,8 @@ def print_states(states: Sequence[RunState]) -> None:
 
 
 def _wait(run_dirs: Sequence[Path]) -> int:
+    from r1p_dist.cluster.runs import wait_for
+
     states = wait_for(run_dirs)
     print_states(states)
     return 0 if all(state.is_finished for state in states) else 1
@@ -201,20 +215,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", action="store_true", help="wait for the end; exit code 1 if a run did not finish")
 
 
-def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    # Overrides may stand before, between and after the flags, which argparse's own positionals cannot.
-    arguments, words = parser.parse_known_args(argv)
-    if flags := [word for word in words if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
-    return arguments, words
-
-
 def _profile(arguments: argparse.Namespace) -> ClusterProfile:
     flags: dict[str, Any] = {name: getattr(arguments, name) for name in _PROFILE_FLAGS}
     options: dict[str, str | bool] = {}
     for word in arguments.slurm:
         key, separator, value = word.partition("=")
         options[key.removeprefix("--")] = value if separator else True
+    from r1p_dist.cluster.profile import ClusterProfile
+
     return ClusterProfile.load(arguments.profile, flags | {"slurm": options})
 
 

@@ -1,4 +1,14 @@
-"""The command line of tools/plan.py. What plans is imported once the arguments are read: --help needs no torch."""
+"""Plan a run before it is paid for: memory, communication and predicted time of a step on any number of GPUs.
+
+    r1p plan --model ViT-bigG-14 --gpus 8,64,512,4096 --gpu-memory 80 --batch 32 --zero 1,2,3
+    r1p plan --model ViT-L-14 --gpus 16 --batch 64 --network bandwidth=12.5,latency=20 options.vote=lagged
+    r1p plan --model llava-1.5-13b --gpus 8,64,512,4096 --batch 8 --tokens 700 --answer-tokens 64
+    r1p plan --model FOLDER --gpus 16 --batch 8 --recipe coin
+
+Everything comes from shapes on the meta device, the run configuration and the DeepSpeed configuration: nothing is
+downloaded, allocated or trained, and no counter of a run is read. Memory and bytes follow the code and were checked
+against real runs of up to four ranks; times are predictions. docs/planner.md lists the assumptions.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +17,14 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from r1p_dist.arguments import documented_parser
 from r1p_dist.backbones.llava_shapes import SHAPES
-from r1p_dist.cli import Parser, report_errors
 from r1p_dist.errors import InputError
-from r1p_dist.files import write_atomically
 from r1p_dist.planner.accelerators import ACCELERATORS, find_accelerator
 from r1p_dist.planner.network import NETWORKS, parse_network
-from r1p_dist.recipes import load_config
 
 if TYPE_CHECKING:
     from r1p_dist.planner.model import Batch
@@ -33,13 +40,10 @@ _SIZES: dict[str, tuple[str, int | None, str]] = {
 }
 
 
-def main(description: str, argv: Sequence[str]) -> int:
-    """Prints a plan; returns 0, or 2 for wrong input."""
-    return report_errors(partial(_main, description, argv))
-
-
-def _main(description: str, argv: Sequence[str]) -> int:
-    arguments = _parse(description, argv)
+def main(prog: str, argv: Sequence[str]) -> int:
+    """Prints a plan."""
+    arguments = _parse(prog, argv)
+    from r1p_dist.files import write_atomically
     from r1p_dist.planner.plan import as_json, make_plan
     from r1p_dist.planner.render import as_png, as_text
 
@@ -53,9 +57,8 @@ def _main(description: str, argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(description: str, argv: Sequence[str]) -> argparse.Namespace:
-    head, _, rest = description.partition("\n\n")
-    parser = Parser(prog="plan.py", description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parse(prog: str, argv: Sequence[str]) -> argparse.Namespace:
+    parser = documented_parser(prog, __doc__)
     parser.add_argument("--model", required=True, help=f"tiny, a name of open_clip, {', '.join(SHAPES)}")
     parser.add_argument("--gpus", default="8,64,512,4096", metavar="N,…", help="(8,64,512,4096)")
     parser.add_argument("--zero", default="1,2,3", metavar="STAGE,…", help="ZeRO stages (1,2,3)")
@@ -111,6 +114,7 @@ def _batch(arguments: argparse.Namespace) -> Batch:
     """Returns a rank's micro batch for the kind of model. InputError: a size of another kind, or out of bounds."""
     from r1p_dist.planner.clip import Pictures
     from r1p_dist.planner.llava import Conversations
+    from r1p_dist.recipes import load_config
 
     kind = "llava"
     if arguments.model not in SHAPES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from r1p_dist.cluster import main as command_line
+from r1p_dist.cli import run_command
 from r1p_dist.cluster.job import TrainJob
 from r1p_dist.cluster.runs import describe_runs, find_runs, last_error
 from r1p_dist.cluster.scheduler import JobRecord
@@ -18,7 +18,7 @@ from r1p_dist.rendezvous import export_rendezvous, port_of
 
 
 def submit(capsys, *words: str) -> tuple[int, str, str]:
-    code = command_line.main(list(words))
+    code = run_command("submit", list(words))
     return code, *capsys.readouterr()
 
 
@@ -65,7 +65,7 @@ def test_a_profiles_lines_are_in_the_script(tmp_path: Path, capsys) -> None:
         (["--recipe", "mini_mtil", "--nodez", "2"], ["--nodez"]),
         (["sweep", "--recipe", "mini_mtil", "seed=1"], ["several values"]),
         (["sweep", "--recipe", "mini_mtil", "seed=1,2", "--parallel", "0"], ["--parallel 0"]),
-        (["sweep", "--recipe", "mini_mtil", "method=lora", "options.rank=0,-1"], ["none of the 2 points"]),
+        (["sweep", "--recipe", "mini_mtil", "options.merged=9,10"], ["none of the 2 points"]),
         (["sweep", "--recipe", "mini_mtil", "--cluster", "debug", "seed=1,2"], ["cluster=debug"]),
         (["status", "nowhere"], ["nowhere"]),
         (["logs", "nowhere"], ["no job was submitted"]),

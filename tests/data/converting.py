@@ -1,27 +1,23 @@
 """Pictures to convert, and what a conversion wrote."""
 
-import importlib.util
 import io
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from r1p_dist.cli import main
 from r1p_dist.data.convert.sources import Source
 from r1p_dist.data.convert.writer import ConvertOptions, convert
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_shards.py"
 CLASSES = ("ant", "bee", "cat")
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_shards", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def r1p_convert(argv: Sequence[str]) -> int:
+    return main(["convert", *argv])
 
 
 def picture(seed: int, kind: str, size: tuple[int, int] = (24, 16)) -> bytes:

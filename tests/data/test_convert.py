@@ -8,21 +8,15 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from r1p_dist.data import Stream
-from r1p_dist.data.convert.sources import SourceOptions, open_source
+from r1p_dist.data.convert.sources import SOURCES, SourceOptions, open_source
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.errors import InputError
-from tests.data.converting import CLASSES, TOOL, contents, load_tool, members, picture, run, write_photos
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load_tool()
+from tests.data.converting import CLASSES, contents, members, picture, r1p_convert, run, write_photos
 
 
 @pytest.fixture
@@ -71,7 +65,6 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(folder: Path, tmp_path: P
     run(open_source(str(folder), None, SourceOptions()), whole, shard_samples=2)
     script = f"""
 import os, signal, sys
-sys.path.insert(0, {str(TOOL.parent)!r})
 from r1p_dist.data.convert import writer
 write, done = writer.write_atomically, []
 def die_half_way(path, content):
@@ -81,8 +74,8 @@ def die_half_way(path, content):
             os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
 writer.write_atomically = die_half_way
-import convert_shards
-convert_shards.main([{str(folder)!r}, {str(killed)!r}, "--shard-samples", "2", "--workers", "1", "--name", "task"])
+from r1p_dist.cli import main
+main(["convert", {str(folder)!r}, {str(killed)!r}, "--shard-samples", "2", "--workers", "1", "--name", "task"])
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=500)
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
@@ -110,10 +103,10 @@ def test_another_plan_in_the_same_place_is_refused(folder: Path, tmp_path: Path)
         run(source, tmp_path / "half")
 
 
-def test_train_and_test_make_a_stream_that_trains(folder: Path, tmp_path: Path, tool: ModuleType, capsys) -> None:
+def test_train_and_test_make_a_stream_that_trains(folder: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "insects"
     for split in ("train", "test"):
-        assert tool.main([str(folder), str(output), "--split", split, "--shard-samples", "5"]) == 0
+        assert r1p_convert([str(folder), str(output), "--split", split, "--shard-samples", "5"]) == 0
     stream = Stream.load(output)
     (task,) = stream.tasks
     assert task.name == "insects" and task.class_names == CLASSES and task.sizes == {"train": 18, "test": 18}
@@ -251,24 +244,24 @@ def test_converted_shards_and_others_layouts_convert_again(folder: Path, tmp_pat
     assert index["samples"] == 3 and index["classes"] is None and names == {".jpg", ".txt", ".json"}
 
 
-def test_help_names_every_command_and_kind(tool: ModuleType, capsys) -> None:
+def test_help_names_every_command_and_kind(capsys) -> None:
     for command in ([], ["verify"], ["stats"]):
         with pytest.raises(SystemExit) as stopped:
-            tool.main([*command, "--help"])
+            r1p_convert([*command, "--help"])
         assert stopped.value.code == 0
         out = capsys.readouterr().out
-        assert f"convert_shards.py {' '.join(command)}" in out
+        assert f"r1p convert {' '.join(command)}" in out
         if not command:
-            assert all(f"({kind})" in out for kind in tool.SOURCES)
-            assert "convert_shards.py verify OUTPUT" in out and "convert_shards.py stats OUTPUT" in out
+            assert all(f"({kind})" in out for kind in SOURCES)
+            assert "r1p convert verify OUTPUT" in out and "r1p convert stats OUTPUT" in out
 
 
-def test_verify_finds_what_changed(folder: Path, tmp_path: Path, tool: ModuleType, capsys) -> None:
+def test_verify_finds_what_changed(folder: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out"
     run(open_source(str(folder), None, SourceOptions()), output, shard_samples=4)
-    assert tool.main(["verify", str(output)]) == 0
+    assert r1p_convert(["verify", str(output)]) == 0
     assert "every shard is as it was written" in capsys.readouterr().out
-    assert tool.main(["stats", str(output)]) == 0
+    assert r1p_convert(["stats", str(output)]) == 0
     out = capsys.readouterr().out
     assert "train: 18 samples, 3 classes, 5 shards" in out and "classes: from 5 samples (cat) to 7 (ant)" in out
     assert "licences" not in out
@@ -280,13 +273,13 @@ def test_verify_finds_what_changed(folder: Path, tmp_path: Path, tool: ModuleTyp
         place = generator.randrange(len(content))
         content[place] ^= 1 << generator.randrange(8)
         shard.write_bytes(content)
-        assert tool.main(["verify", str(output)]) == 1, place
+        assert r1p_convert(["verify", str(output)]) == 1, place
         assert "sha256 differs" in capsys.readouterr().out
         shard.write_bytes(before)
     (output / "train/000001.tar").unlink()
     (output / "train/000002.tar").write_bytes((output / "train/000002.tar").read_bytes()[:-512])
-    assert tool.main(["verify", str(output)]) == 1
+    assert r1p_convert(["verify", str(output)]) == 1
     out = capsys.readouterr().out
     assert "000001.tar: missing" in out and "000002.tar: " in out and "the index says" in out
-    assert tool.main(["verify", str(tmp_path)]) == 2
+    assert r1p_convert(["verify", str(tmp_path)]) == 2
     assert "no SPLIT/index.json in it" in capsys.readouterr().err

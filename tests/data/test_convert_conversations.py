@@ -10,7 +10,7 @@ from r1p_dist.data.convert.sources import SourceOptions, open_source
 from r1p_dist.data.samples import JSON_BYTES
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.errors import InputError
-from tests.data.converting import contents, load_tool, pixels, run, samples, write_photos
+from tests.data.converting import contents, pixels, r1p_convert, run, samples, write_photos
 from tests.data.toy_conversations import turns
 
 PICTURES = ("ant/a.00.jpg", "ant/a.01.png", "ant/a.02.webp")
@@ -156,26 +156,26 @@ def test_a_file_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 
 def test_train_and_test_make_a_stream_of_instructions(folder: Path, tmp_path: Path, capsys) -> None:
-    tool, output = load_tool(), tmp_path / "beetles"
+    output = tmp_path / "beetles"
     table = write(tmp_path / "questions.jsonl", RECORDS)
     command = [str(table), str(output), "--image-folder", str(folder), "--workers", "1", "--metric", "vqa_accuracy"]
-    assert tool.main([*command, "--shard-samples", "4"]) == 0
+    assert r1p_convert([*command, "--shard-samples", "4"]) == 0
     assert not (output / "stream.yaml").exists()
-    assert tool.main([*command[:-2], "--split", "test"]) == 2
+    assert r1p_convert([*command[:-2], "--split", "test"]) == 2
     fault = f"error: {output}/train/index.json: was written for --metric vqa_accuracy, not exact_match; give that one"
     assert fault in capsys.readouterr().err
-    assert tool.main([*command, "--split", "test"]) == 0
+    assert r1p_convert([*command, "--split", "test"]) == 0
     (task,) = Stream.load(output).tasks
     assert (task.name, task.metric, task.class_names) == ("beetles", "vqa_accuracy", ())
     assert task.sizes == {"train": 6, "test": 6} and len(task.train) == 2
     assert not (output / "classnames.txt").exists() and not (output / "dataset_type.txt").exists()
-    assert tool.main(["verify", str(output)]) == 0 and tool.main(["stats", str(output)]) == 0
+    assert r1p_convert(["verify", str(output)]) == 0 and r1p_convert(["stats", str(output)]) == 0
     out = capsys.readouterr().out
     assert "every shard is as it was written" in out and "train: 6 samples, no classes, 2 shards" in out
 
 
 def test_a_metric_is_for_conversations_alone(folder: Path, tmp_path: Path, capsys) -> None:
-    assert load_tool().main([str(folder), str(tmp_path / "out"), "--metric", "cider", "--workers", "1"]) == 2
+    assert r1p_convert([str(folder), str(tmp_path / "out"), "--metric", "cider", "--workers", "1"]) == 2
     assert "--metric cider: is for conversations, and folder has none; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -187,7 +187,7 @@ def test_verify_finds_a_damaged_picture_among_several(folder: Path, tmp_path: Pa
     webp = (folder / PICTURES[2]).read_bytes()
     assert content.count(webp) == 1
     shard.write_bytes(content.replace(webp, bytes(len(webp))))
-    assert load_tool().main(["verify", str(tmp_path / "out")]) == 1
+    assert r1p_convert(["verify", str(tmp_path / "out")]) == 1
     out = capsys.readouterr().out
     assert "sha256 differs" in out and "picture cannot be decoded: no JPEG, PNG, WEBP file" in out
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from r1p_dist.data.convert.sources import Source, SourceOptions, open_source
 from r1p_dist.errors import InputError
-from tests.data.converting import CLASSES, contents, load_tool, picture, pixels, run, samples, write_photos
+from tests.data.converting import CLASSES, contents, picture, pixels, r1p_convert, run, samples, write_photos
 from tests.data.toy_conversations import turns
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -92,9 +92,8 @@ def test_a_parquet_of_captions_and_licences(photos: list[Path], tmp_path: Path, 
     with pytest.raises(InputError, match="name one of --label-column and --caption-column"):
         open_source(str(table), None, SourceOptions())
     (photos[0]).write_bytes(b"no picture")  # a record that is left out must not count
-    tool = load_tool()
     command = [str(table), str(tmp_path / "out"), "--caption-column", "caption", "--workers", "1"]
-    assert tool.main(command) == 0 and tool.main(["stats", str(tmp_path / "out")]) == 0
+    assert r1p_convert(command) == 0 and r1p_convert(["stats", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "train: 17 samples, no classes" in out and "licences: unknown 6, ? 6, cc-by-4.0 5" in out
     expected = sorted((pixels(path.read_bytes()), text) for path, text in list(zip(photos, texts, strict=True))[1:])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from big_model_check import write_clip
 
-from r1p_dist.cli import report_errors
+from r1p_dist.errors import report_errors
 from r1p_dist.files import write_atomically
 from r1p_dist.recipes import load_config
 from r1p_dist.tables import table

@@ -1,8 +1,8 @@
 """Part c: how fast a training step is on the card, against the frozen model and PEFT's LoRA; a speed fails nothing.
 
-tools/dev/benchmarks/step.py says what is compared; all variants encode one prompt per picture (`same_work`) and share their
-frozen weights. samples_per_second and utilisation are those of the median step. Utilisation counts the operations of
-the frozen model without recomputation, for every variant, over the card's dense bf16 peak.
+tools/dev/benchmarks/step.py says what is compared; all variants encode one prompt per picture (`same_work`) and share
+their frozen weights. samples_per_second and utilisation are those of the median step. Utilisation counts the operations
+of the frozen model without recomputation, for every variant, over the card's dense bf16 peak.
 """
 
 import argparse

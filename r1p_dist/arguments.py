@@ -1,0 +1,31 @@
+"""What the parsers of all commands share."""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from r1p_dist.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help shows how)")
+
+
+def documented_parser(prog: str, text: str | None) -> Parser:
+    """Returns a parser whose --help has a docstring's first paragraph above the arguments, and the others below."""
+    head, _, rest = (text or "").partition("\n\n")
+    return Parser(prog=prog, description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def parse_with_overrides(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the arguments, and the `key.sub=value` words, which may stand before, between and after the flags.
+
+    InputError: a flag that the parser does not know.
+    """
+    arguments, words = parser.parse_known_args(argv)
+    if flags := [word for word in words if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return arguments, words

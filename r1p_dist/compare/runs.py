@@ -1,0 +1,140 @@
+"""The runs of a comparison: which there are, and how each is started."""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1p_dist.data.stream import Stream
+from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
+from r1p_dist.errors import InputError
+from r1p_dist.evaluation.comparison import ZERO_SHOT, Result
+from r1p_dist.files import write_atomically
+from r1p_dist.recipes import load_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: which method (label of the settings file), seed and, when tuning, value; and how it is started."""
+
+    label: str
+    seed: int
+    folder: Path
+    recipe: str
+    ranks: int
+    overrides: tuple[str, ...]
+    value: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What its result depends on; not the folder, which may be moved."""
+        return {"recipe": self.recipe, "ranks": self.ranks, "overrides": list(self.overrides)}
+
+
+def plan_runs(
+    arguments: argparse.Namespace, labels: Sequence[str], seeds: Sequence[int], settings: dict[str, list[str]]
+) -> list[Run]:
+    """Return the runs in order; zero-shot, which nothing random touches, once."""
+    key, _, values = (arguments.tune or "").partition("=")
+    if arguments.tune and not (key and values):
+        raise InputError(f"--tune {arguments.tune}: has to be KEY=V1,V2,...")
+    runs = []
+    for label in labels:
+        overrides = [*settings.get(label, []), *arguments.overrides]
+        if not any(item.startswith("method=") for item in overrides):
+            overrides.insert(0, f"method={label}")
+        if not arguments.tune:
+            choices = {f"seed{seed}": (seed, None, []) for seed in (seeds[:1] if label == ZERO_SHOT else seeds)}
+        elif label == ZERO_SHOT:
+            choices = {"validation": (0, None, ["data.evaluate_on=validation"])}
+        else:
+            choices = {
+                f"{key}={value}".replace(os.sep, "_"): (0, value, [f"{key}={value}", "data.evaluate_on=validation"])
+                for value in values.split(",")
+            }
+        for name, (seed, value, chosen) in choices.items():
+            folder = arguments.output.resolve() / f"{label}-{name}"
+            complete = (*overrides, *chosen, f"seed={seed}")
+            runs.append(Run(label, seed, folder, arguments.recipe, arguments.ranks, complete, value))
+    return runs
+
+
+def scored_stream(run: Run) -> tuple[Stream, str]:
+    """Return the stream of a run and the split that it is scored on. InputError: wrong recipe, override or stream."""
+    config = load_config(run.recipe, run.overrides)
+    stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
+    return stream, config.data.evaluate_on
+
+
+def finish(run: Run) -> Result:
+    """Return the result of the run, training first unless a finished one is there; RuntimeError says what failed."""
+    record_path = run.folder.with_name(run.folder.name + ".json")
+    record = json.loads(record_path.read_text()) if record_path.is_file() else None
+    metrics = complete_metrics(run.folder)
+    if metrics is not None and (record is None or record["finished"]):
+        if record is not None and record != run.record() | {"finished": True}:
+            made_with = " ".join(record["overrides"])
+            raise RuntimeError(
+                f"{run.folder} is there, made with other settings (recipe {record['recipe']}, {record['ranks']} ranks, "
+                f"{made_with}); delete it or choose another --output"
+            )
+        print("already there, ", end="")
+        return Result(run.folder, metrics)
+
+    write_atomically(record_path, json.dumps(run.record() | {"finished": False}))
+    log_path = run.folder.with_name(run.folder.name + ".log")
+    environment = _environment(run.ranks)
+    with open(log_path, "w", encoding="utf-8") as log:
+        command = _command(run, environment)
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise RuntimeError(f"exit code {code}, {log_path}:\n{_why(log_path)}")
+    metrics = complete_metrics(run.folder)
+    if metrics is None:
+        raise RuntimeError(f"exit code 0, but {run.folder / 'metrics.json'} is missing or not complete; see {log_path}")
+    write_atomically(record_path, json.dumps(run.record() | {"finished": True}))
+    return Result(run.folder, metrics)
+
+
+def complete_metrics(folder: Path) -> dict[str, Any] | None:
+    """Return the metrics.json of a run that reached its end, else None."""
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return metrics if metrics["last"] is not None else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def _command(run: Run, environment: dict[str, str]) -> list[str]:
+    deepspeed = shutil.which("deepspeed", path=environment["PATH"])
+    if deepspeed is None:
+        raise InputError("deepspeed: no such command; run this with the python of the environment that has it")
+    # A port of its own, so that another training on this machine does not matter.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    head = [deepspeed, "--num_accelerators", str(run.ranks), "--master_port", str(port)]
+    train = ["--no_local_rank", "--module", "r1p_dist", "train"]
+    return [*head, *train, "--recipe", run.recipe, *run.overrides, f"run_dir={run.folder}"]
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    """The environment `make train` gives, with the cores shared by the ranks."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    defaults |= dict.fromkeys(ALLOCATOR_VARIABLES, str(ALLOCATOR_VALUE))
+    # Without an activated environment, deepspeed and ninja are beside the interpreter only.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    return defaults | os.environ | {"PATH": path}
+
+
+def _why(log_path: Path) -> str:
+    lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    return "\n".join(f"    {line}" for line in errors[:1] or lines[-15:])

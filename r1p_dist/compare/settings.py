@@ -1,0 +1,32 @@
+"""What each method of a comparison gets beside the recipe: a YAML file of label -> list of key=value."""
+
+from pathlib import Path
+
+import yaml
+
+from r1p_dist.errors import InputError
+from r1p_dist.shipped import checkout
+
+
+def settings_path(recipe: str) -> Path:
+    """Returns where a checkout has the settings of a recipe, a name or a file. InputError: this is none."""
+    root = checkout()
+    if root is None:
+        raise InputError("--settings: missing; only a checkout has settings of its own, so write a file and name it")
+    return root / "tools" / f"compare_{Path(recipe).stem}.yaml"
+
+
+def read_settings(path: Path) -> dict[str, list[str]]:
+    """Return label -> overrides of a settings file."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise InputError(f"--settings {path}: no such file; write it or name another one with --settings") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: has to be a mapping of method label to a list of key=value")
+    for label, overrides in settings.items():
+        if not isinstance(overrides, list) or not all(isinstance(item, str) and "=" in item for item in overrides):
+            raise InputError(f"{path}: {label}: {overrides!r} is not a list of key=value texts")
+    return {str(label): overrides for label, overrides in settings.items()}
