@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 
 import deepspeed
-import open_clip
 import torch
-import transformers
 
 from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.backbones.backbone import Batch
@@ -47,7 +46,8 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     stream.check_names(config.train.per_task, "train.per_task")
     backbone = load_backbone(config.backbone, weights_placement(config, device), config.train.compile)
     backbone.check(stream)
-    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, open_clip, transformers)}
+    versions = {module.__name__: module.__version__ for module in (torch, deepspeed)}
+    versions |= {"open_clip": version("open_clip_torch"), "transformers": version("transformers")}
     facts = {"backbone": agree(lambda: weights_identity(config.backbone, backbone)), "versions": versions}
     method = make_method(config, backbone)
     stages = method.stages(stream)

@@ -17,6 +17,7 @@ Batch = dict[str, torch.Tensor]
 class Backbone(Protocol):
     """A frozen model, an nn.Module, whose linears adapters can serve."""
 
+    kind: str  # as in the configuration
     routing: dict[str, Routing]
 
     @property

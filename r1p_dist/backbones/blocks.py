@@ -1,17 +1,12 @@
-"""open_clip's residual attention block with its linears open to adapters; the names of its weights stay the same.
-
-And how a block of any backbone is made to keep no activations.
-"""
-
-from functools import partial
+"""open_clip's residual attention block with its linears open to adapters; the names of its weights stay the same."""
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
+from r1p_dist.backbones.recompute import set_recompute
 
 
 class Attention(nn.Module):
@@ -63,14 +58,3 @@ class Block(nn.Module):
 
 def _apply(layer: nn.Module, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return layer(x, source.detach()) if isinstance(layer, LowRankLinear) else layer(x)
-
-
-def set_recompute(layer: LowRankLinear | FusedProjection, module: nn.Module) -> None:
-    """Tells an adapted linear which module computes its input."""
-    object.__setattr__(layer, "recompute", module)  # not a child: the block holds it
-
-
-def checkpoint_forward(block: nn.Module) -> None:
-    """Makes a block run its forward again in the backward instead of keeping its activations."""
-    # no determinism check: it compares shapes, and ZeRO-3 has freed small weights by then
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, determinism_check="none")

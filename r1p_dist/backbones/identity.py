@@ -6,8 +6,6 @@ from pathlib import Path
 
 from torch import nn
 
-from r1p_dist.backbones import llava_weights
-from r1p_dist.backbones.weights import weights_file
 from r1p_dist.config import BackboneConfig
 from r1p_dist.files import sha256_of, write_atomically
 
@@ -27,7 +25,11 @@ def weights_identity(config: BackboneConfig, model: nn.Module) -> dict[str, str 
 
 def _files(config: BackboneConfig) -> list[Path]:
     if config.kind == "llava":
-        return llava_weights.weights_files(config.name)
+        from r1p_dist.backbones.llava_weights import weights_files
+
+        return weights_files(config.name)
+    from r1p_dist.backbones.clip_weights import weights_file
+
     file = weights_file(config.name, config.pretrained)
     return [] if file is None else [file]
 

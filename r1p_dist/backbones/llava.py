@@ -19,11 +19,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
-from r1p_dist.backbones.blocks import checkpoint_forward
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.feature_cache import FeatureCache
 from r1p_dist.backbones.llava_weights import build_on_meta, map_weights, model_folder, read_config, read_processor
+from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import DataConfig, TrainConfig
@@ -68,6 +68,8 @@ class LlavaBackbone(nn.Module):
     pictures zeros, and the mean of the input embeddings of its prompt. The projector's pictures vote one by one, by the
     same vector of their own.
     """
+
+    kind = "llava"
 
     def __init__(self, model: nn.Module, processor: ProcessorMixin, cache_bytes: int = 0, is_sharded: bool = False):
         """cache_bytes: of features of a tower without adapters, 0: none. is_sharded: by ZeRO-3."""

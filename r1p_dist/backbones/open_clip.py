@@ -19,10 +19,12 @@ from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.backbone import Batch
-from r1p_dist.backbones.blocks import Block, checkpoint_forward
+from r1p_dist.backbones.blocks import Block
+from r1p_dist.backbones.clip_weights import map_weights, model_source, weights_file
 from r1p_dist.backbones.compiling import compile_blocks
+from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
-from r1p_dist.backbones.weights import Placement, draw, map_weights, model_source, place, weights_file
+from r1p_dist.backbones.weights import Placement, draw, place
 from r1p_dist.config import DataConfig, TrainConfig
 from r1p_dist.data import Encoder, PictureEncoder, Stream
 from r1p_dist.distributed import StartedGather, start_gather
@@ -115,6 +117,8 @@ class ClipBackbone(nn.Module):
     -> (m, d), or None for what was not given. counts (m,): how often each prompt occurs in the batch, for the vote.
     end (m,): the place of each end token, where the tokens were trimmed to the longest prompt already.
     """
+
+    kind = "open_clip"
 
     def __init__(self, model: nn.Module, tokenizer: Callable, preprocess: dict):
         super().__init__()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from r1p_dist.adapters import LowRankLinear, Routing
-from r1p_dist.backbones.blocks import set_recompute
+from r1p_dist.backbones.recompute import set_recompute
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
-"""Which evaluation a backbone's tasks get."""
+"""Which evaluation a backbone's tasks get; what the other kind needs is not imported."""
 
 from collections.abc import Callable, Mapping
 
-from r1p_dist.backbones import Backbone, LlavaBackbone
+from r1p_dist.backbones import Backbone
 from r1p_dist.config import EvaluationConfig
 from r1p_dist.data import EvaluationLoader
-from r1p_dist.evaluation.answering import Answerer
-from r1p_dist.evaluation.classify import Classifier
 from r1p_dist.evaluation.evaluator import Evaluator
 
 
@@ -18,6 +16,10 @@ def make_evaluator(
     on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluator:
     """Returns the evaluator of a backbone's streams; loaders, before_task and on_batch as in `Evaluator`."""
-    if isinstance(backbone, LlavaBackbone):
+    if backbone.kind == "llava":
+        from r1p_dist.evaluation.answering import Answerer
+
         return Answerer(backbone, loaders, before_task, on_batch)
+    from r1p_dist.evaluation.classify import Classifier
+
     return Classifier(backbone, loaders, config.batch_size, before_task, on_batch)

@@ -8,7 +8,7 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 
-from r1p_dist.backbones.weights import model_source
+from r1p_dist.backbones.clip_weights import model_source
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
 from r1p_dist.export.clip_weights import TEMPERATURE

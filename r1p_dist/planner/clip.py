@@ -8,9 +8,9 @@ import open_clip
 import torch
 
 from r1p_dist.backbones import ClipBackbone
+from r1p_dist.backbones.clip_weights import model_source
 from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
-from r1p_dist.backbones.weights import model_source
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape

@@ -26,7 +26,6 @@ from build_mini_stream import Sample, read_samples, write_shard
 
 from r1p_dist.data.stream import SPLITS, Stream
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.majority import majority_baselines
 
 MOST_TEST_SAMPLES = 140  # per task: keeps the package small
 CHOICES = 4
@@ -329,6 +328,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for task in build_stream(options.output).tasks:
                 print(f"{task.name}: {task.metric}, {task.sizes}")
         else:
+            from r1p_dist.evaluation.majority import majority_baselines
+
             stream = Stream.load(options.baselines)
             baselines = majority_baselines(stream)
             for task in stream.tasks:

@@ -26,9 +26,6 @@ from pathlib import Path
 
 import yaml
 
-from r1p_dist.data.convert.sources import TEMPLATES
-from r1p_dist.data.convert.writer import write_tar
-from r1p_dist.data.index import index_shard
 from r1p_dist.data.stream import Stream, read_class_names, read_templates
 from r1p_dist.errors import InputError
 
@@ -45,7 +42,8 @@ class Sample:
 
 def read_samples(shards: Sequence[Path], class_names: Sequence[str]) -> list[Sample]:
     """Return the samples of the shards, sorted by key, each picture decoded once as a check."""
-    from r1p_dist.data import ShardDataset  # here, so that --help needs no torch
+    from r1p_dist.data import ShardDataset  # here, so that --help imports nothing heavy
+    from r1p_dist.data.index import index_shard
 
     dataset = ShardDataset(shards, class_names)
     for index in range(len(dataset)):
@@ -83,12 +81,16 @@ def split_validation(samples: Sequence[Sample], per_class: int) -> tuple[list[Sa
 
 def write_shard(path: Path, samples: Sequence[Sample]) -> None:
     """Write a shard whose bytes depend on the samples alone."""
+    from r1p_dist.data.convert.writer import write_tar
+
     with open(path, "wb") as file:
         write_tar(file, ({"__key__": sample.key, **sample.files} for sample in samples))
 
 
 def build_task(source: Path, target: Path, validation_per_class: int) -> dict:
     """Write one task's shards and texts; return its entry for stream.yaml, without its domain."""
+    from r1p_dist.data.convert.sources import TEMPLATES
+
     texts = {"classnames.txt": "classnames.txt", TEMPLATES: "templates.txt"}
     for wanted in texts.values():
         if not (source / wanted).is_file():

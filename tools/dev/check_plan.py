@@ -23,10 +23,9 @@ from big_model_check import write_clip
 
 from r1p_dist.errors import report_errors
 from r1p_dist.files import write_atomically
-from r1p_dist.recipes import load_config
 from r1p_dist.tables import table
 
-if TYPE_CHECKING:  # --help needs no torch
+if TYPE_CHECKING:  # what is heavy is imported once the arguments are read
     from r1p_dist.planner.comparison import Comparison
 
 TOLERANCE = 0.1
@@ -55,6 +54,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from r1p_dist.dry_run.run import set_ranks
     from r1p_dist.planner.comparison import compare
     from r1p_dist.planner.plan import parse_counts
+    from r1p_dist.recipes import load_config
 
     found: list[Comparison] = []
     with tempfile.TemporaryDirectory() as folder:

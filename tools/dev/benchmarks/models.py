@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone, llava_weights
+from r1p_dist.backbones.clip_weights import model_source
 from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.backbones.open_clip import build_on_meta
-from r1p_dist.backbones.weights import model_source
 
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
 TINY_LLAVA = "tiny_llava"
