@@ -240,7 +240,7 @@ class RunConfig(Section):
     that is finished goes on with them.
     """
 
-    run_dir: Path | None = None
+    run_dir: Path
     resume: str = "auto"
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     method: str = "dac"

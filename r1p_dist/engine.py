@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -36,10 +37,11 @@ def start_process_group() -> torch.device:
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         os.environ.update({name: os.environ.get(name, value) for name, value in single.items()})
     device = torch.device("cpu")
-    if torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
         # before the group is made: its communicators are tied to the device
         index = take_device(torch.accelerator.device_count())
-        device = torch.device(torch.accelerator.current_accelerator().type, index)
+        device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
     return device
@@ -130,13 +132,15 @@ class TaskEngine:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            self.engine, *_ = deepspeed.initialize(
+            # DeepSpeed declares narrower types than it takes.
+            engine, *_ = deepspeed.initialize(
                 model=backbone,
-                model_parameters=parameters,
+                model_parameters=parameters,  # pyright: ignore[reportArgumentType]
                 optimizer=optimizer,
-                lr_scheduler=schedule,
+                lr_scheduler=schedule,  # pyright: ignore[reportArgumentType]
                 config=resolve_deepspeed(config, world_size),
             )
+        self.engine: Any = engine  # it gets many of its attributes from its configuration
         optimizer.guard = guard  # not before: DeepSpeed makes some optimizers' states by a step of its own
 
     def __call__(self, *args, **kwargs):

@@ -25,6 +25,6 @@ class GuardedAdamW(torch.optim.AdamW):
         super().step(closure)
 
 
-def make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> GuardedAdamW:
     """Returns the optimizer of one task."""
     return GuardedAdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)

@@ -89,7 +89,7 @@ class Session:
         self._updates: dict[int, dict[str, Update]] = {}  # of finished stages, those that were asked for
         self._started = time.perf_counter()
         if self.point is not None:
-            self._check_facts()
+            self._check_facts(self.point)
             self.progress = Progress(**self.point.state["progress"])
             self.last_saved = str(self.point.folder)
         # cut back to where the checkpoint was taken
@@ -102,11 +102,11 @@ class Session:
         for folder in self._folder:
             folder.close()
 
-    def _check_facts(self) -> None:
-        before = self.point.state["facts"]
+    def _check_facts(self, point: Checkpoint) -> None:
+        before = point.state["facts"]
         if before["backbone"] != self.facts["backbone"]:
             raise InputError(
-                f"{self.point.folder}: was trained on the backbone {before['backbone']}, this is "
+                f"{point.folder}: was trained on the backbone {before['backbone']}, this is "
                 f"{self.facts['backbone']}; give that one, or another run_dir"
             )
         if before["versions"] != self.facts["versions"]:
@@ -151,7 +151,7 @@ class Session:
             self._restore_start(point)
         method.prepare(index)
         if point is not None and not point.step:
-            self._restore_random_states(ranks)
+            self._restore_random_states(point, ranks)
         model = make_engine()
         meter = StepMeter(method.backbone.device, point.state["terms"] if point else ())
         memory = [TensorFile(self._stage_file(past, "memory")) for past in range(index)]
@@ -159,7 +159,7 @@ class Session:
         running = Running(index, stage, loader, model, trainer, meter)
         method.begin(stage, trainer)
         if point is not None and point.step:
-            self._restore_step(running, ranks)
+            self._restore_step(running, point, ranks)
         for name, further_loader in further.items():
             if point is not None and point.step:
                 further_loader.resume(point.state["cursor"]["further"][name])
@@ -186,15 +186,15 @@ class Session:
         if not point.step:
             self._restore_method(point)
 
-    def _restore_step(self, running: Running, ranks: torch.Tensor) -> None:
-        point, method, engine = self.point, self.method, running.model.engine
+    def _restore_step(self, running: Running, point: Checkpoint, ranks: torch.Tensor) -> None:
+        method, engine = self.method, running.model.engine
         tensors = point.tensors("training")
         restore_values(method.trainable_parameters(), engine, tensors, str(point.folder), method.columns)
         self._restore_method(point)
         running.model.go_on_at(point.step, point.state["adam_steps"])
         running.loader.resume(point.state["cursor"])
         running.step = running.trainer.step_number = point.step
-        self._restore_random_states(ranks)
+        self._restore_random_states(point, ranks)
         running.meter.restore(ranks[:, : len(running.meter.to_bytes())])
 
     def _restore_method(self, point: Checkpoint) -> None:
@@ -298,10 +298,9 @@ class Session:
         folder = self.checkpoints.root / f"{index - 1:02d}-{before.name}" / f"step-{before.iterations}"
         return folder / "training.safetensors"
 
-    def _restore_random_states(self, ranks: torch.Tensor) -> None:
+    def _restore_random_states(self, point: Checkpoint, ranks: torch.Tensor) -> None:
         """Sets this rank's random states; on another number of ranks they begin anew."""
         if len(ranks) != world_size():
-            point = self.point
             torch.manual_seed(digest_number("random", self.config.seed, point.stage, point.step, rank()))
             return
         sizes = [len(state) for state in _random_states()]

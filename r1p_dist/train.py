@@ -268,8 +268,8 @@ def evaluate(evaluator: Evaluator, model: Callable, stream: Stream, session: Ses
     for result in results:
         session.log.result(row, result)
     progress.rows.append([result.score for result in results])
-    if results[0].following is not None:
-        progress.following.append([result.following for result in results])
+    if following := _following(results):
+        progress.following.append(following)
     return results
 
 
@@ -284,10 +284,15 @@ def evaluate_added(evaluator: Evaluator, model: Callable, stream: Stream, index:
             session.log.result(count, result)
         row += [result.score for result in results]
         if session.progress.following:
-            session.progress.following[count] += [result.following for result in results]
+            session.progress.following[count] += _following(results)
         if count == 0:
             session.progress.left_out += [result.left_out for result in results]
     session.deploy(method.merged(index))
+
+
+def _following(results: Iterable[TaskResult]) -> list[float]:
+    """Returns the share of answers that keep to the form, task by task; nothing for classification."""
+    return [result.following for result in results if result.following is not None]
 
 
 def _scan_loader(config: RunConfig, stage: Stage, encoder: Encoder, batches: int | None) -> TrainLoader:

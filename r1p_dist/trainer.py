@@ -131,6 +131,7 @@ class TaskTrainer:
                     whole[part.start : part.start + len(own)] = own.to(whole.device)
                 sum_over_ranks(whole)
             else:
+                assert part is not None  # every rank keeps all
                 whole = part.columns[column]
             if whole.data_ptr() != parameter.data_ptr():
                 write_stored(parameter, whole)

@@ -83,6 +83,7 @@ class Dac(Method):
             return self
 
     tiny = {"rank": 4, "active": 3, "merged": 2}
+    options: Options
     adapters: list[AdaptedLinear]
 
     @classmethod

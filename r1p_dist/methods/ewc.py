@@ -21,7 +21,7 @@ class EwcLinear(LoRALinear):
 
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
         """Returns weight / 2 * sum F (theta - theta*)^2 of this layer."""
-        if self.fisher is None:
+        if self.fisher is None or self.anchor is None:
             return {}
         now = {"A": factors.A.float(), "B": factors.B.float()}
         parts = [(self.fisher[name] * (now[name] - self.anchor[name]).square()).sum() for name in FACTORS]
@@ -50,6 +50,8 @@ class Ewc(LowRankMethod):
         """What is left of the past Fisher after each task: gamma."""
         batches: Count = 50
         """Global batches that the Fisher of a task is measured on."""
+
+    options: Options
 
     def prepare(self, index: int) -> None:
         if index == 0:

@@ -47,6 +47,8 @@ class InfLora(LowRankMethod):
                 )
             return self
 
+    options: Options
+
     def build(self) -> None:
         options, targets = self.options, self.config.targets
 

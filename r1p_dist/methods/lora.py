@@ -15,6 +15,7 @@ class Lora(LowRankMethod):
         """Merge after each task and begin a fresh adapter; else one adapter is kept going."""
 
     tiny = {"rank": 4}
+    options: Options
 
     def prepare(self, index: int) -> None:
         if index == 0 or self.options.restart:

@@ -41,6 +41,8 @@ class OLora(LowRankMethod):
         weight: NotNegative = 0.5
         """Of the penalty on the overlap of A with past ones; the code's lambda_1."""
 
+    options: Options
+
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         for adapter in self.adapters:
             past = [update.A for update in adapter.merged]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from r1p_dist.adapters import Factors, Update
+from r1p_dist.adapters import Factors, LoRALinear, Update
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.distributed import gathered
 from r1p_dist.protocol import LowRankMethod, Stage, Trainer
@@ -34,16 +34,17 @@ class Slao(LowRankMethod):
         self._merged = {adapter.name: past[-1][f"{adapter.name}.B"] if past else None for adapter in self.adapters}
 
     def updates(self) -> dict[str, Update]:
-        return {adapter.name: self._merge(*full_values(adapter.A, adapter.B), adapter) for adapter in self.adapters}
+        return {adapter.name: self._merge(adapter) for adapter in self.adapters}
 
-    def _merge(self, A: torch.Tensor, B: torch.Tensor, adapter) -> Factors:
+    def _merge(self, adapter: LoRALinear) -> Factors:
+        A, B = full_values(adapter.A, adapter.B)
         before = self._merged[adapter.name]
         if before is not None:
             B = before.to(B.device).lerp(B, self._number**-0.5)
         return Factors(A, B, adapter.scaling)
 
     def memory(self) -> dict[str, torch.Tensor]:
-        return {f"{name}.B": update.B for name, update in self.updates().items()}
+        return {f"{adapter.name}.B": self._merge(adapter).B for adapter in self.adapters}
 
     def merged(self, index: int) -> list[int]:
         return []  # the adapters hold the last task's own pair

@@ -33,6 +33,7 @@ class LowRankMethod(Method):
 
     Options = LowRankOptions
     layer: ClassVar[type[LoRALinear]] = LoRALinear
+    options: LowRankOptions
     adapters: list[LoRALinear]
 
     def build(self) -> None:

@@ -156,11 +156,14 @@ class Method:
     def set_merged(self, updates: Sequence[Mapping[str, Update]]) -> None:
         """Makes these updates, in order, all that is merged into the weights: W_0 and nothing else where none."""
         for adapter in self.adapters:
-            adapter.set_merged([task[adapter.name] for task in updates])
+            # those of an adapter are Factors
+            adapter.set_merged([task[adapter.name] for task in updates])  # pyright: ignore[reportArgumentType]
 
     def update_places(self) -> dict[str, tuple[nn.Parameter, slice | None]]:
         """Returns of each layer in `updates` the weight that it changes, and the rows of it; None: all."""
-        return {adapter.name: (adapter.linear.weight, adapter.rows) for adapter in self.adapters}
+        # torch declares the weight of a Linear as a tensor
+        places = {adapter.name: (adapter.linear.weight, adapter.rows) for adapter in self.adapters}
+        return places  # pyright: ignore[reportReturnType]
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Returns what a stage trains: of adapters by layer and name, of the backbone by its own names."""

@@ -21,6 +21,7 @@ class Watcher(Protocol):
 
     def watch(self) -> AbstractContextManager:
         """Returns what is entered around the scan, for hooks."""
+        ...
 
     def saw(self, gradients: Gradients | None) -> None:
         """Is told that a micro batch went through the model."""
@@ -40,6 +41,7 @@ class Trainer(Protocol):
     def gradients(self, batch: Batch) -> Gradients:
         """Returns the full gradients, fp32, of the method's loss of one micro batch, the mean over ranks; the
         parameters keep none. Its terms are logged. Zeros where the loss does not depend on a parameter."""
+        ...
 
     def update(self) -> None:
         """Makes the optimizer step, after one `backward` for each micro batch or one `backward_gradients`."""
@@ -58,6 +60,7 @@ class Trainer(Protocol):
 
     def weights(self, column: str) -> AbstractContextManager:
         """Returns a context in which the model has a column's numbers for its trained values: a teacher."""
+        ...
 
     def restart_moments(self) -> None:
         """Makes the optimizer forget: moments of zero, no step made; values and schedule stay."""
@@ -72,10 +75,13 @@ class Trainer(Protocol):
 
     def next_batches(self, request: str) -> Sequence[Batch]:
         """Returns the micro batches of the step for a stream that `Method.further_data` asked for."""
+        ...
 
     def past_memory(self) -> Sequence[Mapping[str, torch.Tensor]]:
         """Returns what `Method.memory` gave at the end of each finished stage; tensors are read when they are asked
         for."""
+        ...
 
     def by_layer(self, layers: Iterable[str], compute: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns compute(layer) of every layer on every rank; each rank computes those that it owns."""
+        ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from r1p_dist.distributed import owner, rank, sum_on_rank, sum_over_ranks
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Backbone
+    from r1p_dist.protocol.trainer import Gradients
 
 
 class InputMoments:
@@ -26,7 +27,7 @@ class InputMoments:
 
     needs_gradients = False
 
-    def __init__(self, backbone: Backbone, adapters: list[LowRankLinear]) -> None:
+    def __init__(self, backbone: Backbone, adapters: Sequence[LowRankLinear]) -> None:
         self._backbone = backbone
         fused = {id(module.linear): module for module in backbone.modules() if isinstance(module, FusedProjection)}
         self._modules: dict[str, nn.Module] = {}
@@ -59,7 +60,7 @@ class InputMoments:
         numbers = {name: number for number, name in enumerate(self._modules)}
         self.moments = {name: moment / counts[numbers[name]] for name, moment in self.moments.items()}
 
-    def saw(self, gradients: None) -> None:
+    def saw(self, gradients: Gradients | None) -> None:
         """The hooks have seen it."""
 
     def _add(self, number: int, name: str, x: torch.Tensor) -> None:
@@ -94,7 +95,8 @@ class FisherDiagonal:
     def watch(self) -> Iterator[None]:
         yield
 
-    def saw(self, gradients: Mapping[str, torch.Tensor]) -> None:
+    def saw(self, gradients: Gradients | None) -> None:
+        assert gradients is not None  # it needs them
         self._count += 1
         for name, gradient in gradients.items():
             self._sums[name] = self._sums.get(name, 0) + gradient.square()
