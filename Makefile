@@ -34,7 +34,7 @@ help:
 	@echo 'make test-quick the tests that take seconds, without SLURM and the other programs that read shards'
 	@echo 'make smoke      two trainings of a minute, which must end above zero-shot'
 	@echo 'make test-oldest  test-quick and smoke with the oldest versions allowed: PYTHON=python3.10 for that Python'
-	@echo 'make lint       ruff: format and rules'
+	@echo 'make lint       format, rules, spelling and types: what .pre-commit-config.yaml runs before a commit'
 	@echo 'make setup      only make the virtual environment $(VENV) and install the package'
 	@echo 'make clean      remove the virtual environments and what builds and tests left; runs/ stays'
 
@@ -69,6 +69,8 @@ test-oldest: $(OLDEST)/lower_bounds.txt
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 setup: $(VENV)/.installed
 
