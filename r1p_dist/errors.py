@@ -48,7 +48,7 @@ def report_errors(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        print(f"error: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(f"error: {error}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
         # gloo's and NCCL's words; the rank that ended has said why.

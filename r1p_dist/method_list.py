@@ -4,12 +4,12 @@ import ast
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from r1p_dist.arguments import Parser
 from r1p_dist.methods import installed_methods, shipped_methods
 
+_PACKAGE = "r1p_dist"
 _INFERENCE = {"merged": "merged weights alone", "task_id": "the task of each sample", "routed": "a router"}
 
 
@@ -70,16 +70,19 @@ class _Source:
         """Returns a class of this module or one that it imports, and its source; None where it is of another kind."""
         if name in self.classes:
             return self, self.classes[name]
-        if name in self._imported and self._imported[name][0].partition(".")[0] == "r1p_dist":
+        if name in self._imported and self._imported[name][0].split(".")[0] == _PACKAGE:
             module, original = self._imported[name]
             return _Source(module).find(original)
         return None
+
+    def is_method(self, node: ast.ClassDef) -> bool:
+        return any(base.name == "Method" for _, base in _lineage(self, node))
 
 
 def _file_of(module: str) -> Path:
     """Returns a module's file; of this package without importing those that it stands in."""
     own, *rest = module.split(".")
-    if own != "r1p_dist":
+    if own != _PACKAGE:
         return Path(importlib.util.find_spec(module).origin)
     place = Path(__file__).parent.joinpath(*rest)
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
@@ -87,9 +90,7 @@ def _file_of(module: str) -> Path:
 
 def _describe(name: str, module: str, attribute: str | None) -> Description:
     source = _Source(module)
-    node = (
-        source.classes[attribute] if attribute else next(filter(partial(_is_method, source), source.classes.values()))
-    )
+    node = source.classes[attribute] if attribute else next(filter(source.is_method, source.classes.values()))
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     description = Description(name, summary)
     for owner, base in reversed(list(_lineage(source, node))):
@@ -102,10 +103,6 @@ def _describe(name: str, module: str, attribute: str | None) -> Description:
             if isinstance(inner, ast.ClassDef) and inner.name == "Options":
                 description.options = list(_options(owner, inner, ""))
     return description
-
-
-def _is_method(source: _Source, node: ast.ClassDef) -> bool:
-    return any(base.name == "Method" for _, base in _lineage(source, node))
 
 
 def _lineage(source: _Source, node: ast.ClassDef) -> Iterator[tuple[_Source, ast.ClassDef]]:

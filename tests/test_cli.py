@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -242,3 +243,40 @@ def test_make_alone_prints_what_there_is() -> None:
     assert result.returncode == 0, result.stderr
     for target in ("make train", "make test ", "make test-all", "make lint", "make clean"):
         assert target in result.stdout
+
+
+def test_every_command_is_listed_and_shows_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"\n    {name} " in listed
+        with pytest.raises(SystemExit) as ended:
+            cli.main([name, "--help"])
+        assert ended.value.code == 0 and f"usage: r1p {name}" in capsys.readouterr().out, command.module
+
+
+@pytest.mark.parametrize(
+    ("entry", "usage"),
+    [
+        ("launchers/submit.py", "submit.py --recipe RECIPE"),
+        ("launchers/train.py", "train.py --recipe RECIPE"),
+        ("tools/compare.py", "compare.py [-h] --output DIR"),
+        ("tools/convert_shards.py", "convert_shards.py INPUT OUTPUT"),
+        ("tools/export.py", "export.py [-h] --to {open_clip,hf,peft}"),
+        ("tools/plan.py", "plan.py [-h] --model MODEL"),
+        ("tools/report.py", "report.py [-h] [--matrix PNG] run_dir"),
+    ],
+)
+def test_a_checkouts_entries_are_commands_under_names_of_their_own(
+    entry: str, usage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / entry), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / entry), run_name="__main__")
+    assert ended.value.code == 0 and f"usage: {usage}" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command_line() -> None:
+    result = _python("-m", "r1p_dist", "train", "--recipe", "nowhere")
+    assert result.returncode == 2 and result.stderr.startswith("error: recipe 'nowhere'")

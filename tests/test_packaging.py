@@ -46,7 +46,7 @@ def _expected(folder: str, pattern: str, inside: str) -> set[str]:
 
 
 def test_wheel_carries_every_module(names: set[str]) -> None:
-    assert _expected("r1p_dist", "**/*.py", "r1p_dist") <= names
+    assert _expected("r1p_dist", "**/*.py", "r1p_dist") | {"r1p_dist/py.typed"} <= names
 
 
 def test_wheel_carries_recipes_profiles_and_deepspeed_files(names: set[str]) -> None:

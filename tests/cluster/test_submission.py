@@ -65,7 +65,7 @@ def test_a_profiles_lines_are_in_the_script(tmp_path: Path, capsys) -> None:
         (["--recipe", "mini_mtil", "--nodez", "2"], ["--nodez"]),
         (["sweep", "--recipe", "mini_mtil", "seed=1"], ["several values"]),
         (["sweep", "--recipe", "mini_mtil", "seed=1,2", "--parallel", "0"], ["--parallel 0"]),
-        (["sweep", "--recipe", "mini_mtil", "options.merged=9,10"], ["none of the 2 points"]),
+        (["sweep", "--recipe", "mini_mtil", "method=lora", "options.rank=0,-1"], ["none of the 2 points"]),
         (["sweep", "--recipe", "mini_mtil", "--cluster", "debug", "seed=1,2"], ["cluster=debug"]),
         (["status", "nowhere"], ["nowhere"]),
         (["logs", "nowhere"], ["no job was submitted"]),
