@@ -29,24 +29,20 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpu_check_parts.case import Case, run_case
 from gpu_check_parts.parts import PARTS, SHARES, TITLES, cases
 
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, report_errors
 from r1p_dist.files import write_atomically
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the check; return 0 where all that ran passed, 1 where something failed, 2 for wrong input."""
-    arguments = _parse(argv)
-    try:
-        return check(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return report_errors(partial(check, _parse(argv)))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -15,12 +15,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.arguments import BENCHMARKS
 
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
-from r1p_dist.errors import InputError
+from r1p_dist.errors import report_errors
 from r1p_dist.files import write_atomically
 
 
@@ -38,14 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         command.add_argument("--json", type=Path, metavar="FILE", help="write what is printed there, too")
         add_arguments(command)
-    arguments = parser.parse_args(argv)
+    return report_errors(partial(_run, parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log stays where it is when DeepSpeed is imported
         module = importlib.import_module(f"benchmarks.{arguments.command}")
-    try:
-        result = module.run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result = module.run(arguments)
     text = result if isinstance(result, str) else json.dumps(result, indent=2)
     print(text)
     if arguments.json is not None:

@@ -19,13 +19,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import yaml
 from build_mini_stream import Sample, read_samples, write_shard
 
 from r1p_dist.data.stream import SPLITS, Stream
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, report_errors
 
 MOST_TEST_SAMPLES = 140  # per task: keeps the package small
 CHOICES = 4
@@ -323,21 +324,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action.add_argument("output", type=Path, nargs="?", help="folder to write; must not exist")
     action.add_argument("--baselines", metavar="STREAM", help="print each task's score without a model")
     options = parser.parse_args(arguments)
-    try:
-        if options.baselines is None:
-            for task in build_stream(options.output).tasks:
-                print(f"{task.name}: {task.metric}, {task.sizes}")
-        else:
-            from r1p_dist.evaluation.majority import majority_baselines
+    return report_errors(partial(_build if options.baselines is None else _print_baselines, options))
 
-            stream = Stream.load(options.baselines)
-            baselines = majority_baselines(stream)
-            for task in stream.tasks:
-                answer, value = baselines[task.name]
-                print(f"{task.name}: {task.metric} {value:.1f} with {answer!r}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _build(options: argparse.Namespace) -> int:
+    for task in build_stream(options.output).tasks:
+        print(f"{task.name}: {task.metric}, {task.sizes}")
+    return 0
+
+
+def _print_baselines(options: argparse.Namespace) -> int:
+    from r1p_dist.evaluation.majority import majority_baselines  # here, so that --help imports nothing heavy
+
+    stream = Stream.load(options.baselines)
+    baselines = majority_baselines(stream)
+    for task in stream.tasks:
+        answer, value = baselines[task.name]
+        print(f"{task.name}: {task.metric} {value:.1f} with {answer!r}")
     return 0
 
 

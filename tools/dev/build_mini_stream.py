@@ -22,12 +22,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from r1p_dist.data.stream import Stream, read_class_names, read_templates
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, report_errors
 
 
 @dataclass(frozen=True)
@@ -201,18 +202,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--order: give each order its own name")
     if options.validation_per_class < 0:
         parser.error("--validation-per-class must be 0 or more")
-    try:
-        stream = build_stream(
-            options.input,
-            options.output,
-            name=options.name or options.output.name,
-            validation_per_class=options.validation_per_class,
-            orders=dict(options.order),
-            unseen=options.unseen,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return report_errors(partial(_build, options))
+
+
+def _build(options: argparse.Namespace) -> int:
+    stream = build_stream(
+        options.input,
+        options.output,
+        name=options.name or options.output.name,
+        validation_per_class=options.validation_per_class,
+        orders=dict(options.order),
+        unseen=options.unseen,
+    )
     for task in stream.tasks:
         print(f"{task.name}: {len(task.class_names)} classes, {task.sizes}")
     return 0
