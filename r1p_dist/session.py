@@ -86,7 +86,7 @@ class Session:
         self.point = self.checkpoints.find() if method.trains else None
         self.progress = Progress()
         self.last_saved: str | None = None
-        self._updates: dict[int, dict[str, Update]] = {}  # of finished stages, those that were asked for
+        self._updates: dict[int, Mapping[str, Update]] = {}  # of finished stages, those that were asked for
         self._started = time.perf_counter()
         if self.point is not None:
             self._check_facts(self.point)
@@ -224,7 +224,8 @@ class Session:
             if index not in self._updates:
                 file = self._stage_file(index, "adapter")
                 self._updates[index] = load_updates(file, method.update_places(), method.backbone.device)
-        method.set_merged([self._updates[index] for index in stages])
+        held = method.set_merged([self._updates[index] for index in stages])
+        self._updates.update(zip(stages, held, strict=True))
 
     def _own_file(self, index: int, name: str) -> Path:
         return self.config.run_dir / "adapters" / f"{index:02d}-{self.stages[index].name}" / f"{name}.safetensors"

@@ -49,4 +49,6 @@ class Stages:
         self.deploy(self.method.deployed(len(self.updates)))
 
     def deploy(self, stages: list[int]) -> None:
-        self.method.set_merged([self.updates[index] for index in stages])
+        held = self.method.set_merged([self.updates[index] for index in stages])
+        for index, updates in zip(stages, held, strict=True):
+            self.updates[index] = updates

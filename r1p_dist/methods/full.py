@@ -34,10 +34,11 @@ class Full(Method):
     def deployed(self, count: int) -> list[int]:
         return super().deployed(count)[-1:]
 
-    def set_merged(self, updates: Sequence[Mapping[str, Update]]) -> None:
+    def set_merged(self, updates: Sequence[Mapping[str, Update]]) -> Sequence[Mapping[str, Update]]:
         for name, weight in self._weights.items():
             if updates or not weight.is_pristine:
                 weight.set([task[name] for task in updates])
+        return updates
 
     def update_places(self) -> dict[str, tuple[nn.Parameter, slice | None]]:
         return {name: (parameter, None) for name, parameter in self._trained.items()}

@@ -153,11 +153,15 @@ class Method:
         """Returns a context in which the model is the one for this task, where inference needs to know it."""
         return nullcontext()
 
-    def set_merged(self, updates: Sequence[Mapping[str, Update]]) -> None:
-        """Makes these updates, in order, all that is merged into the weights: W_0 and nothing else where none."""
+    def set_merged(self, updates: Sequence[Mapping[str, Update]]) -> Sequence[Mapping[str, Update]]:
+        """Makes these updates, in order, all that is merged into the weights: W_0 and nothing else where none.
+
+        Returns them as the layers hold them, so that nobody need keep the numbers twice.
+        """
         for adapter in self.adapters:
             # those of an adapter are Factors
             adapter.set_merged([task[adapter.name] for task in updates])  # pyright: ignore[reportArgumentType]
+        return [{adapter.name: adapter.merged[i] for adapter in self.adapters} for i in range(len(updates))]
 
     def update_places(self) -> dict[str, tuple[nn.Parameter, slice | None]]:
         """Returns of each layer in `updates` the weight that it changes, and the rows of it; None: all."""

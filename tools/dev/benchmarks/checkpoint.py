@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         def step_with_save() -> None:
             started = time.perf_counter()
             capture = Capture(parameters, training.engine.engine, torch.get_rng_state())
-            checkpoints.save("00-task/step-1", {"stage": 0, "step": 1}, training.method.state(), capture)
+            checkpoints.save("00-task/step-1", {"stage": 0, "step": 1}, training.method.state(), capture, links={})
             taken.append(time.perf_counter() - started)
             training.step()
 

@@ -78,7 +78,7 @@ class Run:
         """Ends the current task, begins the next and returns the seconds."""
         started = time.perf_counter()
         self.finished.append(self.method.updates())
-        self.method.set_merged(self.finished)
+        self.finished = list(self.method.set_merged(self.finished))
         self.engine.close()
         self._begin(task)
         return time.perf_counter() - started
