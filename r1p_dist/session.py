@@ -32,6 +32,7 @@ from r1p_dist.optimizer_state import adam_steps
 from r1p_dist.protocol import Method, Stage
 from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
+from r1p_dist.stage_data import StageData
 from r1p_dist.step_meter import StepMeter
 from r1p_dist.trainer import TaskTrainer
 
@@ -132,15 +133,13 @@ class Session:
     def open_stage(
         self,
         index: int,
-        loader: TrainLoader,
+        data: StageData,
         make_engine: Callable[[], TaskEngine],
         agreement: StepAgreement,
-        scan_loader: Callable[[int | None], TrainLoader],
-        further: Mapping[str, TrainLoader],
     ) -> Running:
         """Begins a stage, or takes it up where the checkpoint was taken.
 
-        scan_loader, further: as in TaskTrainer. Either way the method sees the same weights and values first.
+        Either way the method sees the same weights and values first.
         """
         stage, point, method = self.stages[index], self.point, self.method
         if point is not None and point.stage != index:
@@ -155,12 +154,12 @@ class Session:
         model = make_engine()
         meter = StepMeter(method.backbone.device, point.state["terms"] if point else ())
         memory = [TensorFile(self._stage_file(past, "memory")) for past in range(index)]
-        trainer = TaskTrainer(method, model, agreement, meter, scan_loader, memory)
-        running = Running(index, stage, loader, model, trainer, meter)
+        trainer = TaskTrainer(method, model, agreement, meter, data.scan, memory)
+        running = Running(index, stage, data.train, model, trainer, meter)
         method.begin(stage, trainer)
         if point is not None and point.step:
             self._restore_step(running, point, ranks)
-        for name, further_loader in further.items():
+        for name, further_loader in data.further.items():
             if point is not None and point.step:
                 further_loader.resume(point.state["cursor"]["further"][name])
             trainer.add_stream(name, further_loader)

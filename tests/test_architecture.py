@@ -13,8 +13,9 @@ PACKAGE = ROOT / "r1p_dist"
 ROOMS = (
     "lazy errors arguments host_waits files shipped safe_yaml tables storage_meter ds_config config distributed "
     "host_copy interrupts data losses adapters backbones evaluation protocol methods recipes optimizer "
-    "optimizer_state rendezvous engine runlog run_folder checkpoint step_meter trainer session figures page report "
-    "export train dry_run forget doctor method_list planner compare cluster run_commands cli __main__"
+    "optimizer_state rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer session fit scores "
+    "figures page report export train dry_run forget doctor method_list planner compare cluster run_commands cli "
+    "__main__"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -10,13 +10,13 @@ import torch
 
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.config import TrainConfig
+from r1p_dist.fit import train_step
 from r1p_dist.host_copy import HostCopy, on_device
 from r1p_dist.host_waits import HostWaits
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
-from r1p_dist.train import train_step
 from tests.small_clip import make_backbone
 from tests.stages import Stages
 from tests.test_parity import GLOBAL_BATCH, PROMPTS, global_batch

@@ -131,8 +131,8 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
 
 def metrics_of(rows: list[list[float]], stages: int) -> dict[str, Any]:
     """What a run of three tasks writes that has found these rows."""
+    from r1p_dist.scores import make_metrics
     from r1p_dist.session import Progress
-    from r1p_dist.train import make_metrics
 
     tasks = [SimpleNamespace(name=name, metric="accuracy", domain=None) for name in "abc"]
     session = SimpleNamespace(
@@ -223,7 +223,7 @@ def test_each_stage_mixes_in_the_tasks_before_it_and_the_reference(monkeypatch, 
     import r1p_dist.train
 
     found: list[TrainLoader] = []
-    monkeypatch.setattr(r1p_dist.train, "train_stream", lambda stream, loaders, *rest: found.extend(loaders) or {})
+    monkeypatch.setattr(r1p_dist.train, "train_stages", lambda data, *rest: found.extend(d.train for d in data) or {})
     reference = write_stream(tmp_path / "reference", [("a.cls", b"1"), ("a.png", b"")])
     shares = ["data.replay_share=0.25", "data.reference_share=0.125", f"data.reference={reference}"]
     config = load_config("mini_mtil", [*SHORT, *toy, *shares, f"run_dir={tmp_path}/run", "deepspeed.config=zero0"])

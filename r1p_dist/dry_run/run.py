@@ -21,17 +21,18 @@ from torch import nn
 
 from r1p_dist.backbones import Backbone, load_backbone
 from r1p_dist.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
-from r1p_dist.data import Encoder, EvaluationLoader, Stream, TrainLoader, evaluation_loaders, train_loader
+from r1p_dist.data import EvaluationLoader, Stream, evaluation_loaders
 from r1p_dist.distributed import fake_ranks, world_size
 from r1p_dist.dry_run.probe import Phase, Probe, joined
 from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
+from r1p_dist.fit import fit
 from r1p_dist.interrupts import STOP_SIGNALS, StepAgreement, Watchdog
 from r1p_dist.methods import make_method
 from r1p_dist.protocol import Stage
 from r1p_dist.session import Session
-from r1p_dist.train import fit
+from r1p_dist.stage_data import stage_data
 
 # Under ZeRO-3 the first two steps of a task note and compare the order of modules; the third is like all others.
 STEPS = 3
@@ -116,23 +117,20 @@ def _rank_0(config: RunConfig) -> DryRun:
         stage = replace(method.stages(stream)[0], iterations=STEPS)
         reference = Stream.load(config.data.reference).tasks if config.data.reference else ()
         encoder = backbone.encoder(config.data)
-        loader = train_loader(config, stage.tasks, STEPS, encoder, reference=reference)
+        data = stage_data(config, method, [stage], 0, encoder, reference)
+        scan = data.scan
+        data = replace(data, scan=lambda batches: scan(min(batches or STEPS, STEPS)))  # as short as the dry run
         session = Session(config, method, [stage], {})
         session.log.is_silent = True
         watchdog = Watchdog(math.inf, config.run_dir)
-        further = {
-            name: train_loader(config, request.tasks, STEPS, encoder)
-            for name, request in method.further_data(stage, ()).items()
-        }
-        scan_loader = partial(_scan_loader, config, stage, encoder)
         train = method.train_config(stage)
         agreement = _agreement(device)
         make_engine = partial(_ObservedEngine, backbone, config, train, agreement, probe)
         try:
-            running = session.open_stage(0, loader, make_engine, agreement, scan_loader, further)
+            running = session.open_stage(0, data, make_engine, agreement)
             probe.cut("loading")
             fit(running, session, agreement, watchdog)
-            batch = _describe_batch(backbone, loader.micro_batch_size)
+            batch = _describe_batch(backbone, data.train.micro_batch_size)
             probe.drop()
             session.save_step(running)
             session.checkpoints.wait()
@@ -154,11 +152,6 @@ def _rank_0(config: RunConfig) -> DryRun:
     phases = probe.phases
     phases["boundary"] = joined(phases.pop("merge"), phases.pop("next task"))
     return DryRun(config, world_size(), device.type, batch, phases)
-
-
-def _scan_loader(config: RunConfig, stage: Stage, encoder: Encoder, batches: int | None) -> TrainLoader:
-    """Returns a loader for a method's scan, as short as the dry run."""
-    return train_loader(config, stage.tasks, min(batches or STEPS, STEPS), encoder)
 
 
 def _agreement(device: torch.device) -> StepAgreement:

@@ -6,9 +6,9 @@ import deepspeed
 import pytest
 
 from r1p_dist.engine import start_process_group
+from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
-from r1p_dist.train import train_step
 from tests.methods.test_conformance import Loader, options_of
 from tests.small_clip import make_backbone
 from tests.stages import Stages

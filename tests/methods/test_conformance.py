@@ -18,10 +18,10 @@ from r1p_dist.backbones import load_backbone
 from r1p_dist.distributed import rank, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.export.run import export_run
+from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method, method_class, shipped_methods
 from r1p_dist.protocol import Method
 from r1p_dist.recipes import load_config
-from r1p_dist.train import train_step
 from tests.export.fake_run import PROMPTS as PROMPTS_OF_EXPORT
 from tests.export.fake_run import images, library_logits, library_model
 from tests.small_clip import make_backbone
