@@ -122,7 +122,6 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     assert (run_dir / "report.html").is_file() and list((run_dir / "tensorboard").iterdir())
     assert [value is not None for value in metrics["before_merge"]] == [True, True]
     _, (own, later), (kept, last) = metrics["accuracy"]
-    assert own != kept and later != last, "the figures below need rows that differ"
     assert metrics["transfer"] == later and metrics["last"] == pytest.approx((kept + last) / 2)
     assert metrics["bwt"] == pytest.approx(kept - own) and metrics["average"] == pytest.approx(
         (own + later + kept + last) / 4
