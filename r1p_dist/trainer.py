@@ -16,6 +16,7 @@ from r1p_dist.host_copy import on_device
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import part_of, set_adam_steps
 from r1p_dist.protocol import Method, Watcher
+from r1p_dist.protocol.trainer import Need
 from r1p_dist.step_meter import StepMeter
 
 
@@ -137,27 +138,43 @@ class TaskTrainer:
                 write_stored(parameter, whole)
 
     def scan(self, *watchers: Watcher, batches: int | None = None, trained: bool = False) -> None:
+        for need in dict.fromkeys(watcher.needs for watcher in watchers):
+            self._show([watcher for watcher in watchers if watcher.needs == need], need, batches, trained)
+
+    def _show(self, watchers: Sequence[Watcher], need: Need, batches: int | None, trained: bool) -> None:
+        """Shows the batches of one pass to watchers that need the same."""
         backbone, loader = self._method.backbone, self._scan_loader(batches)
-        needs_gradients = any(watcher.needs_gradients for watcher in watchers)
         with ExitStack() as stack:
             for watcher in watchers:
                 stack.enter_context(watcher.watch())
-            stack.enter_context(self._quiet(trained or needs_gradients))
+            stack.enter_context(self._quiet(trained or need != "forward"))
             prepare = backbone.preparer(loader.prompts)
+            number = 0
             for step in on_device(loader.steps(), prepare, backbone.device):
                 backbone.begin_step(step, self._method.config.train)
                 for batch in step:
-                    gradients = self._look(batch, needs_gradients)
+                    gradients = self._look(batch, need, number)
                     for watcher in watchers:
-                        watcher.saw(gradients if watcher.needs_gradients else None)
+                        watcher.saw(gradients)
+                    number += 1
         loader.check_faults()
 
-    def _look(self, batch: Batch, needs_gradients: bool) -> dict[str, torch.Tensor] | None:
+    def _look(self, batch: Batch, need: Need, number: int) -> dict[str, torch.Tensor] | None:
         """Runs the model on one micro batch; returns the gradients of its loss without penalties where asked for."""
         backbone, module = self._method.backbone, self._model.engine.module
-        with torch.set_grad_enabled(needs_gradients):
+        if need == "sensitivity":
+            # the same direction for all samples, whichever rank they are on: none depends on another
+            generator = torch.Generator().manual_seed(number)
+            outputs = backbone.outputs(module, batch)
+            directions = [torch.randn(value.shape[-1], generator=generator) for value in outputs]
+            pairs = zip(outputs, directions, strict=True)
+            probe = torch.stack([(value.float() @ direction.to(value.device)).sum() for value, direction in pairs])
+            torch.autograd.grad(probe.sum(), list(self._parameters.values()), allow_unused=True)
+            _release_weights(self._model.engine)
+            return None
+        with torch.set_grad_enabled(need == "gradients"):
             loss = backbone.loss(module, batch)
-        return self._mean_gradients(loss) if needs_gradients else None
+        return self._mean_gradients(loss) if need == "gradients" else None
 
     @contextmanager
     def _quiet(self, trained: bool) -> Iterator[None]:

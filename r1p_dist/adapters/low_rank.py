@@ -101,7 +101,8 @@ class LowRankLinear(nn.Module):
         layers.
 
         Runs in the forward, where ZeRO-3 has the values: as often as that, but once per micro batch it counts. factors:
-        the update of this batch. The names must be the same on every rank.
+        the update of this batch. Names and graph must be the same on every rank, because ZeRO adds up gradients in the
+        order in which they come.
         """
         return {}
 

@@ -49,6 +49,12 @@ class Backbone(Protocol):
         model: the backbone, or the DeepSpeed engine around it.
         """
 
+    def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
+        """Returns what the model gives out for a micro batch, a row for each sample, prompt or token that counts.
+
+        No row depends on another's sample. model: as for `loss`.
+        """
+
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
         """Returns the weights of towers by their names in `named_parameters`."""
 

@@ -217,6 +217,10 @@ class LlavaBackbone(nn.Module):
         losses, conversations = model(batch)
         return (losses * batch["weight"][conversations]).sum()
 
+    def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
+        """Returns the loss of each token of the answers, (tokens, 1)."""
+        return [model(batch)[0][:, None]]
+
     def answer(self, model: Callable, batch: Batch, max_new_tokens: int) -> list[tuple[str, bool]]:
         """Returns the text that the model answers to each conversation of a batch, and whether it came to an end."""
         ids = model(batch, max_new_tokens=max_new_tokens).tolist()

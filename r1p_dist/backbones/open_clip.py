@@ -233,6 +233,10 @@ class ClipBackbone(nn.Module):
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Does nothing: the contrastive loss of a micro batch needs no other."""
 
+    def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
+        """Returns the features of a micro batch's pictures and of its distinct prompts."""
+        return list(model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"]))
+
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
         """Returns the contrastive loss of a micro batch that a `preparer` has seen; each distinct prompt is encoded
         once.

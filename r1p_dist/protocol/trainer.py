@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -12,19 +12,24 @@ if TYPE_CHECKING:
     from r1p_dist.backbones.backbone import Batch
 
 Gradients = dict[str, torch.Tensor]
+Need = Literal["forward", "gradients", "sensitivity"]
 
 
 class Watcher(Protocol):
-    """What `Trainer.scan` shows batches to. needs_gradients: of every batch's loss, by `Trainer.gradients`."""
+    """What `Trainer.scan` shows batches to.
 
-    needs_gradients: bool
+    needs: what is run for a micro batch: the model forwards, or also backwards from its loss, or from a random
+    projection of what it gives out (`Backbone.outputs`).
+    """
+
+    needs: Need
 
     def watch(self) -> AbstractContextManager:
         """Returns what is entered around the scan, for hooks."""
         ...
 
     def saw(self, gradients: Gradients | None) -> None:
-        """Is told that a micro batch went through the model."""
+        """Is told that a micro batch went through the model; gradients: of its loss, where they are needed."""
 
 
 class Trainer(Protocol):

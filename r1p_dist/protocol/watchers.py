@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,24 +12,25 @@ from torch import nn
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear
 from r1p_dist.distributed import owner, rank, sum_on_rank, sum_over_ranks
+from r1p_dist.protocol.trainer import Gradients, Need
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Backbone
-    from r1p_dist.protocol.trainer import Gradients
 
 
 class InputMoments:
-    """The uncentred second moment of the input of each adapted linear, (in, in) fp32, the mean over real tokens.
+    """The uncentred second moment of the input of each adapted linear, (in, in) fp32, the weighted mean over tokens.
 
     layers: by the name of the first adapter that reads an input, all that read the same one (q, k and v). A rank keeps
     those of the layers that it owns, in `moments`. Tokens of padding do not count; a prompt counts as often as it
-    occurs.
+    occurs. by_sensitivity: a token's weight is the squared gradient, at the layer's output, of a random projection of
+    what the model gives out (`Backbone.outputs`), so that tokens count that it depends on; reconstruction, as the
+    Fisher of K-FAC (arXiv 1503.05671) has both factors but weighs no token.
     """
 
-    needs_gradients = False
-
-    def __init__(self, backbone: Backbone, adapters: Sequence[LowRankLinear]) -> None:
+    def __init__(self, backbone: Backbone, adapters: Sequence[LowRankLinear], by_sensitivity: bool = False) -> None:
         self._backbone = backbone
+        self.needs: Need = "sensitivity" if by_sensitivity else "forward"
         fused = {id(module.linear): module for module in backbone.modules() if isinstance(module, FusedProjection)}
         self._modules: dict[str, nn.Module] = {}
         by_linear: dict[int, list[str]] = {}
@@ -40,39 +42,54 @@ class InputMoments:
                 self._modules[adapter.name] = fused.get(id(adapter.linear), adapter)
             names.append(adapter.name)
         self.moments: dict[str, torch.Tensor] = {}
-        self._counts = torch.zeros(len(self.layers), dtype=torch.float64)
+        self._totals: dict[str, torch.Tensor] = {}  # of the tokens' weights, on this rank
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         handles = []
         for number, (name, module) in enumerate(self._modules.items()):
-
-            def look(module: nn.Module, inputs: tuple, number: int = number, name: str = name) -> None:
-                self._add(number, name, inputs[0].detach().float())
-
-            handles.append(module.register_forward_pre_hook(look))
+            if self.needs == "forward":
+                handles.append(module.register_forward_pre_hook(partial(self._see, number, name)))
+            else:
+                handles.append(module.register_forward_hook(partial(self._see_sensitivity, number, name)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        counts = sum_over_ranks(self._counts).tolist()
-        numbers = {name: number for number, name in enumerate(self._modules)}
-        self.moments = {name: moment / counts[numbers[name]] for name, moment in self.moments.items()}
+        totals = sum_over_ranks(torch.stack([self._totals[name] for name in self._modules])).tolist()
+        of_layer = dict(zip(self._modules, totals, strict=True))
+        self.moments = {name: moment / of_layer[name] for name, moment in self.moments.items()}
 
     def saw(self, gradients: Gradients | None) -> None:
         """The hooks have seen it."""
 
-    def _add(self, number: int, name: str, x: torch.Tensor) -> None:
-        """x: (batch, tokens, in)."""
+    def _see(self, number: int, name: str, module: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].detach()
+        self._add(number, name, x, self._times(name, x))
+
+    def _see_sensitivity(self, number: int, name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        x = inputs[0].detach()
+        times = self._times(name, x)
+        output.register_hook(
+            lambda gradient: self._add(number, name, x, times * gradient.detach().float().square().sum(-1))
+        )
+
+    def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Returns how often each token of x (batch, tokens, in) counts."""
         routing = self._backbone.routing[name.partition(".")[0]]
         times = torch.ones(x.shape[:2], device=x.device)
         if routing.padding is not None and routing.padding.shape == x.shape[:2]:
             times = routing.padding.float()
             if routing.weights is not None:
                 times = times * routing.weights[:, None]
-        self._counts[number] += times.sum().double().cpu()
-        weighted = (x * times[..., None]).flatten(0, 1)
+        return times
+
+    @torch.no_grad()
+    def _add(self, number: int, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:
+        x = x.float()
+        self._totals[name] = self._totals.get(name, 0) + weights.sum().double()
+        weighted = (x * weights[..., None]).flatten(0, 1)
         moment = sum_on_rank(weighted.T @ x.flatten(0, 1), owner(number))
         if rank() == owner(number):
             self.moments[name] = self.moments.get(name, 0) + moment
@@ -85,7 +102,7 @@ class FisherDiagonal:
     the batch size.
     """
 
-    needs_gradients = True
+    needs: Need = "gradients"
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}

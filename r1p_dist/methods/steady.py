@@ -1,0 +1,115 @@
+"""Ours: a low-rank update per task, penalised by what it does to the inputs of the tasks before it."""
+
+from __future__ import annotations
+
+import torch
+
+from r1p_dist.adapters import Factors, LoRALinear
+from r1p_dist.config import Count, NotNegative
+from r1p_dist.distributed import gathered, owner, rank, world_size
+from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
+
+
+class _Change(torch.autograd.Function):
+    """tr(A C A^T B^T B), or 0 where C is None: A (k, in), B (out, k), C (in, in) symmetric.
+
+    One node of the graph on every rank: ZeRO 1 and 2 add up gradients in the order in which they come, so the graph
+    must be the same on all.
+    """
+
+    @staticmethod
+    def forward(ctx, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
+        AC = torch.zeros_like(A) if C is None else A @ C
+        ctx.save_for_backward(A, B, AC)
+        return ((AC @ A.T) * (B.T @ B)).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        A, B, AC = ctx.saved_tensors
+        return 2 * gradient * (B.T @ B) @ AC, 2 * gradient * B @ (AC @ A.T), None
+
+
+class MetricLinear(LoRALinear):
+    """A LoRA B A with a penalty s^2 tr(A C A^T B^T B), the mean squared change of the layer's output on past inputs.
+
+    moment: C, (in, in), on the rank that owns the layer's input; other ranks have None and add zero. scale: what the
+    penalty is multiplied by; 0 where no inputs are known yet.
+    """
+
+    moment: torch.Tensor | None = None
+    scale = 0.0
+
+    def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
+        """Returns scale * s^2 tr(A C A^T B^T B); see `Steady`."""
+        if not self.scale:
+            return {}
+        change = _Change.apply(factors.A.float(), factors.B.float(), self.moment)
+        return {"inputs": self.scale * factors.scaling**2 * change}
+
+
+class Steady(LowRankMethod):
+    """A fresh low-rank update per task, held to what leaves past inputs' outputs alone; all of it is merged (ours).
+
+    The loss adds weight * mean over linears of s^2 tr(A C A^T B^T B) / tr(W C W^T): the expected squared change of a
+    layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
+    layer's input, so it does not grow with their number; DAC's AGO loss, which keeps new columns of B orthogonal to
+    merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
+    at the merge. No past picture or prompt is kept.
+    """
+
+    stores = "a second moment (in, in) per layer input"
+    layer = MetricLinear
+    tiny = {"rank": 4, "batches": 2, "weight": 10.0}
+    adapters: list[MetricLinear]
+
+    class Options(LowRankOptions):
+        """Options of Steady."""
+
+        weight: NotNegative = 1e4
+        """Of the penalty: mu."""
+        by_sensitivity: bool = True
+        """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
+        batches: Count | None = None
+        """Global batches that a task's inputs are measured on; null: an epoch."""
+
+    options: Options
+
+    def begin(self, stage: Stage, trainer: Trainer) -> None:
+        past = trainer.past_memory()
+        self._past = past[-1] if past else None
+        if self._past is None:
+            return
+        count = float(self._past["tasks"])
+        by_name = {adapter.name: adapter for adapter in self.adapters}
+        for number, (layer, names) in enumerate(self._inputs().layers.items()):
+            is_mine = rank() == owner(number)
+            moment = self._past[f"{layer}.moment"].to(self.backbone.device) / count if is_mine else None
+            for adapter in map(by_name.get, names):
+                adapter.moment = moment
+                with gathered([adapter.linear.weight]):
+                    size = _size(adapter, moment) if is_mine else 1.0
+                # the mean over ranks is taken, and one alone adds this layer's
+                adapter.scale = self.options.weight * world_size() / (size * len(self.adapters))
+
+    def end(self, stage: Stage, trainer: Trainer) -> None:
+        inputs = self._inputs()
+        trainer.scan(inputs, batches=self.options.batches, trained=True)
+        before = self._past
+        self._memory = {"tasks": torch.tensor(1.0 if before is None else float(before["tasks"]) + 1)}
+        for layer, moment in inputs.moments.items():
+            known = 0 if before is None else before[f"{layer}.moment"].to(moment.device)
+            self._memory[f"{layer}.moment"] = known + moment
+
+    def memory(self) -> dict[str, torch.Tensor]:
+        """Returns the number of tasks and of each layer's input the sum of their second moments."""
+        return self._memory
+
+    def _inputs(self) -> InputMoments:
+        return InputMoments(self.backbone, self.adapters, self.options.by_sensitivity)
+
+
+@torch.no_grad()
+def _size(adapter: MetricLinear, moment: torch.Tensor) -> float:
+    """Returns tr(W C W^T) of the adapter's rows: the mean squared output of the layer on past inputs."""
+    W = adapter.linear.weight[adapter.rows].float()
+    return float(((W @ moment) * W).sum())

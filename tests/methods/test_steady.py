@@ -1,0 +1,117 @@
+"""The penalty of Steady against the layers' outputs on past inputs themselves, and the weights of tokens."""
+
+import pytest
+import torch
+
+from r1p_dist.methods.steady import _Change
+from r1p_dist.protocol import InputMoments
+
+
+def inputs_of(backbone, layer: torch.nn.Module, batches: list[dict], tower: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the inputs (tokens, in) of a module over batches with the merged weights, and how often each counts."""
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    times = []
+    backbone.eval()
+    with torch.no_grad():
+        for batch in batches:
+            if tower == "image":
+                backbone(image=batch["image"])
+                times.append(torch.ones(seen[-1].shape[:2]))
+            else:
+                backbone(tokens=batch["tokens"], end=batch["end"])
+                real = torch.arange(seen[-1].shape[1]) <= batch["end"][:, None]
+                times.append((real * batch["counts"][:, None]).float())
+    handle.remove()
+    flat = [value.flatten(0, 1) for value in seen]
+    return torch.cat(flat), torch.cat([value.flatten() for value in times])
+
+
+def norm_before(backbone, tower: str) -> torch.nn.Module:
+    """Returns the LayerNorm whose output the tower's first attention reads."""
+    model = backbone.model.visual if tower == "image" else backbone.model.text
+    return model.transformer.resblocks[0].ln_1
+
+
+def test_the_gradient_of_the_change_is_right() -> None:
+    A, B = torch.randn(2, 5, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    C = x.T @ x / 7
+    for factor in (A, B):
+        factor.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda A, B: _Change.apply(A, B, C), (A, B))
+    torch.testing.assert_close(_Change.apply(A, B, C), (x @ (B @ A).T).square().sum(1).mean())
+    assert _Change.apply(A, B, None) == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(_Change.apply(A, B, None), (A, B)))
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(stages_of, tower: str) -> None:
+    stages, train = stages_of("steady", "options.by_sensitivity=false", "options.batches=2", "options.weight=7")
+    method, backbone = stages.method, stages.method.backbone
+    stages.begin(0)
+    assert "loss_inputs" not in train(0)
+    stages.end()
+    x, times = inputs_of(backbone, norm_before(backbone, tower), stages.scan_batches(0, 2), tower)
+    stages.begin(1)
+    (adapter,) = [adapter for adapter in method.adapters if adapter.name == f"{tower}.0.k"]
+    with torch.no_grad():
+        for other in method.adapters:
+            other.B.zero_()
+        adapter.B.normal_(generator=torch.Generator().manual_seed(0))
+    changed = (x @ (adapter.scaling * adapter.B @ adapter.A).T).square().sum(1) @ times / times.sum()
+    whole = (x @ adapter.linear.weight[adapter.rows].T).square().sum(1) @ times / times.sum()
+    backbone.train()
+    _, terms = method.loss(backbone, stages.scan_batches(1, 1)[0])
+    expected = 7 * changed / whole / len(method.adapters)
+    torch.testing.assert_close(terms["inputs"], expected.detach(), rtol=1e-4, atol=0)
+    stages.engine.close()
+
+
+def test_past_tasks_count_alike(stages_of) -> None:
+    stages, train = stages_of("steady", "options.batches=1")
+    for task in range(2):
+        stages.begin(task)
+        train(task)
+        stages.end()
+    one, both = stages.memory
+    assert float(one["tasks"]) == 1 and float(both["tasks"]) == 2
+    stages.begin(2)
+    adapter = stages.method.adapters[0]
+    torch.testing.assert_close(adapter.moment, both[f"{adapter.name}.moment"] / 2)
+    assert (one[f"{adapter.name}.moment"] - both[f"{adapter.name}.moment"] / 2).norm() > 0
+    stages.engine.close()
+
+
+def test_tokens_that_the_features_do_not_depend_on_have_no_weight(stages_of) -> None:
+    stages, _ = stages_of("steady")
+    method, backbone = stages.method, stages.method.backbone
+    trainer = stages.begin(0)
+    batch = stages.scan_batches(0, 1)[0]
+    inputs = InputMoments(backbone, method.adapters, by_sensitivity=True)
+    trainer.scan(inputs, batches=1, trained=True)
+    # of the image tower's last block, behind attention, the features read [CLS] alone
+    last = len(backbone.model.visual.transformer.resblocks) - 1
+    block = backbone.model.visual.transformer.resblocks[last]
+    seen = []
+    handle = block.ln_2.register_forward_hook(lambda module, args, output: seen.append(output.detach()[:, 0]))
+    backbone.eval()
+    with torch.no_grad():
+        backbone(image=batch["image"])
+    handle.remove()
+    # and of these, by the squared gradient of a projection of the feature
+    weights = []
+    direction = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    outputs: list[torch.Tensor] = []
+    handle = block.mlp.c_fc.register_forward_hook(
+        lambda module, args, output: outputs.append(output.requires_grad_(True))
+    )
+    backbone.train()
+    features = backbone(image=batch["image"])[0]
+    handle.remove()
+    (gradient,) = torch.autograd.grad((features @ direction).sum(), outputs)
+    weights = gradient[:, 0].square().sum(-1)
+    x = seen[0]
+    expected = (x * weights[:, None]).T @ x / weights.sum()
+    torch.testing.assert_close(inputs.moments[f"image.{last}.fc1"], expected, rtol=1e-3, atol=1e-5)
+    stages.engine.close()
