@@ -59,7 +59,8 @@ class InputMoments:
                 handle.remove()
         totals = sum_over_ranks(torch.stack([self._totals[name] for name in self._modules])).tolist()
         of_layer = dict(zip(self._modules, totals, strict=True))
-        self.moments = {name: moment / of_layer[name] for name, moment in self.moments.items()}
+        # of a tower that saw nothing but pictures that stand in, zeros
+        self.moments = {name: moment / (of_layer[name] or 1) for name, moment in self.moments.items()}
 
     def saw(self, gradients: Gradients | None) -> None:
         """The hooks have seen it."""
@@ -81,8 +82,8 @@ class InputMoments:
         times = torch.ones(x.shape[:2], device=x.device)
         if routing.padding is not None and routing.padding.shape == x.shape[:2]:
             times = routing.padding.float()
-            if routing.weights is not None:
-                times = times * routing.weights[:, None]
+        if routing.weights is not None and len(routing.weights) == len(x):
+            times = times * routing.weights[:, None]
         return times
 
     @torch.no_grad()

@@ -1,0 +1,40 @@
+"""The second moments of a layer's inputs: which tokens count, and how often."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from r1p_dist.adapters import LoRALinear, Routing
+from r1p_dist.protocol import InputMoments
+
+X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))  # samples, tokens, in
+
+
+def moment_of(routing: Routing, *batches: torch.Tensor) -> torch.Tensor:
+    adapter = LoRALinear(nn.Linear(5, 2), rank=1, rows=slice(0, 2))
+    adapter.name = "image.0.q"
+    backbone = SimpleNamespace(modules=lambda: [], routing={"image": routing})
+    inputs = InputMoments(backbone, [adapter])
+    with inputs.watch():
+        for batch in batches:
+            adapter(batch)
+    return inputs.moments["image.0.q"]
+
+
+def test_without_more_knowledge_all_tokens_count_once_over_all_batches() -> None:
+    flat = X.flatten(0, 1)
+    torch.testing.assert_close(moment_of(Routing(), X[:2], X[2:]), flat.T @ flat / len(flat))
+
+
+def test_padding_does_not_count_and_a_sample_as_often_as_it_occurs() -> None:
+    padding = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    found = moment_of(Routing(padding=padding, weights=torch.tensor([3, 1])), X[:2])
+    tokens = torch.cat([X[0, :2]] * 3 + [X[1, :3]])
+    torch.testing.assert_close(found, tokens.T @ tokens / 9)
+
+
+def test_pictures_that_stand_in_do_not_count() -> None:
+    found = moment_of(Routing(weights=torch.tensor([0, 2])), X[:2])
+    torch.testing.assert_close(found, X[1].T @ X[1] / 4)
+    assert moment_of(Routing(weights=torch.tensor([0, 0])), X[:2]).eq(0).all()
