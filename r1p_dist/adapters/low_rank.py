@@ -181,7 +181,8 @@ def recorded(adapters: Sequence[LowRankLinear]) -> Iterator[dict[str, torch.Tens
     for adapter in adapters:
         for name, term in adapter.terms.items():
             terms.setdefault(name, []).append(term)
-        adapter.terms = {}
+        # the flag as the first forward found it: when a checkpoint runs that again, compiled code must be the same
+        adapter.is_recorded, adapter.terms = False, {}
     found.update({name: torch.stack(parts).sum() for name, parts in terms.items()})
 
 
