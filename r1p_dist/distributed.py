@@ -272,6 +272,19 @@ def from_rank(tensor: torch.Tensor, where: int) -> torch.Tensor:
     return _bring_back(tensor, sent)
 
 
+def shaped_from_rank(tensor: torch.Tensor | None, where: int, device: torch.device | str) -> torch.Tensor:
+    """Gives all ranks, in fp32 on `device`, a tensor of one rank whose shape the others need not know; a collective.
+
+    tensor: of at most seven dimensions; None on the others.
+    """
+    shape = torch.zeros(8, dtype=torch.int64)
+    if tensor is not None and rank() == where:
+        shape[: tensor.dim() + 1] = torch.tensor([tensor.dim(), *tensor.shape])
+        tensor = tensor.detach().float().to(device).contiguous()
+    dims, *sizes = from_rank(shape, where).tolist()
+    return from_rank(tensor if rank() == where else torch.empty(sizes[:dims], device=device), where)
+
+
 def agree(action: Callable[[], Any]) -> Any:
     """Runs the action on rank 0 and returns its result, something that JSON can hold, on every rank.
 

@@ -9,7 +9,7 @@ import torch
 from r1p_dist.backbones.backbone import Batch
 from r1p_dist.checkpoint import TensorFile, write_stored
 from r1p_dist.data import TrainLoader
-from r1p_dist.distributed import from_rank, gathered, is_faked, owner, rank, sum_over_ranks, world_size
+from r1p_dist.distributed import gathered, owner, rank, shaped_from_rank, sum_over_ranks, world_size
 from r1p_dist.engine import TaskEngine
 from r1p_dist.errors import InputError
 from r1p_dist.host_copy import on_device
@@ -210,27 +210,14 @@ class TaskTrainer:
         return self._past_memory
 
     def by_layer(self, layers: Iterable[str], compute: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        return by_layer(layers, compute, self._method.backbone.device)
+        found = {}
+        for number, layer in enumerate(layers):
+            own = compute(layer) if rank() == owner(number) else None
+            found[layer] = shaped_from_rank(own, owner(number), self._method.backbone.device)
+        return found
 
 
 def _release_weights(engine: Any) -> None:
     """Lets ZeRO-3 take the weights away again that it believes in use, as it does at the end of its own backward."""
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.parameter_offload.get_param_coordinator().release_and_reset_all(engine.module)
-
-
-def by_layer(
-    layers: Iterable[str], compute: Callable[[str], torch.Tensor], device: torch.device
-) -> dict[str, torch.Tensor]:
-    """Returns compute(layer) of every layer on every rank; each is computed by its owner alone."""
-    found = {}
-    for number, layer in enumerate(layers):
-        shape = torch.zeros(8, dtype=torch.int64)
-        if rank() == owner(number):
-            own = compute(layer).float()
-            shape[: own.dim() + 1] = torch.tensor([own.dim(), *own.shape])
-        dims, *sizes = from_rank(shape, owner(number)).tolist()
-        if rank() != owner(number) or is_faked():
-            own = torch.empty(sizes[:dims], device=device) if rank() != owner(number) else own
-        found[layer] = from_rank(own.to(device).contiguous(), owner(number))
-    return found

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from r1p_dist.adapters import Dense, Factors, Update
-from r1p_dist.distributed import agree, from_rank, gather_bytes, gathered, rank
+from r1p_dist.distributed import agree, gather_bytes, gathered, rank, shaped_from_rank
 from r1p_dist.errors import InputError
 from r1p_dist.files import sync, write_atomically
 
@@ -67,21 +67,12 @@ def save_memory(path: Path, memory: Mapping[str, torch.Tensor]) -> None:
     owners = {name: owner for owner in reversed(range(len(names))) for name in names[owner]}
     tensors = {}
     for name in sorted(owners):
-        tensor = _sent_to_first(memory.get(name), owners[name])
+        tensor = memory.get(name)
+        if owners[name] != 0:
+            tensor = shaped_from_rank(tensor, owners[name], "cpu")
         if rank() == 0:
-            tensors[name] = tensor
+            tensors[name] = tensor.detach().float()
     agree(lambda: _write(path, tensors))
-
-
-def _sent_to_first(tensor: torch.Tensor | None, owner: int) -> torch.Tensor:
-    if owner == 0:
-        return torch.empty(0) if tensor is None else tensor.detach().float().cpu()
-    shape = [0] * 8
-    if rank() == owner:
-        shape[: tensor.dim() + 1] = [tensor.dim(), *tensor.shape]
-    dims, *sizes = from_rank(torch.tensor(shape), owner).tolist()
-    content = tensor.detach().float().cpu().contiguous() if rank() == owner else torch.empty(sizes[:dims])
-    return from_rank(content, owner)
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
