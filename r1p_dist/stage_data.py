@@ -34,11 +34,4 @@ def stage_data(
         for name, request in method.further_data(stage, past).items()
     }
     train = train_loader(config, stage.tasks, stage.iterations, encoder, past=past, reference=reference)
-    return StageData(train, further, partial(_scan_loader, config, stage, encoder))
-
-
-def _scan_loader(config: RunConfig, stage: Stage, encoder: Encoder, batches: int | None) -> TrainLoader:
-    loader = train_loader(config, stage.tasks, batches or 1, encoder)
-    if batches is None:
-        loader = train_loader(config, stage.tasks, loader.steps_per_epoch, encoder)
-    return loader
+    return StageData(train, further, partial(train_loader, config, stage.tasks, encoder=encoder))

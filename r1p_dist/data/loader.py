@@ -53,7 +53,7 @@ class TrainLoader:
         self,
         tasks: Sequence[Task],
         *,
-        iterations: int,
+        iterations: int | None,
         global_batch_size: int,
         gradient_accumulation_steps: int,
         rank: int,
@@ -72,10 +72,11 @@ class TrainLoader:
     ) -> None:
         """Index the training shards.
 
-        shots, samples: of each class or instruction task, None: all. shuffle_shards: how many shards' samples are
-        mixed, None: the whole epoch's. group_by_length: how many global batches' conversations are sorted by length
-        among themselves. InputError: batch sizes that do not divide, unusable shards, sizes other than the stream file
-        says, tasks of both kinds.
+        iterations: None for those of an epoch, the last of which may see some samples twice. shots, samples: of each
+        class or instruction task, None: all. shuffle_shards: how many shards' samples are mixed, None: the whole
+        epoch's. group_by_length: how many global batches' conversations are sorted by length among themselves.
+        InputError: batch sizes that do not divide, unusable shards, sizes other than the stream file says, tasks of
+        both kinds.
         """
         share = _micro_batch_size(global_batch_size, gradient_accumulation_steps, world_size)
         splits = ("train", "validation") if include_validation else ("train",)
@@ -100,6 +101,8 @@ class TrainLoader:
         if max_bad_fraction is not None:
             self._most_bad = int(max_bad_fraction * len(self.dataset))
         self._workers = workers
+        if iterations is None:
+            iterations = math.ceil(len(self.dataset) / global_batch_size)
         self._micro_batches = range(iterations * gradient_accumulation_steps)
         self._global_batch_size, self._accumulation = global_batch_size, gradient_accumulation_steps
         names = [self.name, *(f"{self.name} {extra.name}" for extra in extras)]
@@ -161,11 +164,6 @@ class TrainLoader:
                     self._bad.add(index)
                 self.replaced[fault] += 1
             yield batch
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many optimizer steps see every sample once, the last one some twice."""
-        return math.ceil(len(self.dataset) / self._global_batch_size)
 
     def steps(self) -> Iterator[list[Batch]]:
         """Yield the micro batches of one optimizer step after another."""
@@ -238,14 +236,15 @@ class EvaluationLoader:
 def train_loader(
     config: RunConfig,
     tasks: Sequence[Task],
-    iterations: int,
+    iterations: int | None,
     encoder: Encoder,
     past: Sequence[Task] = (),
     reference: Sequence[Task] = (),
 ) -> TrainLoader:
     """Return this rank's training loader; a run that is scored on the test split trains on the validation split too.
 
-    past: the tasks that were trained before, for data.replay_share. reference: those of data.reference.
+    iterations: None for those of an epoch. past: the tasks that were trained before, for data.replay_share. reference:
+    those of data.reference.
     """
     data = config.data
     extras = [Extra("replay", past, data.replay_share), Extra("reference", reference, data.reference_share)]
