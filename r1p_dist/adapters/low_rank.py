@@ -83,6 +83,10 @@ class LowRankLinear(nn.Module):
         """The frozen weight, where code that expects an nn.Linear looks for it (open_clip asks for its dtype)."""
         return self.linear.weight
 
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Begins anew, with numbers that the generator draws. A collective under ZeRO-3."""
+        raise NotImplementedError
+
     @staticmethod
     def votes(adapters: Sequence["LowRankLinear"], x: torch.Tensor) -> torch.Tensor | None:
         """Returns what must be summed over ranks before `factors`, or None.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -115,10 +113,6 @@ class Dac(Method):
 
         self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
 
-    def prepare(self, index: int) -> None:
-        for number, adapter in enumerate(self.adapters):
-            adapter.reset(self.generator(index, number))
-
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         """Sets the columns that the AGO loss is orthogonal to."""
         ago = self.options.ago
@@ -136,13 +130,8 @@ class Dac(Method):
     def after_step(self, trainer: Trainer) -> None:
         share_votes(self.adapters)
 
-    @contextmanager
-    def before_merge(self) -> Iterator[None]:
-        for adapter in self.adapters:
-            adapter.set_weight([*adapter.merged, adapter.update(adapter.active)[0]])
-        yield
-        for adapter in self.adapters:
-            adapter.set_weight(adapter.merged)
+    def trained(self) -> dict[str, Update]:
+        return {adapter.name: adapter.update(adapter.active)[0] for adapter in self.adapters}
 
     def updates(self) -> dict[str, Update]:
         return {adapter.name: adapter.update(adapter.merge_count)[0] for adapter in self.adapters}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from r1p_dist.adapters import LoRALinear, Routing, Update
@@ -44,17 +42,8 @@ class LowRankMethod(Method):
 
         self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
 
-    def prepare(self, index: int) -> None:
-        for number, adapter in enumerate(self.adapters):
-            adapter.reset(self.generator(index, number))
-
-    @contextmanager
-    def before_merge(self) -> Iterator[None]:
-        for adapter in self.adapters:
-            adapter.set_weight([*adapter.merged, adapter.update()])
-        yield
-        for adapter in self.adapters:
-            adapter.set_weight(adapter.merged)
+    def trained(self) -> dict[str, Update]:
+        return {adapter.name: adapter.update() for adapter in self.adapters}
 
     def updates(self) -> dict[str, Update]:
-        return {adapter.name: adapter.update() for adapter in self.adapters}
+        return self.trained()

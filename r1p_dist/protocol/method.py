@@ -84,7 +84,9 @@ class Method:
         return {}
 
     def prepare(self, index: int) -> None:
-        """Sets the parameters that stage `index` begins with, before its engine is made."""
+        """Sets the parameters that stage `index` begins with, before its engine is made: fresh adapters, by default."""
+        for number, adapter in enumerate(self.adapters):
+            adapter.reset(self.generator(index, number))
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         """Scans data, sets frozen factors, takes snapshots, before the first step."""
@@ -117,10 +119,20 @@ class Method:
     def after_step(self, trainer: Trainer) -> None:
         """Called after each optimizer step."""
 
+    def trained(self) -> dict[str, Update]:
+        """Returns all that the stage trained on adapters, by layer, where `updates` leaves less or something else."""
+        return self.updates()
+
     @contextmanager
     def before_merge(self) -> Iterator[None]:
         """A context in which merged weights alone make the model with all that was trained."""
+        trained = self.trained()
+        for adapter in self.adapters:
+            # those of an adapter are Factors
+            adapter.set_weight([*adapter.merged, trained[adapter.name]])  # pyright: ignore[reportArgumentType]
         yield
+        for adapter in self.adapters:
+            adapter.set_weight(adapter.merged)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         """Consolidates what the stage learnt, before its updates are taken; weights are as in training."""
