@@ -55,7 +55,7 @@ def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfi
         method = method_class(config.method)
     except InputError as error:
         raise InputError(f"{_sources(('method',), origins, recipe)}: {error}") from error
-    _refuse_unknown_options(method.Options, config, config.options, ("options",), origins, recipe)
+    _refuse_unknown_options(config, method.Options, origins, recipe)
     try:
         options = method.Options.model_validate(config.options)
         config = config.model_copy(update={"options": options.model_dump(mode="json")})
@@ -67,24 +67,14 @@ def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfi
     return config
 
 
-def _refuse_unknown_options(
-    model: type[BaseModel], config: RunConfig, section: Any, at: tuple[str, ...], origins: _Origins, recipe: str
-) -> None:
-    if not isinstance(section, dict):
-        return  # the validation says so, with its type
-    for key, value in section.items():
-        here = (*at, str(key))
-        if key not in model.model_fields:
-            allowed = list(model.model_fields)
-            nearest = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f"did you mean {'.'.join((*at, nearest[0]))}? " if nearest else ""
-            raise InputError(
-                f"{_sources(here, origins, recipe)}: unknown key {'.'.join(here)} of method={config.method}; {hint}"
-                f"allowed: {', '.join(allowed) or 'none'}"
-            )
-        inner = _model_of(model.model_fields[key].annotation)
-        if inner is not None:
-            _refuse_unknown_options(inner, config, value, here, origins, recipe)
+def _refuse_unknown_options(config: RunConfig, options: type[BaseModel], origins: _Origins, recipe: str) -> None:
+    for key, allowed in _unknown_keys(options, config.options, ("options",)):
+        nearest = difflib.get_close_matches(key[-1], allowed, n=1)
+        hint = f"did you mean {'.'.join((*key[:-1], nearest[0]))}? " if nearest else ""
+        raise InputError(
+            f"{_sources(key, origins, recipe)}: unknown key {'.'.join(key)} of method={config.method}; {hint}"
+            f"allowed: {', '.join(allowed) or 'none'}"
+        )
 
 
 def _find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
@@ -149,7 +139,7 @@ def _lay_over(tree: dict[str, Any], over: dict[Any, Any], origins: _Origins, sou
             f"{source}: {section}.{next(iter(keys))} has moved: write {_MOVED[section]}.{next(iter(keys))}, which the "
             "chosen method alone reads"
         )
-    _refuse_unknown_keys(RunConfig, over, (), source)
+    _refuse_unknown_keys(over, source)
     if "method" in over and over["method"] != tree.get("method", RunConfig.model_fields["method"].default):
         tree.pop("options", None)
         for key in [key for key in origins if key[0] == "options"]:
@@ -171,21 +161,29 @@ def _merge(tree: dict[str, Any], over: dict[Any, Any], at: tuple[str, ...], orig
             origins[here] = source
 
 
-def _refuse_unknown_keys(model: type[BaseModel], section: Any, at: tuple[str, ...], source: str) -> None:
+def _refuse_unknown_keys(tree: dict[Any, Any], source: str) -> None:
+    for key, allowed in _unknown_keys(RunConfig, tree, ()):
+        hint = _nearest_key(key, allowed)
+        raise InputError(f"{source}: unknown key {'.'.join(key)}; {hint}allowed: {', '.join(allowed)}")
+
+
+def _unknown_keys(
+    model: type[BaseModel], section: Any, at: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yields the keys of a section that its model does not have, and those that could stand in their place."""
     if not isinstance(section, dict):
         return  # not a section at all: the validation says so, with its type
     for key, value in section.items():
         here = (*at, str(key))
         if key not in model.model_fields:
-            allowed = list(model.model_fields)
-            hint = _nearest_key(here, allowed)
-            raise InputError(f"{source}: unknown key {'.'.join(here)}; {hint}allowed: {', '.join(allowed)}")
+            yield here, list(model.model_fields)
+            continue
         inner = _model_of(model.model_fields[key].annotation)
         if inner is TaskTrainConfig and isinstance(value, dict):
             for task, entry in value.items():
-                _refuse_unknown_keys(inner, entry, (*here, str(task)), source)
+                yield from _unknown_keys(inner, entry, (*here, str(task)))
         elif inner is not None:
-            _refuse_unknown_keys(inner, value, here, source)
+            yield from _unknown_keys(inner, value, here)
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
