@@ -6,6 +6,8 @@ from typing import NoReturn
 
 from r1p_dist.errors import InputError
 
+RECIPE_HELP = "a name in launchers/recipes or the path of a YAML file"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors."""

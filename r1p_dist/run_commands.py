@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1p_dist.arguments import Parser, documented_parser, parse_with_overrides
+from r1p_dist.arguments import RECIPE_HELP, Parser, documented_parser, parse_with_overrides
 from r1p_dist.errors import InputError, launched_rank
 
 _REPORT = """Write the report of a run again, and its accuracy matrix as a picture.
@@ -25,7 +25,7 @@ def train_recipe(prog: str, argv: Sequence[str]) -> int:
         usage=f"{prog} --recipe RECIPE [key.sub=value ...] [--print-config]",
         description="Train a recipe: one rank of a launcher's, or the only one.",
     )
-    parser.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
+    parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # LOCAL_RANK says the same
     arguments, words = parse_with_overrides(parser, argv)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1p_dist.arguments import Parser, parse_with_overrides
+from r1p_dist.arguments import RECIPE_HELP, Parser, parse_with_overrides
 from r1p_dist.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def submit_run(prog: str, argv: Sequence[str]) -> int:
         f"       {prog} sweep | status | logs | cancel --help",
         description="Submit a run to a cluster.",
     )
-    parser.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
+    parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
     _add_flags(parser)
     arguments, words = parse_with_overrides(parser, argv)
     from r1p_dist.recipes import load_config
@@ -77,7 +77,7 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
         description="Train a recipe at many points. The same command again submits what failed, and only that.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recipe", help="a name in launchers/recipes or the path of a YAML file")
+    source.add_argument("--recipe", help=RECIPE_HELP)
     source.add_argument(
         "--file", type=Path, help="a YAML file with recipe and parameters; see r1p_dist/cluster/sweep.py"
     )

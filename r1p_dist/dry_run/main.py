@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from r1p_dist.arguments import Parser, parse_with_overrides
+from r1p_dist.arguments import RECIPE_HELP, Parser, parse_with_overrides
 
 
 def main(prog: str, argv: Sequence[str]) -> int:
@@ -14,7 +14,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
         usage=f"{prog} --recipe RECIPE --ranks N [key.sub=value ...] [--batch N] [--json FILE]",
         description="Run one rank of any number alone: its memory and collectives.",
     )
-    parser.add_argument("--recipe", required=True, help="a name in launchers/recipes or the path of a YAML file")
+    parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="ranks of the run, this one included")
     parser.add_argument(
         "--batch",
