@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from r1p_dist.arguments import Parser
-from r1p_dist.methods import installed_methods, shipped_methods
+from r1p_dist.methods import INFERENCE_NEEDS, installed_methods, shipped_methods
 
 _PACKAGE = "r1p_dist"
-_INFERENCE = {"merged": "merged weights alone", "task_id": "the task of each sample", "routed": "a router"}
 
 
 @dataclass
@@ -35,7 +34,8 @@ class Description:
 
     def lines(self) -> Iterator[str]:
         yield f"{self.name}  {self.summary}"
-        yield f"    paper: {self.paper or 'none'}; stores {self.stores}; inference needs {_INFERENCE[self.inference]}"
+        needed = INFERENCE_NEEDS[self.inference]
+        yield f"    paper: {self.paper or 'none'}; stores {self.stores}; inference needs {needed}"
         for option in self.options:
             yield f"    options.{option.name}={option.default}  {option.meaning}"
 

@@ -12,11 +12,9 @@ from r1p_dist.errors import InputError
 from r1p_dist.export.clip_weights import ClipWeights
 from r1p_dist.export.llava_weights import LlavaWeights
 from r1p_dist.export.merged import FrozenWeights, MergedWeights
-from r1p_dist.methods import make_method
+from r1p_dist.methods import INFERENCE_NEEDS, make_method
 from r1p_dist.protocol import Method
 from r1p_dist.recipes import load_config
-
-_NEEDS = {"task_id": "the task of each sample", "routed": "a router"}
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,8 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
     method = make_method(config, base.backbone)
     finished = _finished_folders(run_dir)
     if method.inference != "merged":
-        raise InputError(
-            f"{run_dir}: method={config.method} needs {_NEEDS[method.inference]} at inference, which no format can hold"
-        )
+        needed = INFERENCE_NEEDS[method.inference]
+        raise InputError(f"{run_dir}: method={config.method} needs {needed} at inference, which no format can hold")
     if method.trains and not finished:
         raise InputError(f"{run_dir}/adapters: no finished task; export the run after its first")
     chosen = _choose(run_dir, method, finished, names)

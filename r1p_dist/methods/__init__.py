@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from r1p_dist.protocol import Method
 
 ENTRY_POINTS = "r1p_dist.methods"
+# `Method.inference` in words.
+INFERENCE_NEEDS = {"merged": "merged weights alone", "task_id": "the task of each sample", "routed": "a router"}
 
 
 def shipped_methods() -> list[str]:
