@@ -21,9 +21,10 @@ class Part(NamedTuple):
     start: int
     columns: dict[str, torch.Tensor]
 
-    @property
-    def value(self) -> torch.Tensor:
-        return self.columns["value"]
+    def fill(self, column: str, whole: torch.Tensor) -> None:
+        """Sets this rank's elements of a column from the full tensor."""
+        target = self.columns[column]
+        target.copy_(whole.reshape(-1)[self.start : self.start + len(target)])
 
 
 def part_of(engine: Any, parameter: nn.Parameter, columns: Sequence[str] = COLUMNS) -> Part | None:

@@ -93,8 +93,7 @@ class TaskTrainer:
         for name, parameter in self._parameters.items():
             part = part_of(self._model.engine, parameter, (column,))
             if part is not None:
-                target = part.columns[column]
-                target.copy_(values[name].reshape(-1)[part.start : part.start + len(target)])
+                part.fill(column, values[name])
 
     @contextmanager
     def weights(self, column: str) -> Iterator[None]:

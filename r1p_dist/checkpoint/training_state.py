@@ -134,8 +134,8 @@ def restore_values(
     for name, parameter in parameters.items():
         part = None if engine is None else part_of(engine, parameter, columns)
         if part is not None:
-            for column, target in part.columns.items():
-                target.copy_(tensors[f"{name}.{column}"].view(-1)[part.start : part.start + len(target)])
+            for column in columns:
+                part.fill(column, tensors[f"{name}.{column}"])
         write_stored(parameter, tensors[f"{name}.value"])
 
 
