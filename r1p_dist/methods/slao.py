@@ -33,8 +33,11 @@ class Slao(LowRankMethod):
         self._number = len(past) + 1
         self._merged = {adapter.name: past[-1][f"{adapter.name}.B"] if past else None for adapter in self.adapters}
 
+    def end(self, stage: Stage, trainer: Trainer) -> None:
+        self._left = {adapter.name: self._merge(adapter) for adapter in self.adapters}
+
     def updates(self) -> dict[str, Update]:
-        return {adapter.name: self._merge(adapter) for adapter in self.adapters}
+        return {**self._left}
 
     def _merge(self, adapter: LoRALinear) -> Factors:
         A, B = full_values(adapter.A, adapter.B)
@@ -44,7 +47,7 @@ class Slao(LowRankMethod):
         return Factors(A, B, adapter.scaling)
 
     def memory(self) -> dict[str, torch.Tensor]:
-        return {f"{adapter.name}.B": self._merge(adapter).B for adapter in self.adapters}
+        return {f"{name}.B": update.B for name, update in self._left.items()}
 
     def merged(self, index: int) -> list[int]:
         return []  # the adapters hold the last task's own pair
