@@ -233,8 +233,7 @@ class Session:
         """Returns a file of a finished stage: this run's, or that of the checkpoint which `resume` named."""
         own = self._own_file(index, name)
         if self.point is not None and self.point.stage > index:
-            linked = {"adapter": "merged", "memory": "memory"}[name]
-            there = self.point.folder / f"{linked}-{index:02d}.safetensors"
+            there = self.point.folder / _linked(name, index)
             return there if there.is_file() else own
         return own
 
@@ -281,8 +280,7 @@ class Session:
         """Returns the files of finished stages that a checkpoint needs, by the names that they get in it."""
         links = {}
         for index in range(count):
-            links[f"merged-{index:02d}.safetensors"] = self._stage_file(index, "adapter")
-            links[f"memory-{index:02d}.safetensors"] = self._stage_file(index, "memory")
+            links |= {_linked(name, index): self._stage_file(index, name) for name in ("adapter", "memory")}
         if step and (start := self._start_file(count)) is not None:
             links["start.safetensors"] = start
         return links
@@ -308,6 +306,11 @@ class Session:
         torch.set_rng_state(states[0].clone())
         if len(states) > 1:
             torch.get_device_module().set_rng_state(states[1].clone())
+
+
+def _linked(name: str, index: int) -> str:
+    """Returns the name that a finished stage's file gets in a checkpoint."""
+    return f"{'merged' if name == 'adapter' else name}-{index:02d}.safetensors"
 
 
 def _random_states() -> list[torch.Tensor]:
