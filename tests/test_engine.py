@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-import deepspeed
 import pytest
 import torch
 
+from r1p_dist.distributed import end_process_group
 from r1p_dist.engine import TaskEngine, start_process_group
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
@@ -19,8 +19,7 @@ TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 def process_group() -> Iterator[None]:
     start_process_group()
     yield
-    deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
+    end_process_group()
 
 
 @pytest.mark.parametrize("stage", [0, 3])

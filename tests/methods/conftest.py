@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-import deepspeed
 import pytest
 
+from r1p_dist.distributed import end_process_group
 from r1p_dist.engine import start_process_group
 from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method
@@ -41,5 +41,4 @@ def stages_of() -> Iterator[Callable]:
         return stages, train
 
     yield make
-    deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None  # what DeepSpeed knows of the group
+    end_process_group()
