@@ -218,7 +218,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
         return gather_with_gradient(tensor)
 
 
-def gathered(parameters: Iterable[torch.nn.Parameter], modify: bool = False) -> AbstractContextManager:
+def gathered(parameters: Iterable[torch.Tensor], modify: bool = False) -> AbstractContextManager:
     """Makes the full values of ZeRO-3's sharded parameters readable inside the context; a collective.
 
     With `modify`, rank 0's values inside the context become the new ones on every rank. Other parameters are left

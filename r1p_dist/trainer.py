@@ -137,7 +137,8 @@ class TaskTrainer:
                 write_stored(parameter, whole)
 
     def scan(self, *watchers: Watcher, batches: int | None = None, trained: bool = False) -> None:
-        for need in dict.fromkeys(watcher.needs for watcher in watchers):
+        needs: dict[Need, None] = dict.fromkeys(watcher.needs for watcher in watchers)
+        for need in needs:
             self._show([watcher for watcher in watchers if watcher.needs == need], need, batches, trained)
 
     def _show(self, watchers: Sequence[Watcher], need: Need, batches: int | None, trained: bool) -> None:

@@ -84,10 +84,10 @@ class Steady(LowRankMethod):
         for number, (layer, names) in enumerate(self._inputs().layers.items()):
             is_mine = rank() == owner(number)
             moment = self._past[f"{layer}.moment"].to(self.backbone.device) / count if is_mine else None
-            for adapter in map(by_name.get, names):
+            for adapter in (by_name[name] for name in names):
                 adapter.moment = moment
                 with gathered([adapter.linear.weight]):
-                    size = _size(adapter, moment) if is_mine else 1.0
+                    size = 1.0 if moment is None else _size(adapter, moment)
                 # the mean over ranks is taken, and one alone adds this layer's
                 adapter.scale = self.options.weight * world_size() / (size * len(self.adapters))
 

@@ -15,9 +15,10 @@ import torch
 from big_model_check import SOURCE_TASKS, write_stream
 
 from gpu_check_parts.case import ROOT, Report
-from r1p_dist import train
+from r1p_dist import fit
 from r1p_dist.host_waits import HostWaits
 from r1p_dist.recipes import load_config
+from r1p_dist.train import run
 
 STEPS = 5
 WARM = 2  # the first steps set up what stays: moments of the optimizer, handles of libraries
@@ -26,7 +27,7 @@ WARM = 2  # the first steps set up what stays: moments of the optimizer, handles
 def steps(report: Report, recipe: str, must_be_none: bool) -> None:
     """Trains a few steps of a recipe on few samples and looks for waits in all but the first ones and the last."""
     look = _on_card if report.device == "cuda" else _counted
-    train_step, found = train.train_step, Counter()
+    train_step, found = fit.train_step, Counter()
     number = 0
 
     def watched(*arguments: Any, **keywords: Any) -> None:
@@ -35,11 +36,11 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
         with look(number, found):
             train_step(*arguments, **keywords)
 
-    train.train_step = watched
+    fit.train_step = watched
     stream = write_stream(report.folder / f"stream-{recipe}", recipe, SOURCE_TASKS[recipe][:1])
     settings = f"train.global_batch_size=4 train.iterations={STEPS} log.every_steps={STEPS} checkpoint.every_steps=null"
     own = [f"stream={stream}", f"run_dir={report.folder / f'waits-{recipe}'}"]
-    train.run(load_config(recipe, [*settings.split(), *own]))
+    run(load_config(recipe, [*settings.split(), *own]))
     figures = {"steps": number - WARM - 1, "waits": dict(found)}
     if must_be_none:
         report.check(recipe, not found, **figures)

@@ -17,9 +17,10 @@ from benchmarks.inference import time_forward
 from benchmarks.measure import interleaved, medians, ratio
 from benchmarks.models import TINY_LLAVA
 from benchmarks.step import count_flops, peak_memory, steps_of, time_ratios
-from benchmarks.variants import VARIANTS, Variant, make_variants
+from benchmarks.variants import VARIANTS, Step, Variant, make_variants
 
 from gpu_check_parts.case import Report
+from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.errors import one_line
 from r1p_dist.planner.accelerators import ACCELERATORS
 
@@ -127,8 +128,10 @@ def _forward(report: Report, title: str, plain: Variant, ours: Variant, rounds: 
     They share the weights that it is merged into, whose values take no time; into a LLaVA's, whose pristine copy is too
     large for that, nothing is merged.
     """
+    assert isinstance(ours, Step)
     if plain.is_clip:
         for adapter in ours.method.adapters:
+            assert isinstance(adapter, AdaptedLinear)
             adapter.merge()
         batch = {"image": plain.batch["image"], "tokens": plain.prompts[plain.batch["label"]]}
     else:
