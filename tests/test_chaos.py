@@ -45,9 +45,11 @@ def test_a_difference_is_found(chaos: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_four_times_ends_as_one_that_was_not(chaos: ModuleType, tmp_path: Path, capsys) -> None:
+def test_a_run_that_is_killed_four_times_ends_as_one_that_was_not(
+    chaos: ModuleType, toy: list[str], tmp_path: Path, capsys
+) -> None:
     arguments = f"--kills 4 --per-phase 0 --tasks 1 --folder {tmp_path}/runs --json {tmp_path}/chaos.json --seed 3"
-    assert chaos.main([*arguments.split(), "train.iterations=8"]) == 0
+    assert chaos.main([*arguments.split(), "train.iterations=8", *toy]) == 0
     result = json.loads((tmp_path / "chaos.json").read_text())
     assert result["killed"] == 4 and result["is_equal"] and result["differences"] == []
     assert [kill["aimed_at"] for kill in result["kills"]] == list(chaos.PHASES)

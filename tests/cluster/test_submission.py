@@ -187,9 +187,9 @@ def test_a_sweeps_table_has_every_point(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_on_this_machine_trains_only_what_is_due(tmp_path: Path) -> None:
+def test_a_sweep_on_this_machine_trains_only_what_is_due(toy: list[str], tmp_path: Path) -> None:
     words = "sweep --recipe mini_mtil --cluster local --wait --folder".split() + [str(tmp_path / "s")]
-    words += ["train.lr=1e-3,1e-2", "tasks=[fashion]", "train.iterations=2", "train.global_batch_size=8"]
+    words += [*toy, "train.lr=1e-3,1e-2", "tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
     tool = [sys.executable, str(Path(__file__).resolve().parents[2] / "launchers/submit.py")]
     first = subprocess.run([*tool, *words], capture_output=True, text=True)
     assert first.returncode == 0, first.stderr

@@ -1,6 +1,7 @@
 """The planner on thousands of ranks is held against dry runs: payload exact, memory within a tenth."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -31,12 +32,15 @@ def check(ranks: int, *overrides: str) -> None:
     assert found.memory_ratio == pytest.approx(1, abs=0.1), (memory, found.memory)
 
 
-@pytest.mark.parametrize("ranks, stage", [(8, 1), (64, 2), (512, 0), (4096, 2)])
+campaign = partial(pytest.param, marks=pytest.mark.campaign)
+
+
+@pytest.mark.parametrize("ranks, stage", [(8, 1), (4096, 2), campaign(64, 2), campaign(512, 0)])
 def test_tiny_on_many_ranks(ranks: int, stage: int) -> None:
     check(ranks, f"deepspeed.config=zero{stage}", "options.vote=lagged")
 
 
-@pytest.mark.parametrize("ranks, overrides", [(1, []), (8, TIGHT), (64, ["train.precision=bf16"])])
+@pytest.mark.parametrize("ranks, overrides", [(8, TIGHT), campaign(1, []), campaign(64, ["train.precision=bf16"])])
 def test_tiny_sharded_on_many_ranks(ranks: int, overrides: list[str]) -> None:
     check(ranks, "deepspeed.config=zero3", *overrides)
 
@@ -45,10 +49,10 @@ def test_tiny_sharded_on_many_ranks(ranks: int, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     "ranks, overrides",
     [
-        (4096, ["deepspeed.config=zero1", "train.precision=bf16"]),
         (512, ["deepspeed.config=zero3", f"{ZERO}.stage3_prefetch_bucket_size=0"]),
-        (64, ["deepspeed.config=zero3", "backbone.gradient_checkpointing=true", *TIGHT]),
-        (64, ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "options.vote=local"]),
+        campaign(4096, ["deepspeed.config=zero1", "train.precision=bf16"]),
+        campaign(64, ["deepspeed.config=zero3", "backbone.gradient_checkpointing=true", *TIGHT]),
+        campaign(64, ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "options.vote=local"]),
     ],
 )
 def test_more_settings(ranks: int, overrides: list[str]) -> None:
@@ -56,7 +60,7 @@ def test_more_settings(ranks: int, overrides: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stage, depth", [("ViT-B-16", 2, None), ("ViT-bigG-14", 3, 1)])
+@pytest.mark.parametrize("name, stage, depth", [("ViT-bigG-14", 3, 1), campaign("ViT-B-16", 2, None)])
 def test_big_widths(tmp_path: Path, name: str, stage: int, depth: int | None) -> None:
     config = open_clip.get_model_config(name)
     for tower in ("vision_cfg", "text_cfg"):

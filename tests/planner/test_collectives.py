@@ -120,13 +120,22 @@ def predict_boundary(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, cases", [(2, CASES), (1, CASES[::5]), (4, CASES[5::6])])
+@pytest.mark.parametrize(
+    "ranks, cases",
+    [
+        (1, CASES[::11]),
+        (2, CASES[1::3]),
+        (4, CASES[5::12]),
+        pytest.param(2, CASES, marks=pytest.mark.campaign),
+        pytest.param(4, CASES[5::6], marks=pytest.mark.campaign),
+    ],
+)
 def test_step_is_predicted_exactly(run_distributed, ranks: int, cases: list) -> None:
     check(run_distributed, ranks, cases, measure_steps, step_collectives)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.campaign), 2])
 def test_task_boundary_is_predicted_exactly(run_distributed, ranks: int) -> None:
     cases = [case(1), case(2, "train.precision=bf16"), case(3), case(3, SHARD_ALL)]
     cases += [conversations(2), conversations(3, SHARD_ALL, TOWERS)]

@@ -18,10 +18,10 @@ TWO_NODES = ["--profile", "loopback"]
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def calm(cluster: Path, toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on two nodes that nothing happens to."""
     run = Run(tmp_path_factory.mktemp("calm") / "run")
-    submit(*RECIPE, *SETTINGS, *TWO_NODES, "--wait", f"run_dir={run.folder}")
+    submit(*RECIPE, *toy, *SETTINGS, *TWO_NODES, "--wait", f"run_dir={run.folder}")
     return run
 
 
@@ -76,9 +76,11 @@ def node_lost(run: Run, cluster: Path) -> None:
 EVENTS = (preempted, queued_again_from_outside, time_limit_near, told_many_times, rank_killed, node_lost)
 
 
-def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(calm: Run, cluster: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(
+    calm: Run, cluster: Path, toy: list[str], tmp_path: Path
+) -> None:
     run = Run(tmp_path / "run")
-    submit(*RECIPE, *SETTINGS, *TWO_NODES, "--partition", "low", f"run_dir={run.folder}")
+    submit(*RECIPE, *toy, *SETTINGS, *TWO_NODES, "--partition", "low", f"run_dir={run.folder}")
     for number, event in enumerate(EVENTS):
         run.wait_for_steps(3)
         event(run, cluster)
@@ -92,6 +94,6 @@ def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(calm: Run, cluster:
     told = re.findall(r"(SIG\w+) at task \w+ step \d+: saved in", log)
     assert told == ["SIGUSR2", "SIGTERM", "SIGUSR2", "SIGUSR2", "SIGTERM"]
     one_node = ["--nodes", "1", "--tasks-per-node", "2", "--partition", "main"]
-    submit(*RECIPE, *SETTINGS, *one_node, "--wait", f"run_dir={run.folder}")
+    submit(*RECIPE, *toy, *SETTINGS, *one_node, "--wait", f"run_dir={run.folder}")
     assert run.restarts == 0
     assert_equal(calm.folder, run.folder)

@@ -16,8 +16,14 @@ from tests.test_resume import experts, log_lines
 from tests.test_train import read_metrics
 
 pytestmark = SLURM
-SHORT = ["--recipe", "mini_mtil", "tasks=[fashion, playing_cards]", "train.iterations=6", "train.global_batch_size=8"]
-SHORTEST = ["--recipe", "mini_mtil", "tasks=[fashion]", "train.iterations=2", "train.global_batch_size=8"]
+SHORT = [
+    "--recipe",
+    "mini_mtil",
+    "tasks=[country_flags, playing_cards]",
+    "train.iterations=6",
+    "train.global_batch_size=8",
+]
+SHORTEST = ["--recipe", "mini_mtil", "tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
 TWO_NODES = ["--profile", "loopback"]
 # DeepSpeed's launcher would log in on the first host, to see that it can and to ask for its address.
 WITHOUT_SSH = ["--no_ssh_check", "--master_addr", "127.0.0.1"]
@@ -31,9 +37,9 @@ def activation_counts(run_dir: Path) -> dict[str, list[int]]:
     return counts
 
 
-def test_two_nodes_train_what_one_process_trains_and_can_be_watched(tmp_path: Path) -> None:
+def test_two_nodes_train_what_one_process_trains_and_can_be_watched(toy: list[str], tmp_path: Path) -> None:
     two, one = Run(tmp_path / "two"), Run(tmp_path / "one")
-    submit(*SHORT, *TWO_NODES, f"run_dir={two.folder}")
+    submit(*SHORT, *toy, *TWO_NODES, f"run_dir={two.folder}")
     wait_until("rank 0 is at work", lambda: two.status.get("state") == "evaluating")
     states = submit("status", str(tmp_path)).stdout.splitlines()
     assert len(states) == 2 and states[1].split()[:3] == [str(two.folder), "evaluating", "dac"]
@@ -44,7 +50,7 @@ def test_two_nodes_train_what_one_process_trains_and_can_be_watched(tmp_path: Pa
     nodes = ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=NodeList,State", "--jobs", two.job)
     assert nodes == "n[1-2]|COMPLETED"
 
-    submit(*SHORT, "--cluster", "debug", f"run_dir={one.folder}")
+    submit(*SHORT, *toy, "--cluster", "debug", f"run_dir={one.folder}")
     assert read_metrics(two.folder)["world_size"] == 2 and read_metrics(one.folder)["world_size"] == 1
     assert activation_counts(two.folder) == activation_counts(one.folder)
     products = [
@@ -87,10 +93,10 @@ def test_submissions_at_once_do_not_collide(tmp_path: Path) -> None:
     wait_until("none of them waits any more", lambda: not ask("squeue", "--noheader", "--me"))
 
 
-def in_own_way(folder: Path, *command: str) -> None:
+def in_own_way(folder: Path, toy: list[str], *command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_JOB")}
     done = subprocess.run(
-        [*command, "launchers/train.py", *SHORTEST, f"run_dir={folder}"],
+        [*command, "launchers/train.py", *SHORTEST, *toy, f"run_dir={folder}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -101,20 +107,20 @@ def in_own_way(folder: Path, *command: str) -> None:
     assert Run(folder).status["state"] == "finished" and read_metrics(folder)["world_size"] == 2
 
 
-def test_srun_alone_starts_the_ranks(tmp_path: Path) -> None:
-    in_own_way(tmp_path, "srun", "--nodes=2", "--ntasks=2", "--cpus-per-task=1", sys.executable)
+def test_srun_alone_starts_the_ranks(toy: list[str], tmp_path: Path) -> None:
+    in_own_way(tmp_path, toy, "srun", "--nodes=2", "--ntasks=2", "--cpus-per-task=1", sys.executable)
 
 
-def test_the_deepspeed_launcher_starts_the_ranks_through_slurm(tmp_path: Path, free_port: int) -> None:
+def test_the_deepspeed_launcher_starts_the_ranks_through_slurm(toy: list[str], tmp_path: Path, free_port: int) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("n1 slots=1\nn2 slots=1\n")
     slurm = ["--launcher", "slurm", "--launcher_args", "--nodes=2 --cpus-per-task=1"]
     in_own_way(
-        tmp_path / "run", "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts), *slurm
+        tmp_path / "run", toy, "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts), *slurm
     )
 
 
-def test_the_deepspeed_launcher_reads_a_hostfile(tmp_path: Path, free_port: int) -> None:
+def test_the_deepspeed_launcher_reads_a_hostfile(toy: list[str], tmp_path: Path, free_port: int) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
-    in_own_way(tmp_path / "run", "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts))
+    in_own_way(tmp_path / "run", toy, "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts))

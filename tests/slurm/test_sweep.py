@@ -8,7 +8,7 @@ from tests.slurm.runs import Run, ask, submit
 
 pytestmark = SLURM
 ALTERNATIVES = ["train.lr=1e-3,1e-2", "seed=0,1"]
-SHORT = ["tasks=[fashion]", "train.iterations=2", "train.global_batch_size=8"]
+SHORT = ["tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
 ONE_RANK = ["--profile", "loopback", "--nodes", "1", "--parallel", "2"]
 
 
@@ -17,12 +17,23 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["point"]: row for row in csv.DictReader(file)}
 
 
-def test_four_points_are_trained_and_the_one_that_failed_again(tmp_path: Path) -> None:
+def test_four_points_are_trained_and_the_one_that_failed_again(toy: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     failing = folder / "train.lr=1e-2,seed=1"
     failing.mkdir(parents=True)
     (failing / "adapters").write_text("stands where a folder should be")
-    sweep = ["sweep", "--recipe", "mini_mtil", *ALTERNATIVES, *SHORT, *ONE_RANK, "--folder", str(folder), "--wait"]
+    sweep = [
+        "sweep",
+        "--recipe",
+        "mini_mtil",
+        *ALTERNATIVES,
+        *SHORT,
+        *toy,
+        *ONE_RANK,
+        "--folder",
+        str(folder),
+        "--wait",
+    ]
     first = submit(*sweep, expect=1)
     assert "4 points, 4 submitted now" in first.stdout
     table = rows(folder)
