@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
+from r1p_dist.backbones import weights_identity
 from r1p_dist.config import Count, NotNegative
-from r1p_dist.distributed import gathered, owner, rank, world_size
+from r1p_dist.distributed import agree, gathered, owner, rank, world_size
+from r1p_dist.moments.file import MomentFile
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
+
+if TYPE_CHECKING:
+    from r1p_dist.data import Stream
 
 
 class _Change(torch.autograd.Function):
@@ -54,13 +61,16 @@ class Steady(LowRankMethod):
     layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
     layer's input, so it does not grow with their number; DAC's AGO loss, which keeps new columns of B orthogonal to
     merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
-    at the merge. No past picture or prompt is kept.
+    at the merge. No past picture or prompt is kept. An anchor, moments of data like those of the backbone's own
+    pretraining, counts as past tasks from the first one on; DAC claims to need no such knowledge, and without one the
+    first task is not held to anything.
     """
 
     stores = "a second moment (in, in) per layer input"
     layer = MetricLinear
     tiny = {"rank": 4, "batches": 2, "weight": 10.0}
     adapters: list[MetricLinear]
+    _anchor: MomentFile | None = None
 
     class Options(LowRankOptions):
         """Options of Steady."""
@@ -71,25 +81,43 @@ class Steady(LowRankMethod):
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
+        anchor: str | None = None
+        """File of `r1p moments`, or a shipped backbone that has one (tiny); null: none."""
+        anchor_tasks: NotNegative = 6.0
+        """As how many past tasks the anchor counts."""
 
     options: Options
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        if self.options.anchor is not None and self.options.anchor_tasks:
+            self._anchor = MomentFile(self.options.anchor)
+            self._anchor.check(agree(lambda: weights_identity(self.config.backbone, self.backbone)))
+        return super().stages(stream)
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         past = trainer.past_memory()
         self._past = past[-1] if past else None
-        if self._past is None:
+        if self._past is None and self._anchor is None:
             return
-        count = float(self._past["tasks"])
         by_name = {adapter.name: adapter for adapter in self.adapters}
         for number, (layer, names) in enumerate(self._inputs().layers.items()):
-            is_mine = rank() == owner(number)
-            moment = self._past[f"{layer}.moment"].to(self.backbone.device) / count if is_mine else None
+            moment = self._known_moment(layer) if rank() == owner(number) else None
             for adapter in (by_name[name] for name in names):
                 adapter.moment = moment
                 with gathered([adapter.linear.weight]):
                     size = 1.0 if moment is None else _size(adapter, moment)
                 # the mean over ranks is taken, and one alone adds this layer's
                 adapter.scale = self.options.weight * world_size() / (size * len(self.adapters))
+
+    def _known_moment(self, layer: str) -> torch.Tensor:
+        """Returns the mean of past tasks' moments, of which the anchor is some."""
+        total, count = torch.zeros(()), 0.0
+        if self._past is not None:
+            total, count = self._past[f"{layer}.moment"], float(self._past["tasks"])
+        if self._anchor is not None:
+            weight = self.options.anchor_tasks
+            total, count = total + weight * self._anchor.moment(layer), count + weight
+        return (total / count).to(self.backbone.device)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         inputs = self._inputs()

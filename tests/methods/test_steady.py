@@ -1,9 +1,15 @@
 """The penalty of Steady against the layers' outputs on past inputs themselves, and the weights of tokens."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from r1p_dist.backbones import weights_identity
+from r1p_dist.errors import InputError
 from r1p_dist.methods.steady import _Change
+from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
 
 
@@ -81,6 +87,33 @@ def test_past_tasks_count_alike(stages_of) -> None:
     torch.testing.assert_close(adapter.moment, both[f"{adapter.name}.moment"] / 2)
     assert (one[f"{adapter.name}.moment"] - both[f"{adapter.name}.moment"] / 2).norm() > 0
     stages.engine.close()
+
+
+def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_path: Path) -> None:
+    file = tmp_path / "anchor"
+    stages, train = stages_of("steady", f"options.anchor={file}", "options.anchor_tasks=3", "options.batches=1")
+    method = stages.method
+    known = {adapter.name: torch.randn(40, adapter.linear.in_features) for adapter in method.adapters}
+    known = {name: x.T @ x for name, x in known.items()}
+    facts = {"backbone": weights_identity(method.config.backbone, method.backbone), "source": "noise"}
+    write_moments(file, known, {name: [name] for name in known}, 1000, facts)
+    stream = SimpleNamespace(tasks=())
+    method.stages(stream)
+    stages.begin(0)
+    assert "loss_inputs" in train(0)
+    adapter = method.adapters[0]
+    size = float(known[adapter.name].trace())
+    torch.testing.assert_close(adapter.moment, known[adapter.name], rtol=0, atol=1e-3 * size)
+    stages.end()
+    stages.begin(1)
+    past = stages.memory[0]
+    assert float(past["tasks"]) == 1
+    expected = (3 * known[adapter.name] + past[f"{adapter.name}.moment"]) / 4
+    torch.testing.assert_close(adapter.moment, expected, rtol=0, atol=1e-3 * size)
+    stages.engine.close()
+    write_moments(file, known, {}, 1000, facts | {"backbone": {**facts["backbone"], "sha256": "0"}})
+    with pytest.raises(InputError, match="measured on other weights"):
+        method.stages(stream)
 
 
 def test_tokens_that_the_features_do_not_depend_on_have_no_weight(stages_of) -> None:

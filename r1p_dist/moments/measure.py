@@ -1,0 +1,94 @@
+"""Measures the moments of the layers' inputs: of pairs of a picture and a text, or of a stream's training samples."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from tarfile import TarError
+
+import torch
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from r1p_dist.backbones import Backbone, Placement, load_backbone, weights_identity
+from r1p_dist.config import RunConfig
+from r1p_dist.data import Stream, train_loader
+from r1p_dist.data.samples import BadSampleError, decode_picture, picture_suffix
+from r1p_dist.data.transforms import evaluation_transform
+from r1p_dist.errors import InputError, one_line
+from r1p_dist.methods import make_method
+from r1p_dist.moments.file import write_moments
+from r1p_dist.protocol import InputMoments
+
+_BATCH = 64
+
+
+def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: int, out: Path) -> int:
+    """Measures `count` pairs (.jpg and .txt of one key), the first ones of each shard, and writes the file `out`.
+
+    Returns how many there were. InputError: a backbone that is no CLIP, a shard or a pair that cannot be read.
+    """
+    if config.backbone.kind != "open_clip":
+        raise InputError(
+            f"--pairs: a picture and a text are no input of backbone.kind={config.backbone.kind}; --stream"
+        )
+    backbone, inputs = _watched(config)
+    transform = evaluation_transform(backbone.preprocess)
+    share, seen = -(-count // len(shards)), 0
+    with torch.no_grad(), inputs.watch():
+        for shard in shards:
+            pairs = islice(_pairs(shard), min(share, count - seen))
+            while batch := list(islice(pairs, _BATCH)):
+                backbone(image=torch.stack([transform(picture) for picture, _ in batch]).to(backbone.device))
+                backbone(tokens=backbone.tokenize([text for _, text in batch]))
+                seen += len(batch)
+    _write(config, backbone, inputs, keep, f"{seen} pairs of {', '.join(shard.name for shard in shards)}", out)
+    return seen
+
+
+def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
+    """Measures one epoch of all tasks of the configuration's stream, without augmentation, and writes the file `out`.
+
+    Returns how many samples there were. InputError: as in training.
+    """
+    stream = Stream.load(config.stream, config.order, config.tasks)
+    backbone, inputs = _watched(config)
+    backbone.check(stream)
+    plain = config.data.model_copy(update={"augment": False})
+    loader = train_loader(config, stream.tasks, None, backbone.encoder(plain))
+    prepare, seen = backbone.preparer(loader.prompts), 0
+    with torch.no_grad(), inputs.watch():
+        for step in loader.steps():
+            batches = [prepare({name: value.to(backbone.device) for name, value in batch.items()}) for batch in step]
+            backbone.begin_step(batches, config.train)
+            for batch in batches:
+                backbone.loss(backbone, batch)
+            seen += config.train.global_batch_size
+    loader.check_faults()
+    _write(config, backbone, inputs, keep, f"{seen} samples of {stream.name}", out)
+    return seen
+
+
+def _watched(config: RunConfig) -> tuple[Backbone, InputMoments]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    backbone = load_backbone(config.backbone, Placement(device))
+    inputs = InputMoments(backbone, make_method(config, backbone).adapters)
+    backbone.eval()
+    return backbone, inputs
+
+
+def _pairs(shard: Path) -> Iterator[tuple]:
+    """Yields (picture, text) of a shard, opened here: webdataset would run an address as a command."""
+    try:
+        with shard.open("rb") as file:
+            for sample in group_by_keys(tar_file_expander([{"url": str(shard), "stream": file}])):
+                where = f"{shard}: key {sample['__key__']}"
+                if "txt" not in sample:
+                    raise BadSampleError(f"{where}: has no .txt; pairs are a picture and a text of one key")
+                picture = decode_picture(sample[picture_suffix(sample.keys(), where)], where)
+                yield picture, sample["txt"].decode("utf-8", "replace").strip()
+    except (OSError, TarError) as error:
+        raise InputError(f"--pairs {shard}: cannot be read: {one_line(error)}") from error
+
+
+def _write(config: RunConfig, backbone: Backbone, inputs: InputMoments, keep: int, source: str, out: Path) -> None:
+    facts = {"backbone": weights_identity(config.backbone, backbone), "source": source}
+    write_moments(out, inputs.moments, inputs.layers, keep, facts)

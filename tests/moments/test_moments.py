@@ -1,0 +1,150 @@
+"""The file of moments, and what `r1p moments` measures, against the inputs of the layers themselves."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from r1p_dist.backbones import load_clip
+from r1p_dist.cli import run_command
+from r1p_dist.data import Stream, train_loader
+from r1p_dist.data.transforms import evaluation_transform
+from r1p_dist.errors import InputError
+from r1p_dist.moments.file import MomentFile, compress, write_moments
+from r1p_dist.recipes import load_config
+from tests.data.toy_task import write_tar
+
+TEXTS = ["a red square", "two dogs", "a long road by the sea at night", "no"]
+FACTS = {"backbone": {"name": "m", "pretrained": None, "sha256": "12"}, "source": "nothing"}
+
+
+def moment(width: int = 6, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(seed)) * torch.arange(1.0, width + 1)
+    return x.T @ x / 40
+
+
+def test_the_leading_directions_are_exact_and_the_rest_keeps_its_size(tmp_path: Path) -> None:
+    C = moment()
+    write_moments(tmp_path / "m", {"image.0.q": C}, {"image.0.q": ["image.0.q", "image.0.k"]}, 2, FACTS)
+    found = MomentFile(str(tmp_path / "m")).moment("image.0.k")
+    vectors, values, _ = torch.linalg.svd(C)
+    expected = vectors * torch.cat([values[:2], values[2:].mean().expand(4)]) @ vectors.T
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(values[0]))
+    torch.testing.assert_close(found.trace(), C.trace(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("C", [moment(), torch.zeros(6, 6), 1e9 * moment(), 1e-9 * moment()])
+def test_a_moment_of_which_all_is_kept_comes_back(C: torch.Tensor, tmp_path: Path) -> None:
+    parts = compress(C, 9)
+    assert parts["factor"].shape == (6, 6) and parts["rest"] == 0
+    write_moments(tmp_path / "m", {"a": C}, {"a": ["a"]}, 9, FACTS)
+    torch.testing.assert_close(MomentFile(str(tmp_path / "m")).moment("a"), C, rtol=0, atol=2e-3 * float(C.trace()))
+
+
+def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no such file of moments; .* shipped is that of tiny"):
+        MomentFile("nowhere")
+    save_file({"x": torch.ones(1)}, tmp_path / "other")
+    (tmp_path / "text").write_text("moments")
+    for name in ("other", "text"):
+        with pytest.raises(InputError, match=f"{name}: is no file of `r1p moments`"):
+            MomentFile(str(tmp_path / name))
+    write_moments(tmp_path / "m", {"image.0.q": moment()}, {"image.0.q": ["image.0.q"]}, 2, FACTS)
+    file = MomentFile(str(tmp_path / "m"))
+    file.check(FACTS["backbone"])
+    with pytest.raises(InputError, match=r"m: measured on other weights \(backbone.name=m, .*tiny"):
+        file.check({"name": "tiny", "pretrained": None, "sha256": "34"})
+    with pytest.raises(InputError, match="has no moment of image.0.fc1's input"):
+        file.moment("image.0.fc1")
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[Path]:
+    """Two shards of two pairs each."""
+    shards = []
+    for number in range(2):
+        files = []
+        for key in range(2):
+            picture = io.BytesIO()
+            Image.effect_noise((20 + key, 30), 90 + number).convert("RGB").save(picture, "PNG")
+            files += [(f"{key}.png", picture.getvalue()), (f"{key}.txt", TEXTS[2 * number + key].encode())]
+        shards.append(write_tar(tmp_path / f"{number}.tar", files))
+    return shards
+
+
+def inputs_of_first_block(model: torch.nn.Module, *calls: dict) -> dict[str, torch.Tensor]:
+    """Returns by tower what the first block's attention reads, (samples, tokens, in) of each call."""
+    seen: dict[str, list[torch.Tensor]] = {"image": [], "text": []}
+    for tower, module in (("image", model.model.visual), ("text", model.model.text)):
+        norm = module.transformer.resblocks[0].ln_1
+        norm.register_forward_hook(lambda module, args, output, tower=tower: seen[tower].append(output))
+    model.eval()
+    with torch.no_grad():
+        for call in calls:
+            model(**call)
+    return seen
+
+
+def test_pairs_are_measured_on_real_tokens_alone(pairs: list[Path], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "m.safetensors"
+    words = ["--recipe", "mini_mtil", "--pairs", *map(str, pairs), "targets.layers=[k, fc1]", "--samples", "3"]
+    assert run_command("moments", [*words, "--keep", "192", "--out", str(out)]) == 0
+    assert "moments of 3 samples" in capsys.readouterr().out
+    model = load_clip("tiny")
+    transform = evaluation_transform(model.preprocess)
+    pictures = []
+    for shard in pairs:
+        with tarfile.open(shard) as tar:
+            pictures += [Image.open(io.BytesIO(tar.extractfile(f"{key}.png").read())) for key in range(2)]
+    image = torch.stack([transform(picture) for picture in pictures[:3]])  # the first two, and one of the second shard
+    texts = [{"tokens": model.tokenize([text])} for text in TEXTS[:3]]  # trimmed, so there is no padding
+    seen = inputs_of_first_block(model, {"image": image}, *texts)
+    file = MomentFile(str(out))
+    for tower, inputs in seen.items():
+        x = torch.cat([value.flatten(0, 1) for value in inputs])
+        torch.testing.assert_close(file.moment(f"{tower}.0.k"), x.T @ x / len(x), rtol=0.01, atol=2e-3)
+    with pytest.raises(InputError, match="no moment of image.0.out"):
+        file.moment("image.0.out")
+    assert file.backbone["name"] == "tiny" and "3 pairs" in json.loads(file._file.metadata()["source"])
+
+
+def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str], tmp_path: Path) -> None:
+    stream, name = toy[0].removeprefix("stream="), toy[1]
+    out = tmp_path / "m.safetensors"
+    own = [name, "train.global_batch_size=8", "targets.towers=[image]", "tasks=[playing_cards]"]
+    words = ["--recipe", "mini_mtil", "--stream", stream, "--keep", "192", "--out", str(out), *own]
+    assert run_command("moments", words) == 0
+    config = load_config("mini_mtil", [*toy, "train.global_batch_size=8", "data.augment=false"])
+    model = load_clip(config.backbone.name)
+    tasks = Stream.load(config.stream, None, ["playing_cards"]).tasks
+    loader = train_loader(config, tasks, None, model.encoder(config.data))
+    batches = [{"image": batch["image"]} for step in loader.steps() for batch in step]
+    assert len(batches) == (40 + 16) / 8
+    x = torch.cat([value.flatten(0, 1) for value in inputs_of_first_block(model, *batches)["image"]])
+    torch.testing.assert_close(MomentFile(str(out)).moment("image.0.v"), x.T @ x / len(x), rtol=0.01, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--pairs", "nowhere.tar"], "--pairs nowhere.tar: cannot be read: "),
+        (["--pairs", "{pairs}", "--samples", "0"], "--samples 0: must be from 1"),
+        (["--pairs", "{pairs}", "backbone.kind=llava", "backbone.name=tiny_llava"], "a text are no input of backbone"),
+        (["--pairs", "{labels}"], "labels.tar: key a: has no .txt"),
+        (["--pairs", "{text}"], "text: cannot be read: "),
+        (["--stream", "nowhere"], "stream=nowhere: no such stream file"),
+        ([], "one of the arguments --pairs --stream is required"),
+    ],
+)
+def test_wrong_input_is_one_line(words: list[str], error: str, pairs: list[Path], tmp_path: Path, capsys) -> None:
+    labels = write_tar(tmp_path / "labels.tar", [("a.cls", b"0"), ("a.png", b"")])
+    (tmp_path / "text").write_text("moments")
+    words = [word.format(pairs=pairs[0], labels=labels, text=tmp_path / "text") for word in words]
+    assert run_command("moments", ["--recipe", "mini_mtil", *words, "--out", str(tmp_path / "m")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert error in lines[-1] and not (tmp_path / "m").exists()
