@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,22 +12,25 @@ from r1p_dist.backbones import weights_identity
 from r1p_dist.config import Count, NotNegative
 from r1p_dist.distributed import agree, gathered, owner, rank, world_size
 from r1p_dist.moments.file import MomentFile
+from r1p_dist.moments.sketch import Sketch
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
     from r1p_dist.data import Stream
 
+Moment = torch.Tensor | Sketch
+
 
 class _Change(torch.autograd.Function):
-    """tr(A C A^T B^T B), or 0 where C is None: A (k, in), B (out, k), C (in, in) symmetric.
+    """tr(A C A^T B^T B), or 0 where C is None: A (k, in), B (out, k), C (in, in) symmetric, or its sketch.
 
     One node of the graph on every rank: ZeRO 1 and 2 add up gradients in the order in which they come, so the graph
     must be the same on all.
     """
 
     @staticmethod
-    def forward(ctx, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
-        AC = torch.zeros_like(A) if C is None else A @ C
+    def forward(ctx, A: torch.Tensor, B: torch.Tensor, C: Moment | None) -> torch.Tensor:
+        AC = torch.zeros_like(A) if C is None else _times(A, C)
         ctx.save_for_backward(A, B, AC)
         return ((AC @ A.T) * (B.T @ B)).sum()
 
@@ -36,14 +40,18 @@ class _Change(torch.autograd.Function):
         return 2 * gradient * (B.T @ B) @ AC, 2 * gradient * B @ (AC @ A.T), None
 
 
+def _times(A: torch.Tensor, C: Moment) -> torch.Tensor:
+    return C.times(A) if isinstance(C, Sketch) else A @ C
+
+
 class MetricLinear(LoRALinear):
     """A LoRA B A with a penalty s^2 tr(A C A^T B^T B), the mean squared change of the layer's output on past inputs.
 
-    moment: C, (in, in), on the rank that owns the layer's input; other ranks have None and add zero. scale: what the
-    penalty is multiplied by; 0 where no inputs are known yet.
+    moment: C, (in, in) or its sketch, on the rank that owns the layer's input; other ranks have None and add zero.
+    scale: what the penalty is multiplied by; 0 where no inputs are known yet.
     """
 
-    moment: torch.Tensor | None = None
+    moment: Moment | None = None
     scale = 0.0
 
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
@@ -59,14 +67,14 @@ class Steady(LowRankMethod):
 
     The loss adds weight * mean over linears of s^2 tr(A C A^T B^T B) / tr(W C W^T): the expected squared change of a
     layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
-    layer's input, so it does not grow with their number; DAC's AGO loss, which keeps new columns of B orthogonal to
+    layer's input, so a step costs the same after any number; DAC's AGO loss, which keeps new columns of B orthogonal to
     merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
     at the merge. No past picture or prompt is kept. An anchor, moments of data like those of the backbone's own
     pretraining, counts as past tasks from the first one on; DAC claims to need no such knowledge, and without one the
     first task is not held to anything.
     """
 
-    stores = "a second moment (in, in) per layer input"
+    stores = "a second moment (in, in), or a sketch of it, per layer input"
     layer = MetricLinear
     tiny = {"rank": 4, "batches": 2, "weight": 10.0}
     adapters: list[MetricLinear]
@@ -81,6 +89,10 @@ class Steady(LowRankMethod):
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
+        sketch: Count = 256
+        """Directions that are kept of the moment of an input wider than `sketch_above`; the rest as one number."""
+        sketch_above: Count = 2048
+        """Width of a layer's input up to which its moment is kept whole."""
         anchor: str | None = None
         """File of `r1p moments`, or a shipped backbone that has one (tiny); null: none."""
         anchor_tasks: NotNegative = 6.0
@@ -95,9 +107,8 @@ class Steady(LowRankMethod):
         return super().stages(stream)
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
-        past = trainer.past_memory()
-        self._past = past[-1] if past else None
-        if self._past is None and self._anchor is None:
+        self._past = trainer.past_memory()
+        if not self._past and self._anchor is None:
             return
         by_name = {adapter.name: adapter for adapter in self.adapters}
         for number, (layer, names) in enumerate(self._inputs().layers.items()):
@@ -109,35 +120,52 @@ class Steady(LowRankMethod):
                 # the mean over ranks is taken, and one alone adds this layer's
                 adapter.scale = self.options.weight * world_size() / (size * len(self.adapters))
 
-    def _known_moment(self, layer: str) -> torch.Tensor:
+    def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
-        total, count = torch.zeros(()), 0.0
-        if self._past is not None:
-            total, count = self._past[f"{layer}.moment"], float(self._past["tasks"])
+        device, keep = self.backbone.device, self.options.sketch
+        known: list[Moment] = [_stored(task, layer, device) for task in self._past]
+        weights = [1.0] * len(known)
         if self._anchor is not None:
-            weight = self.options.anchor_tasks
-            total, count = total + weight * self._anchor.moment(layer), count + weight
-        return (total / count).to(self.backbone.device)
+            anchor = self._anchor.sketch(layer)
+            known.append(Sketch(anchor.factor.to(device), anchor.rest.to(device)))
+            weights.append(self.options.anchor_tasks)
+        sketches = [moment for moment in known if isinstance(moment, Sketch)]
+        if len(sketches) == len(known) and len(sketches[0].factor) > self.options.sketch_above:
+            return Sketch.mean(sketches, weights, keep)
+        wholes = [moment.whole() if isinstance(moment, Sketch) else moment for moment in known]
+        total = torch.zeros_like(wholes[0])
+        for weight, whole in zip(weights, wholes, strict=True):
+            total += weight / sum(weights) * whole
+        return total
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         inputs = self._inputs()
         trainer.scan(inputs, batches=self.options.batches, trained=True)
-        before = self._past
-        self._memory = {"tasks": torch.tensor(1.0 if before is None else float(before["tasks"]) + 1)}
+        self._memory = {}
         for layer, moment in inputs.moments.items():
-            known = 0 if before is None else before[f"{layer}.moment"].to(moment.device)
-            self._memory[f"{layer}.moment"] = known + moment
+            if len(moment) > self.options.sketch_above:
+                sketch = Sketch.of(moment, self.options.sketch)
+                self._memory |= {f"{layer}.factor": sketch.factor, f"{layer}.rest": sketch.rest}
+            else:
+                self._memory[f"{layer}.moment"] = moment
 
     def memory(self) -> dict[str, torch.Tensor]:
-        """Returns the number of tasks and of each layer's input the sum of their second moments."""
+        """Returns of each layer's input the stage's second moment; of the stage alone, so that it can be forgotten."""
         return self._memory
 
     def _inputs(self) -> InputMoments:
         return InputMoments(self.backbone, self.adapters, self.options.by_sensitivity)
 
 
+def _stored(memory: Mapping[str, torch.Tensor], layer: str, device: torch.device) -> Moment:
+    """Returns what a stage left of the input that a layer reads."""
+    if f"{layer}.moment" in memory:
+        return memory[f"{layer}.moment"].to(device)
+    return Sketch(memory[f"{layer}.factor"].to(device), memory[f"{layer}.rest"].to(device))
+
+
 @torch.no_grad()
-def _size(adapter: MetricLinear, moment: torch.Tensor) -> float:
+def _size(adapter: MetricLinear, moment: Moment) -> float:
     """Returns tr(W C W^T) of the adapter's rows: the mean squared output of the layer on past inputs."""
     W = adapter.linear.weight[adapter.rows].float()
-    return float(((W @ moment) * W).sum())
+    return float((_times(W, moment) * W).sum())

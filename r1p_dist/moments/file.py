@@ -1,7 +1,6 @@
-"""The file of moments: of each layer's input the leading directions of its second moment, and how much the rest has.
+"""The file of moments: a sketch of the second moment of each layer's input.
 
-C (in, in) is kept as trace * F F^T + rest * I, F (in, k): the `keep` largest eigenvalues exactly, all smaller ones as
-their mean, so that C's trace stays. `<layer>.factor` is F in fp16, `<layer>.trace` and `<layer>.rest` are () fp32.
+`<layer>.factor` (in, k) fp16 times the root of `<layer>.trace` () is the sketch's factor, `<layer>.rest` () its rest.
 Metadata: `backbone`, which weights it is about (`weights_identity`), `layers`, which layers read each input, and
 `source`, what it was measured on.
 """
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError
+from r1p_dist.moments.sketch import Sketch
 
 
 def write_moments(
@@ -28,8 +28,10 @@ def write_moments(
     """
     tensors = {}
     for layer, moment in moments.items():
-        for part, value in compress(moment, keep).items():
-            tensors[f"{layer}.{part}"] = value
+        sketch, trace = Sketch.of(moment, keep), moment.trace()
+        factor = sketch.factor / trace.sqrt() if trace else sketch.factor  # fp16 has no very large or small numbers
+        tensors |= {f"{layer}.factor": factor.half(), f"{layer}.trace": trace, f"{layer}.rest": sketch.rest}
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {key: json.dumps(value) for key, value in {**facts, "layers": dict(layers)}.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,18 +40,8 @@ def write_moments(
         raise InputError(f"{path}: cannot be written: {error}") from error
 
 
-def compress(moment: torch.Tensor, keep: int) -> dict[str, torch.Tensor]:
-    """Returns `factor`, `trace` and `rest` of a moment (in, in)."""
-    values, vectors = torch.linalg.eigh(moment.double())
-    values, trace = values.clamp(min=0), moment.double().trace()
-    small, large = values[: max(0, len(values) - keep)], values[-keep:]
-    rest = small.mean() if len(small) else torch.zeros_like(trace)
-    factor = vectors[:, -keep:] * ((large - rest) / (trace if trace else 1)).clamp(min=0).sqrt()
-    return {"factor": factor.half().contiguous(), "trace": trace.float(), "rest": rest.float()}
-
-
 class MomentFile:
-    """The moments of a file, each read and made whole when it is asked for."""
+    """The moments of a file, each read when it is asked for."""
 
     def __init__(self, name: str) -> None:
         """name: a path, or that of a shipped backbone that has such a file. InputError: it is none."""
@@ -75,11 +67,10 @@ class MomentFile:
                 f"{backbone['pretrained']}); measure them with `r1p moments`"
             )
 
-    def moment(self, layer: str) -> torch.Tensor:
-        """Returns the moment (in, in) fp32 of the input that a layer reads. InputError: the file has none of it."""
+    def sketch(self, layer: str) -> Sketch:
+        """Returns the moment of the input that a layer reads. InputError: the file has none of it."""
         if layer not in self._key_of:
             raise InputError(f"{self.path}: has no moment of {layer}'s input; measure it with the run's `targets`")
         key = self._key_of[layer]
         factor, trace, rest = (self._file.get_tensor(f"{key}.{part}") for part in ("factor", "trace", "rest"))
-        factor = factor.float()
-        return trace * factor @ factor.T + rest * torch.eye(len(factor))
+        return Sketch(trace.sqrt() * factor.float(), rest)

@@ -15,7 +15,8 @@ from r1p_dist.cli import run_command
 from r1p_dist.data import Stream, train_loader
 from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError
-from r1p_dist.moments.file import MomentFile, compress, write_moments
+from r1p_dist.moments.file import MomentFile, write_moments
+from r1p_dist.moments.sketch import Sketch
 from r1p_dist.recipes import load_config
 from tests.data.toy_task import write_tar
 
@@ -31,7 +32,7 @@ def moment(width: int = 6, seed: int = 0) -> torch.Tensor:
 def test_the_leading_directions_are_exact_and_the_rest_keeps_its_size(tmp_path: Path) -> None:
     C = moment()
     write_moments(tmp_path / "m", {"image.0.q": C}, {"image.0.q": ["image.0.q", "image.0.k"]}, 2, FACTS)
-    found = MomentFile(str(tmp_path / "m")).moment("image.0.k")
+    found = MomentFile(str(tmp_path / "m")).sketch("image.0.k").whole()
     vectors, values, _ = torch.linalg.svd(C)
     expected = vectors * torch.cat([values[:2], values[2:].mean().expand(4)]) @ vectors.T
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(values[0]))
@@ -40,10 +41,36 @@ def test_the_leading_directions_are_exact_and_the_rest_keeps_its_size(tmp_path: 
 
 @pytest.mark.parametrize("C", [moment(), torch.zeros(6, 6), 1e9 * moment(), 1e-9 * moment()])
 def test_a_moment_of_which_all_is_kept_comes_back(C: torch.Tensor, tmp_path: Path) -> None:
-    parts = compress(C, 9)
-    assert parts["factor"].shape == (6, 6) and parts["rest"] == 0
+    sketch = Sketch.of(C, 9)
+    assert sketch.factor.shape == (6, 6) and sketch.rest == 0
     write_moments(tmp_path / "m", {"a": C}, {"a": ["a"]}, 9, FACTS)
-    torch.testing.assert_close(MomentFile(str(tmp_path / "m")).moment("a"), C, rtol=0, atol=2e-3 * float(C.trace()))
+    torch.testing.assert_close(
+        MomentFile(str(tmp_path / "m")).sketch("a").whole(), C, rtol=0, atol=2e-3 * float(C.trace())
+    )
+
+
+def test_a_product_with_a_sketch_is_that_with_its_matrix() -> None:
+    sketch, A = Sketch.of(moment(), 3), torch.randn(2, 6)
+    torch.testing.assert_close(sketch.times(A), A @ sketch.whole())
+
+
+def test_the_mean_of_sketches_is_the_sketch_of_their_mean() -> None:
+    sketches = [Sketch.of(moment(seed=seed), 3) for seed in range(3)]
+    mean = (2 * sketches[0].whole() + sketches[1].whole() + sketches[2].whole()) / 4
+    every = Sketch.mean(sketches, [2, 1, 1], 6)
+    torch.testing.assert_close(every.whole(), mean)
+    few = Sketch.mean(sketches, [2, 1, 1], 2)
+    torch.testing.assert_close(few.whole(), Sketch.of(mean, 2).whole(), rtol=1e-4, atol=1e-3)
+
+
+def test_of_a_wide_input_the_leading_directions_are_found_without_all_of_them(monkeypatch) -> None:
+    x = torch.randn(500, 80, generator=torch.Generator().manual_seed(0)) * 1 / torch.arange(1.0, 81)
+    C = x.T @ x / 500
+    exact = Sketch.of(C, 8)
+    monkeypatch.setattr("r1p_dist.moments.sketch._EXACT", 10)
+    wide = Sketch.of(C, 8)
+    torch.testing.assert_close(wide.whole(), exact.whole(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wide.whole().trace(), C.trace())
 
 
 def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) -> None:
@@ -60,7 +87,7 @@ def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) ->
     with pytest.raises(InputError, match=r"m: measured on other weights \(backbone.name=m, .*tiny"):
         file.check({"name": "tiny", "pretrained": None, "sha256": "34"})
     with pytest.raises(InputError, match="has no moment of image.0.fc1's input"):
-        file.moment("image.0.fc1")
+        file.sketch("image.0.fc1")
 
 
 @pytest.fixture
@@ -107,9 +134,9 @@ def test_pairs_are_measured_on_real_tokens_alone(pairs: list[Path], tmp_path: Pa
     file = MomentFile(str(out))
     for tower, inputs in seen.items():
         x = torch.cat([value.flatten(0, 1) for value in inputs])
-        torch.testing.assert_close(file.moment(f"{tower}.0.k"), x.T @ x / len(x), rtol=0.01, atol=2e-3)
+        torch.testing.assert_close(file.sketch(f"{tower}.0.k").whole(), x.T @ x / len(x), rtol=0.01, atol=2e-3)
     with pytest.raises(InputError, match="no moment of image.0.out"):
-        file.moment("image.0.out")
+        file.sketch("image.0.out")
     assert file.backbone["name"] == "tiny" and "3 pairs" in json.loads(file._file.metadata()["source"])
 
 
@@ -126,7 +153,7 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
     batches = [{"image": batch["image"]} for step in loader.steps() for batch in step]
     assert len(batches) == (40 + 16) / 8
     x = torch.cat([value.flatten(0, 1) for value in inputs_of_first_block(model, *batches)["image"]])
-    torch.testing.assert_close(MomentFile(str(out)).moment("image.0.v"), x.T @ x / len(x), rtol=0.01, atol=2e-3)
+    torch.testing.assert_close(MomentFile(str(out)).sketch("image.0.v").whole(), x.T @ x / len(x), rtol=0.01, atol=2e-3)
 
 
 @pytest.mark.parametrize(
