@@ -1,1 +1,1 @@
-"""Second moments of a backbone's layer inputs, measured on data like those of its pretraining: a file of statistics."""
+"""Second moments of layers' inputs: sketches of them, and the file that they are kept in."""

@@ -38,7 +38,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     own = ["method=steady", "deepspeed.config=zero0"]
     stream = [] if arguments.stream is None else [f"stream={arguments.stream}", "order=null", "tasks=null"]
     config = load_config(arguments.recipe, [*own, *stream, *words])
-    from r1p_dist.moments.measure import measure_pairs, measure_stream
+    from r1p_dist.measuring.moments import measure_pairs, measure_stream
 
     if arguments.stream is None:
         seen = measure_pairs(config, shards, arguments.samples, arguments.keep, arguments.out)
