@@ -48,7 +48,7 @@ smoke: $(VENV)/.installed
 	$(BIN)/python tools/dev/check_smoke.py
 
 # Which tests stay together and in which order they start: tests/conftest.py.
-PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder
+PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --durations 20
 
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1

@@ -40,13 +40,13 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def overrides(stream: Path, run_dir: Path) -> list[str]:
-    return [f"stream={stream}", "train.iterations=7", "log.every_steps=3", f"run_dir={run_dir}"]
+def overrides(stream: Path, run_dir: Path, toy: list[str]) -> list[str]:
+    return [toy[1], f"stream={stream}", "train.iterations=7", "log.every_steps=3", f"run_dir={run_dir}"]
 
 
 @pytest.mark.slow
-def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, tmp_path: Path) -> None:
-    settings = [*overrides(stream, tmp_path / "run"), "data.max_bad_fraction=0.02"]
+def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, toy: list[str], tmp_path: Path) -> None:
+    settings = [*overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0.02"]
     run_distributed(run_stream, 2, settings)
     metrics = read_metrics(tmp_path / "run")
     assert metrics["bad_samples"] == {"train": [2, 0], "evaluation": [3, 0]}
@@ -59,10 +59,12 @@ def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, 
 
 
 @pytest.mark.slow
-def test_too_many_bad_pictures_end_all_ranks_with_code_2(stream: Path, tmp_path: Path, free_port: int) -> None:
+def test_too_many_bad_pictures_end_all_ranks_with_code_2(
+    stream: Path, toy: list[str], tmp_path: Path, free_port: int
+) -> None:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     launcher += ["--master_port", str(free_port), "launchers/train.py"]
-    command = [*launcher, "--recipe", "mini_mtil", *overrides(stream, tmp_path / "run"), "data.max_bad_fraction=0"]
+    command = [*launcher, "--recipe", "mini_mtil", *overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 2
     assert "task animal_silhouettes: 1 of " in result.stderr and "and 0 may; mend them or set" in result.stderr

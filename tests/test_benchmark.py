@@ -112,7 +112,7 @@ def run_benchmark(arguments: str) -> str:
     return out.getvalue()[out.getvalue().index("{") :]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_scaling_counts_collectives(tool: ModuleType, capsys) -> None:
     arguments = "scaling --ranks 1 2 --votes global lagged --batch 4 --steps 1 --rounds 1"
     assert tool.main(arguments.split()) == 0

@@ -77,7 +77,7 @@ def test_runs_on_two_ranks(run_distributed, tmp_path: Path) -> None:
     assert found["tasks"] == TASKS and found["with"] == metrics["accuracy"][-1]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_joint_training_mixes_the_tasks(run_distributed, tmp_path: Path) -> None:
     overrides = [*SHORT, f"run_dir={tmp_path}", "method=joint", "data.group_by_length=2"]
     metrics = json.loads(run_distributed(run_stream, 1, [*overrides, "data.workers=1"])[0])

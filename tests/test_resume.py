@@ -93,9 +93,8 @@ CASES = {
         "train.precision=bf16",
         "options.router_grad=gated",
     ],
-    "bf16, all past columns, workers": [
+    "all past columns, workers": [
         "deepspeed.config=zero0",
-        "train.precision=bf16",
         "options.ago.reduction=code_all",
         "data.workers=1",
     ],

@@ -182,7 +182,7 @@ def merge_on_disk(rank_: int, world: int, name: str, disk: str) -> dict[str, boo
     return facts
 
 
-@pytest.mark.slow
+@pytest.mark.campaign  # the operation that DeepSpeed compiles for it takes minutes
 def test_merge_reaches_weights_on_nvme(run_distributed, tmp_path: Path) -> None:
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("DeepSpeed's asynchronous file access needs libaio: apt install libaio-dev")

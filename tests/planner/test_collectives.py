@@ -124,8 +124,8 @@ def predict_boundary(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
     "ranks, cases",
     [
         (1, CASES[::11]),
-        (2, CASES[1::3]),
-        (4, CASES[5::12]),
+        (2, CASES[1::4]),
+        (4, CASES[5::20]),
         pytest.param(2, CASES, marks=pytest.mark.campaign),
         pytest.param(4, CASES[5::6], marks=pytest.mark.campaign),
     ],
