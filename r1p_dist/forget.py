@@ -14,6 +14,7 @@ from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
+from r1p_dist.run_files import ADAPTERS, CONFIG_FILE, METRICS_FILE, UPDATES_FILE, stage_folder
 
 
 def forget(run_dir: Path, task: str) -> dict:
@@ -22,12 +23,12 @@ def forget(run_dir: Path, task: str) -> dict:
     Returns {"forgotten", "tasks", "with": accuracies of the run, "without": those now}. InputError: no finished task of
     that name, or a method whose tasks cannot be told apart in the weights.
     """
-    config = load_config(run_dir / "config.yaml", [f"run_dir={run_dir}"])
+    config = load_config(run_dir / CONFIG_FILE, [f"run_dir={run_dir}"])
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     finished = {
         name: folder
         for index, name in enumerate(stream_task.name for stream_task in stream.tasks)
-        if (folder := run_dir / "adapters" / f"{index:02d}-{name}").is_dir()
+        if (folder := stage_folder(run_dir, index, name)).is_dir()
     }
     if task not in finished:
         raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(finished) or 'none'}")
@@ -38,10 +39,10 @@ def forget(run_dir: Path, task: str) -> dict:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")
     kept = [folder for name, folder in finished.items() if name != task]
     places = method.update_places()
-    method.set_merged([load_updates(folder / "adapter.safetensors", places, device) for folder in kept])
+    method.set_merged([load_updates(folder / UPDATES_FILE, places, device) for folder in kept])
     loaders = evaluation_loaders(config, stream.tasks, backbone.encoder(config.data))
     results = make_evaluator(config.evaluation, backbone, loaders).evaluate(backbone, stream.tasks)
-    before = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["accuracy"][-1]
+    before = json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))["accuracy"][-1]
     found = {
         "forgotten": task,
         "tasks": [result.task for result in results],
@@ -51,9 +52,9 @@ def forget(run_dir: Path, task: str) -> dict:
     output = run_dir / f"without-{task}"
     shutil.rmtree(output, ignore_errors=True)
     for folder in kept:
-        target = output / "adapters" / folder.name
+        target = output / ADAPTERS / folder.name
         target.mkdir(parents=True)
         for file in folder.iterdir():
             os.link(file, target / file.name)
-    write_atomically(output / "metrics.json", json.dumps(found, indent=2) + "\n")
+    write_atomically(output / METRICS_FILE, json.dumps(found, indent=2) + "\n")
     return found

@@ -22,6 +22,7 @@ from r1p_dist.figures import (
 )
 from r1p_dist.files import write_atomically
 from r1p_dist.page import figure, number, page, table, text
+from r1p_dist.run_files import ANSWERS_FILE, CONFIG_FILE, LOG_FILE, METRICS_FILE, REPORT_FILE
 
 MEANINGS = {
     "transfer": ("Transfer", "{quantity} on tasks not trained yet: how much zero-shot ability is kept"),
@@ -48,11 +49,11 @@ def write_report(run_dir: Path) -> None:
     Raises InputError when metrics.json is missing or is not a run's metrics.
     """
     run_dir = Path(run_dir)
-    metrics = _read_metrics(run_dir / "metrics.json")
-    log, answers = _read_lines(run_dir / "log.jsonl"), _read_lines(run_dir / "answers.jsonl")
-    config = run_dir / "config.yaml"
+    metrics = _read_metrics(run_dir / METRICS_FILE)
+    log, answers = _read_lines(run_dir / LOG_FILE), _read_lines(run_dir / ANSWERS_FILE)
+    config = run_dir / CONFIG_FILE
     page = _page(metrics, log, answers, config.read_text(encoding="utf-8") if config.is_file() else None)
-    write_atomically(run_dir / "report.html", page)
+    write_atomically(run_dir / REPORT_FILE, page)
 
 
 def plot_matrix(run_dir: Path, path: Path) -> None:
@@ -60,7 +61,7 @@ def plot_matrix(run_dir: Path, path: Path) -> None:
 
     Raises InputError as `write_report`.
     """
-    metrics = _read_metrics(Path(run_dir) / "metrics.json")
+    metrics = _read_metrics(Path(run_dir) / METRICS_FILE)
     write_atomically(Path(path), png_of(matrix_figure(ScoreMatrix.read(metrics))))
 
 

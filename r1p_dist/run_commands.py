@@ -8,6 +8,7 @@ from pathlib import Path
 
 from r1p_dist.arguments import RECIPE_HELP, Parser, documented_parser, parse_with_overrides
 from r1p_dist.errors import InputError, launched_rank
+from r1p_dist.run_files import CONFIG_FILE
 
 _REPORT = """Write the report of a run again, and its accuracy matrix as a picture.
 
@@ -93,9 +94,9 @@ def forget_task(prog: str, argv: Sequence[str]) -> int:
 
 
 def _config_of(run_dir: Path) -> Path:
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG_FILE).is_file():
         raise InputError(f"{run_dir}: no config.yaml in it, so this is no run folder")
-    return run_dir / "config.yaml"
+    return run_dir / CONFIG_FILE
 
 
 def rewrite_report(prog: str, argv: Sequence[str]) -> int:

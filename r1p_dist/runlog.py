@@ -10,12 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from r1p_dist.distributed import rank
 from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.files import replace_file, write_atomically
+from r1p_dist.run_files import ANSWERS_FILE, CONFIG_FILE, CORRECT_FILE, LOG_FILE, METRICS_FILE, STATUS_FILE
 
 
 class RunLog:
     """The run folder's log files and the terminal; on ranks other than 0 every call does nothing."""
 
-    FILES = ("log.jsonl", "correct.jsonl", "answers.jsonl")
+    FILES = (LOG_FILE, CORRECT_FILE, ANSWERS_FILE)
 
     def __init__(self, run_dir: Path, config_text: str, tensorboard: bool, sizes: dict[str, int] | None = None):
         """sizes: how many bytes of each of FILES to keep, of a run that goes on; None begins new ones."""
@@ -25,7 +26,7 @@ class RunLog:
         self._steps_left: int | None = None
         if self.is_silent:
             return
-        write_atomically(run_dir / "config.yaml", config_text)
+        write_atomically(run_dir / CONFIG_FILE, config_text)
         for name in self.FILES:
             if (run_dir / name).is_file():
                 with (run_dir / name).open("ab") as file:
@@ -49,7 +50,7 @@ class RunLog:
             self._steps_left = self._steps_left if steps_left is None else steps_left
             content = {"state": state, "task": task, "step": step, "steps_left": self._steps_left}
             content |= {"process": os.getpid(), "host": os.uname().nodename}
-            replace_file(self.run_dir / "status.json", json.dumps(content) + "\n")
+            replace_file(self.run_dir / STATUS_FILE, json.dumps(content) + "\n")
 
     def sizes(self) -> dict[str, int]:
         """Returns the bytes of each of FILES that is there by now; on rank 0."""
@@ -80,7 +81,7 @@ class RunLog:
         """Writes one line for `step` (counted from 1 within the task)."""
         if self.is_silent:
             return
-        self._append("log.jsonl", {"task": task, "step": step, **values})
+        self._append(LOG_FILE, {"task": task, "step": step, **values})
         terms = "".join(f" {k.removeprefix('loss_')} {v:.4f}" for k, v in values.items() if k.startswith("loss_"))
         facts = f"loss {values['loss']:.3f}{terms} {values['samples_per_second']:.0f} samples/s"
         self._progress.update(self._bar, completed=step, facts=facts)
@@ -101,13 +102,13 @@ class RunLog:
             return
         shares = (result.scores / 100).tolist()
         correct = "".join(str(int(share)) for share in shares) if {*shares} <= {0, 1} else shares
-        self._append("correct.jsonl", {"row": row, "task": result.task, "correct": correct})
+        self._append(CORRECT_FILE, {"row": row, "task": result.task, "correct": correct})
         if result.answers:
-            self._append("answers.jsonl", {"row": row, "task": result.task, "answers": result.answers})
+            self._append(ANSWERS_FILE, {"row": row, "task": result.task, "answers": result.answers})
 
     def metrics(self, metrics: dict) -> None:
         if not self.is_silent:
-            write_atomically(self.run_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+            write_atomically(self.run_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
 
     def _append(self, name: str, line: dict) -> None:
         with (self.run_dir / name).open("a", encoding="utf-8") as file:

@@ -30,6 +30,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import adam_steps
 from r1p_dist.protocol import Method, Stage
+from r1p_dist.run_files import stage_folder
 from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
 from r1p_dist.stage_data import StageData
@@ -227,7 +228,7 @@ class Session:
         self._updates.update(zip(stages, held, strict=True))
 
     def _own_file(self, index: int, name: str) -> Path:
-        return self.config.run_dir / "adapters" / f"{index:02d}-{self.stages[index].name}" / f"{name}.safetensors"
+        return stage_folder(self.config.run_dir, index, self.stages[index].name) / f"{name}.safetensors"
 
     def _stage_file(self, index: int, name: str) -> Path:
         """Returns a file of a finished stage: this run's, or that of the checkpoint which `resume` named."""

@@ -16,6 +16,7 @@ from r1p_dist.adapters import Dense, Factors, Update
 from r1p_dist.distributed import agree, gather_bytes, gathered, rank, shaped_from_rank
 from r1p_dist.errors import InputError
 from r1p_dist.files import sync, write_atomically
+from r1p_dist.run_files import FACTS_FILE
 
 Places = Mapping[str, tuple[nn.Parameter, slice | None]]
 
@@ -95,7 +96,7 @@ def write_facts(folder: Path, updates: Mapping[str, Update], facts: Mapping[str,
         name: {"dense": True} if isinstance(update, Dense) else {"rank": len(update.A), "scaling": update.scaling}
         for name, update in updates.items()
     }
-    write_atomically(folder / "adapter.json", json.dumps({**facts, "layers": layers}, indent=2) + "\n")
+    write_atomically(folder / FACTS_FILE, json.dumps({**facts, "layers": layers}, indent=2) + "\n")
 
 
 def load_updates(path: Path, places: Places, device: torch.device | None = None) -> dict[str, Update]:

@@ -33,6 +33,7 @@ from r1p_dist.config import RunConfig
 from r1p_dist.distributed import agree, rank
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
+from r1p_dist.run_files import CHECKPOINTS, CONFIG_FILE
 
 FORMAT = 2
 _Whole = Annotated[int, Field(ge=0)]
@@ -99,7 +100,7 @@ class Checkpoints:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.root = config.run_dir / "checkpoints"
+        self.root = config.run_dir / CHECKPOINTS
         self._thread: threading.Thread | None = None
 
     def find(self) -> Checkpoint | None:
@@ -142,7 +143,7 @@ class Checkpoints:
         except ValidationError as error:
             fault = error.errors()[0]
             raise InputError(f"{folder}/state.json: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-        before = load_config(folder / "config.yaml")
+        before = load_config(folder / CONFIG_FILE)
         if differences := config_differences(before, self.config):
             raise InputError(
                 f"run_dir={self.config.run_dir}: its run has another configuration: {'; '.join(differences)}; give "
@@ -188,7 +189,7 @@ class Checkpoints:
                 "method.safetensors": tensor_file(method),
                 "ranks.safetensors": tensor_file({"ranks": capture.locals()}),
                 "state.json": json.dumps({"format": FORMAT, **state}).encode(),
-                "config.yaml": self.config.dump().encode(),
+                CONFIG_FILE: self.config.dump().encode(),
             }
             # what a stage began with is in the checkpoint before it, whose save may have failed
             links = {name: file for name, file in links.items() if name != "start.safetensors" or file.is_file()}

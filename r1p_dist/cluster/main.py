@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from r1p_dist.arguments import RECIPE_HELP, Parser, parse_with_overrides
 from r1p_dist.errors import InputError
+from r1p_dist.run_files import JOBS
 
 if TYPE_CHECKING:
     from r1p_dist.cluster.profile import ClusterProfile
@@ -57,12 +58,12 @@ def submit_run(prog: str, argv: Sequence[str]) -> int:
     if arguments.dry_run:
         from r1p_dist.cluster.submission import dry_run
 
-        print(dry_run(1, profile, config.run_dir / "jobs", _job_name(config.run_dir)))
+        print(dry_run(1, profile, config.run_dir / JOBS, _job_name(config.run_dir)))
         return 0
     from r1p_dist.cluster.submission import Submission, submit
 
     _check_world_size(config, profile)
-    jobs = submit([Submission(config)], profile, config.run_dir / "jobs", _job_name(config.run_dir))
+    jobs = submit([Submission(config)], profile, config.run_dir / JOBS, _job_name(config.run_dir))
     print(f"job {jobs[0].job_id}: {config.run_dir}", flush=True)
     if profile.cluster == "debug":
         jobs[0].results()
@@ -113,7 +114,7 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     if not good:
         raise InputError(f"none of the {len(points)} points can be trained; see the reasons above")
     if arguments.dry_run:
-        print(dry_run(len(good), profile, folder / "jobs", _job_name(folder), arguments.parallel))
+        print(dry_run(len(good), profile, folder / JOBS, _job_name(folder), arguments.parallel))
         return 0
     _check_world_size(good[0].config, profile)
     refused = {point.name: point.refused for point in points if point.refused is not None}

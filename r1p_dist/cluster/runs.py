@@ -11,6 +11,7 @@ from typing import Any
 
 from r1p_dist.cluster.scheduler import JobRecord, JobState, job_states
 from r1p_dist.errors import InputError
+from r1p_dist.run_files import CONFIG_FILE, JOB_FILE, LOG_FILE, STATUS_FILE
 from r1p_dist.safe_yaml import parse_yaml
 
 _ERROR = re.compile(r"^(error\b|\w+: error: |[\w.]*(Error|Exception)\b)")
@@ -52,7 +53,7 @@ def find_runs(roots: Iterable[Path]) -> list[Path]:
     for root in roots:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder")
-        for pattern in ("status.json", "job.json"):
+        for pattern in (STATUS_FILE, JOB_FILE):
             found.update(path.parent for path in [*root.glob(pattern), *root.glob(f"*/{pattern}")])
             found.update(path.parent for path in root.glob(f"*/*/{pattern}"))
     return sorted(found)
@@ -81,9 +82,9 @@ def describe_without_cluster(run_dir: Path) -> RunState:
 
 def _describe(run_dir: Path, record: JobRecord | None, job: JobState | None) -> RunState:
     status, config, log = (
-        _read_json(run_dir / "status.json"),
+        _read_json(run_dir / STATUS_FILE),
         _read_config(run_dir),
-        _last_record(run_dir / "log.jsonl"),
+        _last_record(run_dir / LOG_FILE),
     )
     state, error = _state(status, job), None
     if record is not None and state not in ("finished", "pending") and not (job and job.is_active):
@@ -172,7 +173,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
-    for name in ("config.yaml", "submitted.yaml"):
+    for name in (CONFIG_FILE, "submitted.yaml"):
         if (run_dir / name).is_file():
             content = parse_yaml((run_dir / name).read_text(encoding="utf-8"), str(run_dir / name))
             return content if isinstance(content, dict) else {}

@@ -12,8 +12,8 @@ from submitit.core.utils import JobPaths
 
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.files import write_atomically
+from r1p_dist.run_files import JOB_FILE
 
-RECORD = "job.json"
 _TIMEOUT_S = 60
 
 
@@ -29,16 +29,16 @@ class JobRecord:
     def read(cls, run_dir: Path) -> "JobRecord | None":
         """Returns the record of a run, None where none was submitted. InputError: the file is not such a record."""
         try:
-            content = (run_dir / RECORD).read_text(encoding="utf-8")
+            content = (run_dir / JOB_FILE).read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             return cls(**{str(key): str(value) for key, value in json.loads(content).items()})
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{run_dir / RECORD}: not the record of a job: {one_line(error)}; remove it") from error
+            raise InputError(f"{run_dir / JOB_FILE}: not the record of a job: {one_line(error)}; remove it") from error
 
     def write(self, run_dir: Path) -> None:
-        write_atomically(run_dir / RECORD, json.dumps(asdict(self)) + "\n")
+        write_atomically(run_dir / JOB_FILE, json.dumps(asdict(self)) + "\n")
 
     def log(self, rank: int = 0) -> Path:
         """The file with what a rank printed, over all starts of the job."""

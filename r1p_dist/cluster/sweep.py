@@ -33,6 +33,7 @@ from r1p_dist.data.order import digest_number
 from r1p_dist.errors import InputError
 from r1p_dist.methods import method_class
 from r1p_dist.recipes import load_config
+from r1p_dist.run_files import CONFIG_FILE
 from r1p_dist.safe_yaml import parse_yaml
 
 _RANGE = re.compile(r"(uniform|loguniform|integer)\(([^,()]+),([^,()]+)\)")
@@ -173,7 +174,7 @@ def _make_point(sweep: Sweep, values: dict[str, str], folder: Path) -> Point:
     try:
         config = load_config(sweep.recipe, words)
         _refuse_idle(config, values)
-        earlier = folder / name / "config.yaml"
+        earlier = folder / name / CONFIG_FILE
         if earlier.is_file() and (differences := config_differences(load_config(earlier), config)):
             raise InputError(f"its folder has another configuration: {'; '.join(differences)}; use another --folder")
     except InputError as error:

@@ -16,6 +16,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.figures import BLUE, GREY, INK, RULE, mean_of
 from r1p_dist.files import write_atomically
 from r1p_dist.page import figure, number, page, table, text
+from r1p_dist.run_files import METRICS_FILE, REPORT_FILE
 
 SWEEP_FILE = "sweep.json"
 METRICS = ("last", "average", "transfer", "bwt", "forgetting")
@@ -66,7 +67,7 @@ def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
             for (name, values), state in zip(content["points"].items(), states, strict=True)
         ]
         write_atomically(folder / "sweep.csv", _csv(rows))
-        write_atomically(folder / "report.html", _page(folder, rows))
+        write_atomically(folder / REPORT_FILE, _page(folder, rows))
     return rows
 
 
@@ -79,7 +80,7 @@ def _row(name: str, values: dict[str, str], refused: str | None, state: RunState
     if refused is not None:
         return Row(name, values, "refused", None, refused, {})
     try:
-        metrics = json.loads((state.run_dir / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((state.run_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         metrics = {}
     return Row(name, values, state.state, state.job and state.job.job_id, state.error, metrics)

@@ -9,6 +9,7 @@ from r1p_dist.cluster.runs import describe_runs
 from r1p_dist.cluster.submission import Submission, submit
 from r1p_dist.cluster.sweep import Point
 from r1p_dist.errors import InputError
+from r1p_dist.run_files import JOBS
 
 _LOOK_S = 1.0
 
@@ -28,11 +29,11 @@ def submit_points(
     submissions = [Submission(point.config, folder) for point in due]
     if profile.cluster == "slurm":
         if submissions:
-            submit(submissions, profile, folder / "jobs", name, parallel)
+            submit(submissions, profile, folder / JOBS, name, parallel)
     else:
         for number, submission in enumerate(submissions):
             before = [earlier.run_dir for earlier in submissions[:number]]
             while sum(state.is_active for state in describe_runs(before)) >= (parallel or 1):
                 time.sleep(_LOOK_S)
-            submit([submission], profile, folder / "jobs", name)
+            submit([submission], profile, folder / JOBS, name)
     return [point.name for point in due]

@@ -18,6 +18,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.evaluation.comparison import ZERO_SHOT, Result
 from r1p_dist.files import write_atomically
 from r1p_dist.recipes import load_config
+from r1p_dist.run_files import METRICS_FILE
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def finish(run: Run) -> Result:
 def complete_metrics(folder: Path) -> dict[str, Any] | None:
     """Return the metrics.json of a run that reached its end, else None."""
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
         return metrics if metrics["last"] is not None else None
     except (FileNotFoundError, ValueError, KeyError):
         return None

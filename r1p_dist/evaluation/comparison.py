@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from r1p_dist.run_files import CORRECT_FILE
+
 REFERENCE, JOINT, ZERO_SHOT = "dac", "joint", "zero_shot"
 MAJORITY = "majority answer"
 COLUMNS = {
@@ -159,7 +161,7 @@ def read_correct(result: Result) -> Correct:
     A line has a digit per sample, or a list of score / 100 where the metric is graded. Raises NoIntervalError when the
     file is missing or does not agree with metrics.json.
     """
-    path, metrics = result.folder / "correct.jsonl", result.metrics
+    path, metrics = result.folder / CORRECT_FILE, result.metrics
     if not path.is_file():
         raise NoIntervalError(f"{path.parent.name} has no correct.jsonl")
     latest: dict[str, tuple[int, str | list[float]]] = {}

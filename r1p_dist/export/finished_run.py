@@ -15,6 +15,7 @@ from r1p_dist.export.merged import FrozenWeights, MergedWeights
 from r1p_dist.methods import INFERENCE_NEEDS, make_method
 from r1p_dist.protocol import Method
 from r1p_dist.recipes import load_config
+from r1p_dist.run_files import ADAPTERS, CONFIG_FILE, FACTS_FILE, METRICS_FILE, UPDATES_FILE
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
 
     InputError: not the folder of a run, no such finished task, adapters of another model, other base weights.
     """
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / CONFIG_FILE).is_file():
         raise InputError(f"{run_dir}: no config.yaml there; give the folder of a run")
-    config = load_config(run_dir / "config.yaml")
-    metrics = _read_metrics(run_dir / "metrics.json")
+    config = load_config(run_dir / CONFIG_FILE)
+    metrics = _read_metrics(run_dir / METRICS_FILE)
     base = _frozen_weights(config.backbone)
     _check_base(run_dir, config.backbone, base)
     method = make_method(config, base.backbone)
@@ -68,7 +69,7 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
     chosen = _choose(run_dir, method, finished, names)
     places = method.update_places()
     updates = [
-        TaskUpdate(folder.name, name, load_updates(folder / "adapter.safetensors", places))
+        TaskUpdate(folder.name, name, load_updates(folder / UPDATES_FILE, places))
         for name, folder in finished.items()
         if name in chosen
     ]
@@ -99,9 +100,9 @@ def _read_metrics(path: Path) -> dict:
 def _finished_folders(run_dir: Path) -> dict[str, Path]:
     """Returns the folder of each finished task, in the run's order. InputError: one is missing between others."""
     found = {}
-    for folder in (run_dir / "adapters").glob("*"):
+    for folder in (run_dir / ADAPTERS).glob("*"):
         match = re.fullmatch(r"(\d+)-(.+)", folder.name)
-        if match and (folder / "adapter.json").is_file():
+        if match and (folder / FACTS_FILE).is_file():
             found[int(match[1])] = match[2], folder
     if missing := [index for index in range(len(found)) if index not in found]:
         raise InputError(f"{run_dir}/adapters: task {missing[0]:02d} is missing; put its folder back")

@@ -1,0 +1,23 @@
+"""Where things lie in the folder of a run. People and other tools rely on these names."""
+
+from pathlib import Path
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+LOG_FILE = "log.jsonl"
+CORRECT_FILE = "correct.jsonl"
+ANSWERS_FILE = "answers.jsonl"
+STATUS_FILE = "status.json"
+REPORT_FILE = "report.html"
+JOB_FILE = "job.json"
+CHECKPOINTS = "checkpoints"
+JOBS = "jobs"
+ADAPTERS = "adapters"
+# of each folder in ADAPTERS
+UPDATES_FILE = "adapter.safetensors"
+FACTS_FILE = "adapter.json"
+
+
+def stage_folder(run_dir: Path, index: int, name: str) -> Path:
+    """Returns the folder of what a finished stage left."""
+    return run_dir / ADAPTERS / f"{index:02d}-{name}"
