@@ -72,8 +72,12 @@ class ShardDataset(torch.utils.data.Dataset):
         self._indexes: dict[str, dict[str, ShardRecord]] = {}  # by the place of index.json, while indexing
         self._sha256: list[str | None] = []
         spans: list[tuple[int, int, int, int]] = []  # (shard, start, stop, crc32) of each sample
-        for number in range(len(self.shards)):
-            spans += self._index(number)
+        try:
+            for number in range(len(self.shards)):
+                spans += self._index(number)
+        except InputError:
+            self._close()  # not when the error goes, in whatever order its objects do
+            raise
         if not self._keys:
             raise InputError("no shard given: name at least one .tar file")
         self._spans = np.array(spans, dtype=np.int64)
@@ -240,6 +244,9 @@ class ShardDataset(torch.utils.data.Dataset):
         return {**self.__dict__, "_files": {}}
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for file in self.__dict__.get("_files", {}).values():
             file.close()
 

@@ -191,6 +191,15 @@ def test_a_damaged_tar_is_refused(tmp_path: Path, kind: str):
     check_message(lambda: ShardDataset([shard], CLASSES), [str(shard)])
 
 
+def test_a_shard_that_is_refused_is_closed(tmp_path: Path):
+    shard = tmp_path / "bad.tar"
+    shard.write_bytes(damaged("no tar"))
+    with pytest.raises(InputError) as caught:
+        ShardDataset([shard], CLASSES)
+    # the error holds the data set
+    assert caught.value and str(shard) not in [str(file.resolve()) for file in Path("/proc/self/fd").iterdir()]
+
+
 def test_a_missing_shard_and_no_shard(tmp_path: Path):
     check_message(lambda: ShardDataset([tmp_path / "no.tar"], CLASSES), [str(tmp_path / "no.tar"), "missing"])
     check_message(lambda: ShardDataset([], CLASSES), ["no shard"])
