@@ -27,8 +27,8 @@ def main(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--keep", type=int, default=128, metavar="K", help="directions of each layer's input (128)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     arguments, words = parse_with_overrides(parser, argv)
-    # nargs takes overrides that stand behind the shards
-    shards = [path for path in arguments.pairs or () if "=" not in path.name]
+    # it also takes the overrides that stand behind the shards
+    shards = [path for path in arguments.pairs or () if path.is_file() or "=" not in str(path)]
     words += [str(path) for path in arguments.pairs or () if path not in shards]
     for name in ("samples", "keep"):
         if getattr(arguments, name) < 1:

@@ -14,6 +14,7 @@ from r1p_dist.data import Stream, train_loader
 from r1p_dist.data.samples import BadSampleError, decode_picture, picture_suffix
 from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError, one_line
+from r1p_dist.host_copy import on_device
 from r1p_dist.methods import make_method
 from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
@@ -40,6 +41,8 @@ def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: i
                 backbone(image=torch.stack([transform(picture) for picture, _ in batch]).to(backbone.device))
                 backbone(tokens=backbone.tokenize([text for _, text in batch]))
                 seen += len(batch)
+        if not seen:
+            raise InputError(f"--pairs {' '.join(map(str, shards))}: no pair in it")
     _write(config, backbone, inputs, keep, f"{seen} pairs of {', '.join(shard.name for shard in shards)}", out)
     return seen
 
@@ -54,10 +57,9 @@ def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
     backbone.check(stream)
     plain = config.data.model_copy(update={"augment": False})
     loader = train_loader(config, stream.tasks, None, backbone.encoder(plain))
-    prepare, seen = backbone.preparer(loader.prompts), 0
+    seen = 0
     with torch.no_grad(), inputs.watch():
-        for step in loader.steps():
-            batches = [prepare({name: value.to(backbone.device) for name, value in batch.items()}) for batch in step]
+        for batches in on_device(loader.steps(), backbone.preparer(loader.prompts), backbone.device):
             backbone.begin_step(batches, config.train)
             for batch in batches:
                 backbone.loss(backbone, batch)

@@ -164,6 +164,8 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
         (["--pairs", "{pairs}", "backbone.kind=llava", "backbone.name=tiny_llava"], "a text are no input of backbone"),
         (["--pairs", "{labels}"], "labels.tar: key a: has no .txt"),
         (["--pairs", "{text}"], "text: cannot be read: "),
+        (["--pairs", "{empty}"], "empty.tar: no pair in it"),
+        (["--pairs", "{pairs}", "backbone.name=local-dir:/nowhere"], "local-dir:/nowhere"),
         (["--stream", "nowhere"], "stream=nowhere: no such stream file"),
         ([], "one of the arguments --pairs --stream is required"),
     ],
@@ -171,7 +173,13 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
 def test_wrong_input_is_one_line(words: list[str], error: str, pairs: list[Path], tmp_path: Path, capsys) -> None:
     labels = write_tar(tmp_path / "labels.tar", [("a.cls", b"0"), ("a.png", b"")])
     (tmp_path / "text").write_text("moments")
-    words = [word.format(pairs=pairs[0], labels=labels, text=tmp_path / "text") for word in words]
+    files = {
+        "pairs": pairs[0],
+        "labels": labels,
+        "text": tmp_path / "text",
+        "empty": write_tar(tmp_path / "empty.tar", []),
+    }
+    words = [word.format(**files) for word in words]
     assert run_command("moments", ["--recipe", "mini_mtil", *words, "--out", str(tmp_path / "m")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert error in lines[-1] and not (tmp_path / "m").exists()
