@@ -276,7 +276,7 @@ def test_malformed_settings_are_refused(bench: Bench, capsys: pytest.CaptureFixt
 
 def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
     expected = {
-        "mini_mtil": ["zero_shot", "lora", "lora_restart", "joint", "dac"],
+        "mini_mtil": ["zero_shot", "lora", "lora_restart", "joint", "dac", "steady"],
         "mini_instruct": ["zero_shot", "blind", "lora", "dac", "lora_no_replay", "dac_no_replay", "joint"],
     }
     for recipe, labels in expected.items():
