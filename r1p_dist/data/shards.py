@@ -75,16 +75,16 @@ class ShardDataset(torch.utils.data.Dataset):
         try:
             for number in range(len(self.shards)):
                 spans += self._index(number)
+            if not self._keys:
+                raise InputError("no shard given: name at least one .tar file")
+            self._spans = np.array(spans, dtype=np.int64)
+            if shots is not None:
+                self._keep_shots(shots, seed)
+            if samples is not None:
+                self._keep_samples(samples, seed)
         except InputError:
             self._close()  # not when the error goes, in whatever order its objects do
             raise
-        if not self._keys:
-            raise InputError("no shard given: name at least one .tar file")
-        self._spans = np.array(spans, dtype=np.int64)
-        if shots is not None:
-            self._keep_shots(shots, seed)
-        if samples is not None:
-            self._keep_samples(samples, seed)
         self._indexes.clear()
 
     def _index(self, number: int) -> list[tuple[int, int, int, int]]:
