@@ -10,9 +10,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from r1p_dist.backbones import Backbone, Placement, load_backbone, weights_identity
 from r1p_dist.config import RunConfig
-from r1p_dist.data import Stream, train_loader
+from r1p_dist.data import Sample, Stream, train_loader
 from r1p_dist.data.samples import BadSampleError, decode_picture, picture_suffix
-from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.host_copy import on_device
 from r1p_dist.methods import make_method
@@ -32,13 +31,14 @@ def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: i
             f"--pairs: a picture and a text are no input of backbone.kind={config.backbone.kind}; --stream"
         )
     backbone, inputs = _watched(config)
-    transform = evaluation_transform(backbone.preprocess)
+    encoder = backbone.encoder(config.data)
     share, seen = -(-count // len(shards)), 0
     with torch.no_grad(), inputs.watch():
         for shard in shards:
             pairs = islice(_pairs(shard), min(share, count - seen))
             while batch := list(islice(pairs, _BATCH)):
-                backbone(image=torch.stack([transform(picture) for picture, _ in batch]).to(backbone.device))
+                images = encoder.collate([encoder.evaluate(sample) for sample, _ in batch])["image"]
+                backbone(image=images.to(backbone.device))
                 backbone(tokens=backbone.tokenize([text for _, text in batch]))
                 seen += len(batch)
         if not seen:
@@ -77,7 +77,7 @@ def _watched(config: RunConfig) -> tuple[Backbone, InputMoments]:
     return backbone, inputs
 
 
-def _pairs(shard: Path) -> Iterator[tuple]:
+def _pairs(shard: Path) -> Iterator[tuple[Sample, str]]:
     """Yields (picture, text) of a shard, opened here: webdataset would run an address as a command."""
     try:
         with shard.open("rb") as file:
@@ -86,7 +86,7 @@ def _pairs(shard: Path) -> Iterator[tuple]:
                 if "txt" not in sample:
                     raise BadSampleError(f"{where}: has no .txt; pairs are a picture and a text of one key")
                 picture = decode_picture(sample[picture_suffix(sample.keys(), where)], where)
-                yield picture, sample["txt"].decode("utf-8", "replace").strip()
+                yield Sample(sample["__key__"], (picture,)), sample["txt"].decode("utf-8", "replace").strip()
     except (OSError, TarError) as error:
         raise InputError(f"--pairs {shard}: cannot be read: {one_line(error)}") from error
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError
+from r1p_dist.files import write_atomically
 from r1p_dist.moments.sketch import Sketch
 
 
@@ -35,8 +36,8 @@ def write_moments(
     metadata = {key: json.dumps(value) for key, value in {**facts, "layers": dict(layers)}.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, metadata)
-    except (OSError, SafetensorError) as error:
+        write_atomically(path, save(tensors, metadata))
+    except OSError as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
 
 
