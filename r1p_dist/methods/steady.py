@@ -122,16 +122,15 @@ class Steady(LowRankMethod):
 
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
-        device, keep = self.backbone.device, self.options.sketch
-        known: list[Moment] = [_stored(task, layer, device) for task in self._past]
+        known = [_stored(task, layer) for task in self._past]
         weights = [1.0] * len(known)
         if self._anchor is not None:
-            anchor = self._anchor.sketch(layer)
-            known.append(Sketch(anchor.factor.to(device), anchor.rest.to(device)))
+            known.append(self._anchor.sketch(layer))
             weights.append(self.options.anchor_tasks)
+        known = [moment.to(self.backbone.device) for moment in known]
         sketches = [moment for moment in known if isinstance(moment, Sketch)]
         if len(sketches) == len(known) and len(sketches[0].factor) > self.options.sketch_above:
-            return Sketch.mean(sketches, weights, keep)
+            return Sketch.mean(sketches, weights, self.options.sketch)
         wholes = [moment.whole() if isinstance(moment, Sketch) else moment for moment in known]
         total = torch.zeros_like(wholes[0])
         for weight, whole in zip(weights, wholes, strict=True):
@@ -157,11 +156,11 @@ class Steady(LowRankMethod):
         return InputMoments(self.backbone, self.adapters, self.options.by_sensitivity)
 
 
-def _stored(memory: Mapping[str, torch.Tensor], layer: str, device: torch.device) -> Moment:
+def _stored(memory: Mapping[str, torch.Tensor], layer: str) -> Moment:
     """Returns what a stage left of the input that a layer reads."""
     if f"{layer}.moment" in memory:
-        return memory[f"{layer}.moment"].to(device)
-    return Sketch(memory[f"{layer}.factor"].to(device), memory[f"{layer}.rest"].to(device))
+        return memory[f"{layer}.moment"]
+    return Sketch(memory[f"{layer}.factor"], memory[f"{layer}.rest"])
 
 
 @torch.no_grad()

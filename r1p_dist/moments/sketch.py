@@ -46,6 +46,10 @@ class Sketch:
         rest = ((trace - values.sum()) / others).clamp(min=0) if others else torch.zeros_like(trace)
         return cls(vectors * (values - rest).clamp(min=0).sqrt(), rest)
 
+    def to(self, device: torch.device) -> Sketch:
+        """Returns it on a device."""
+        return Sketch(self.factor.to(device), self.rest.to(device))
+
     def times(self, A: torch.Tensor) -> torch.Tensor:
         """Returns A C of an A (k, in)."""
         return (A @ self.factor) @ self.factor.T + self.rest * A
