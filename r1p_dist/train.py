@@ -18,7 +18,6 @@ from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
 from r1p_dist.methods import make_method
-from r1p_dist.report import write_report
 from r1p_dist.scores import Scores, stop_if_asked, summary
 from r1p_dist.session import Session
 from r1p_dist.stage_data import StageData, stage_data
@@ -96,5 +95,7 @@ def train_stages(
     metrics = scores.write()
     log.status("finished", steps_left=0)
     if rank() == 0:
+        from r1p_dist.report import write_report  # which draws: its library is for this rank and moment alone
+
         write_report(config.run_dir)
     return metrics
