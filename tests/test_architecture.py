@@ -12,8 +12,8 @@ PACKAGE = ROOT / "r1p_dist"
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
     "lazy errors arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config config "
-    "distributed host_copy interrupts data losses adapters backbones evaluation protocol moments methods recipes "
-    "optimizer optimizer_state rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer "
+    "distributed host_copy interrupts data losses adapters backbones evaluation protocol moments methods places "
+    "key_words recipes optimizer optimizer_state rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer "
     "session fit scores figures page report export train dry_run forget measuring doctor method_list planner "
     "compare cluster run_commands cli __main__"
 ).split()

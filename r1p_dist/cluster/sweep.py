@@ -34,7 +34,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.methods import method_class
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import CONFIG_FILE
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.safe_yaml import read_yaml
 
 _RANGE = re.compile(r"(uniform|loguniform|integer)\(([^,()]+),([^,()]+)\)")
 _LONGEST_NAME = 120
@@ -73,11 +73,7 @@ class SweepFile(BaseModel):
     def load(cls, path: Path) -> "SweepFile":
         """InputError: the file cannot be read, or a key in it is wrong."""
         try:
-            content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            return cls.model_validate(content)
+            return cls.model_validate(read_yaml(path))
         except ValidationError as error:
             fault = error.errors()[0]
             key = ".".join(map(str, fault["loc"])) or "the file"
