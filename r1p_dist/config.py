@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from r1p_dist.errors import InputError
 from r1p_dist.safe_yaml import write_yaml
 
 
@@ -155,6 +156,17 @@ class TrainConfig(Section):
         """Return the values that the task `name` trains with: these, with its entry in `per_task` laid over."""
         own = self.per_task.get(name, TaskTrainConfig())
         return self.model_copy(update={**own.model_dump(exclude_none=True), "per_task": {}})
+
+    def micro_batch_size(self, ranks: int) -> int:
+        """Return the samples of a rank in a micro step. InputError: the global batch does not divide among ranks."""
+        micro_batches = ranks * self.gradient_accumulation_steps
+        if self.global_batch_size % micro_batches:
+            raise InputError(
+                f"train.global_batch_size={self.global_batch_size} does not divide into {ranks} ranks times "
+                f"train.gradient_accumulation_steps={self.gradient_accumulation_steps}; use a multiple of "
+                f"{micro_batches}"
+            )
+        return self.global_batch_size // micro_batches
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainConfig:

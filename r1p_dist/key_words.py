@@ -9,7 +9,7 @@ _WORDS = {
     "train.lr": "learning_rate base_lr init_lr max_lr",
     "train.min_lr": "lr_min eta_min end_lr",
     "train.global_batch_size": "batch_size bs batch train_batch_size per_device_train_batch_size micro_batch_size",
-    "train.gradient_accumulation_steps": "accumulation_steps grad_accum grad_accumulation_steps accumulate_grad_batches",
+    "train.gradient_accumulation_steps": "grad_accum grad_accumulation_steps accumulate_grad_batches",
     "train.iterations": "epochs num_epochs num_train_epochs max_epochs steps max_steps num_steps iters max_iters",
     "train.warmup_steps": "warmup warmup_iters num_warmup_steps warmup_ratio",
     "train.weight_decay": "wd decay",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -29,11 +29,26 @@ COMMAND_LINE = "command line"
 _MOVED = {"pool": "options", "ago": "options.ago", "lora": "options"}
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    recipe: str | Path, overrides: Sequence[str] = (), check: Callable[[RunConfig], None] | None = None
+) -> RunConfig:
     """Return the configuration of a recipe (a shipped name or a YAML file) with `key.sub=value` overrides.
 
-    Raises InputError, one line that names file, key and value, for anything that is wrong in them.
+    check: is called before the method's module, which needs torch, is imported. Raises InputError, one line that names
+    file, key and value, for anything that is wrong in them.
     """
+    config, origins, path = _read(recipe, overrides)
+    if check is not None:
+        check(config)
+    return _with_options(config, origins, str(path))
+
+
+def read_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return what `load_config` does, but with the method's options as they are written, which needs no torch."""
+    return _read(recipe, overrides)[0]
+
+
+def _read(recipe: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, _Origins, Path]:
     path = _find_recipe(recipe)
     tree, origins = _read_with_bases(path, ())
     words: dict[str, Any] = {}
@@ -48,10 +63,9 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise InputError(_describe(error, (), origins, str(path))) from error
-    config = _with_options(config, origins, str(path))
     # Read here as well, so that --print-config and every rank find a wrong DeepSpeed key before any work.
     load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
-    return config
+    return config, origins, path
 
 
 def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfig:

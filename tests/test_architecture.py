@@ -11,11 +11,11 @@ PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "lazy errors arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config config "
-    "distributed host_copy interrupts data losses adapters backbones evaluation protocol moments methods places "
-    "key_words recipes optimizer optimizer_state rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer "
-    "session fit scores figures page report export train dry_run forget measuring doctor method_list planner "
-    "compare cluster run_commands cli __main__"
+    "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config "
+    "config distributed host_copy interrupts data losses adapters backbones evaluation protocol moments "
+    "memory_faults methods places key_words recipes checks optimizer optimizer_state rendezvous engine runlog "
+    "run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export train "
+    "dry_run forget measuring doctor method_list planner local_ranks compare cluster run_commands cli __main__"
 ).split()
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
