@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1p_dist.arguments import RECIPE_HELP, Parser, parse_with_overrides
-from r1p_dist.errors import InputError
+from r1p_dist.dry_run.ranks import set_ranks
 
 if TYPE_CHECKING:
     from r1p_dist.config import RunConfig
@@ -48,23 +48,3 @@ def main(prog: str, argv: Sequence[str]) -> int:
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps(result.as_json(), indent=2) + "\n")
     return 0
-
-
-def set_ranks(config: RunConfig, ranks: int, batch: int | None) -> RunConfig:
-    """Returns the configuration for so many ranks. batch: samples of each in a micro step; None: as the recipe has it.
-
-    InputError: numbers below 1, or a global batch that does not divide.
-    """
-    for flag, value in (("--ranks", ranks), ("--batch", batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} {value}: must be from 1")
-    micro_steps, size = config.train.gradient_accumulation_steps, config.train.global_batch_size
-    if batch is not None:
-        size = ranks * batch * micro_steps
-    if size % (ranks * micro_steps):
-        raise InputError(
-            f"--ranks {ranks}: train.global_batch_size={size} does not divide into {ranks} ranks times "
-            f"train.gradient_accumulation_steps={micro_steps}; give --batch N, the samples of each rank in a micro "
-            f"step, or a multiple of {ranks * micro_steps}"
-        )
-    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": size})})
