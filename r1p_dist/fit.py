@@ -61,13 +61,12 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             stop = act_on(agreement.findings(), running, session) or stop
             session.save_step(running)
         if stop:
-            session.wait_on_all_ranks()
+            is_saved = session.wait_on_all_ranks()
             log.status("stopped", stage.name, running.step, session.steps_left(running))
-            raise Interrupted(
-                f"{stop.name} at task {stage.name} step {running.step}: saved in {session.last_saved}; the same "
-                "command resumes there",
-                stop,
-            )
+            saved = f"saved in {session.last_saved}; the same command resumes there"
+            if not is_saved:
+                saved = f"not saved, the same command resumes from {session.last_saved or 'the beginning'}"
+            raise Interrupted(f"{stop.name} at task {stage.name} step {running.step}: {saved}", stop)
     log.end()
 
 

@@ -45,9 +45,9 @@ def noise_in(path: Path) -> Iterator[None]:
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
     _streams.update(out=os.fdopen(os.dup(1), "w", buffering=1), err=os.fdopen(os.dup(2), "w", buffering=1))
-    warnings = logging.StreamHandler(_streams["err"])
+    # those of other ranks would mostly repeat it; they are in the file
+    warnings = logging.StreamHandler(_streams["err"] if launched_rank() == 0 else None)
     warnings.setFormatter(logging.Formatter("warning: %(message)s"))
-    warnings.addFilter(lambda record: launched_rank() == 0)
     logging.getLogger("r1p_dist").addHandler(warnings)
     for descriptor in (1, 2):
         os.dup2(file.fileno(), descriptor)

@@ -140,6 +140,9 @@ def ending(metrics: dict, report: Path) -> str:
     if len(rows) == len(before) + 1 and None not in before:
         own = mean(row[index] for index, row in enumerate(rows[1:]))
         words.append(f"own {mean(before):.1f} before the merge, {own:.1f} after")
+    bad = metrics["bad_samples"]
+    if any(bad["train"]) or any(bad["evaluation"]):
+        words.append(f"unusable samples: {sum(bad['train'])} replaced, {sum(bad['evaluation'])} not evaluated")
     return f"finished in {timedelta(seconds=round(metrics['wall_seconds']))}: {'; '.join(words)}\nreport: {report}"
 
 

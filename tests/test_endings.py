@@ -1,6 +1,7 @@
 """How runs end badly, done and not pretended: one line each, the right exit code, and nothing left behind."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from r1p_dist import interrupts
+from r1p_dist import interrupts, runlog
 from r1p_dist.cli import main
 from r1p_dist.distributed import end_process_group
 from r1p_dist.errors import EXIT_CTRL_C, EXIT_INPUT, EXIT_INTERRUPTED, InputError, Interrupted, report_errors
@@ -29,6 +30,7 @@ from r1p_dist.memory_faults import memory_faults_named
 from r1p_dist.output import error_terminal, noise_in, terminal
 from r1p_dist.recipes import load_config
 from r1p_dist.runlog import RunLog
+from r1p_dist.scores import ending
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,6 +214,57 @@ def test_what_libraries_print_goes_to_a_file_and_our_own_words_do_not(
     assert path.read_text() == 2 * "from C\nfrom a compiler\n"
 
 
+def test_the_end_says_what_the_merge_cost_and_what_was_left_out(tmp_path: Path) -> None:
+    metrics = {
+        "accuracy": [[10.0, 20.0], [40.0, 21.0], [38.0, 55.0]],
+        "before_merge": [60.0, 65.0],
+        "last": 46.5,
+        "forgetting": 2.0,
+        "wall_seconds": 61.0,
+        "bad_samples": {"train": [0, 0], "evaluation": [0, 0]},
+    }
+    head = "finished in 0:01:01: last 46.5 (zero-shot 15.0); forgetting 2.0; own 62.5 before the merge, 47.5 after"
+    assert ending(metrics, tmp_path / "report.html") == f"{head}\nreport: {tmp_path / 'report.html'}"
+    metrics |= {
+        "bad_samples": {"train": [2, 0], "evaluation": [3, 1]},
+        "before_merge": [None, None],
+        "forgetting": None,
+    }
+    head = "finished in 0:01:01: last 46.5 (zero-shot 15.0); unusable samples: 2 replaced, 4 not evaluated"
+    assert ending(metrics, tmp_path / "report.html").splitlines()[0] == head
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what is drawn."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_moves_with_every_step_and_tells_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = iter([100.0, 110.0, 120.0])
+    monkeypatch.setattr(runlog, "terminal", lambda: screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    log = RunLog(tmp_path, "", tensorboard=False)
+    log.begin("[zero-shot]", 3)
+    for _ in range(2):
+        log.advance()
+    log.end()
+    log.begin("flags", 3)
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: next(clock))
+    for steps_left in (5, 3, 2):
+        log.advance(steps_left)
+    monkeypatch.undo()
+    log.end()
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "[zero-shot]" in drawn and "2/3" in drawn
+    assert "3/3" in drawn and "0:00:13 left of the stream" in drawn  # 3 steps took 20 s, and 2 are left
+
+
 @pytest.mark.parametrize(
     ("error", "shown", "stays"),
     [
@@ -307,3 +360,25 @@ def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["train", "--recipe", "mini_mtil", f"run_dir={tmp_path}"]) == 0
     expected = f"{tmp_path}: this run is finished; report: {tmp_path / 'report.html'}; resume=never starts it over\n"
     assert capsys.readouterr().out == expected
+
+
+def test_a_save_that_failed_is_not_called_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from r1p_dist.checkpoint import Checkpoints, checkpoints
+
+    class Nothing:
+        tensors = dict
+        locals = staticmethod(lambda: torch.zeros(1, 1))
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    saves = Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}"]))
+
+    def save(step: int, fault: OSError | None) -> bool:
+        def write(*_: object) -> None:
+            if fault is not None:
+                raise fault
+
+        monkeypatch.setattr(checkpoints, "write_folder", write)
+        saves.save(f"00-a/step-{step}", {}, {}, Nothing(), {})
+        return saves.wait()
+
+    assert [save(1, None), save(2, full), save(3, None)] == [True, False, True]
