@@ -37,6 +37,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from r1p_dist.data.remote import PROTOCOLS, is_url
 from r1p_dist.errors import InputError
+from r1p_dist.files import read_text
 from r1p_dist.safe_yaml import read_yaml
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -336,10 +337,7 @@ def read_templates(file: Path) -> tuple[str, ...]:
 
 
 def _lines(file: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text ({error})") from error
+    lines = [line.strip() for line in read_text(file).rstrip().split("\n")]
     if lines == [""]:
         raise InputError(f"{file}: is empty; write one entry per line")
     # The line number is the label, so an empty line must not be dropped in silence.
