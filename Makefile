@@ -40,11 +40,11 @@ help:
 
 train: $(VENV)/.installed
 	@command -v numactl >/dev/null || echo 'note: numactl is not installed; nothing here needs it'
-	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py $(ARGS)
+	$(BIN)/r1p train --ranks $(ACCELERATORS) $(ARGS)
 
 smoke: $(VENV)/.installed
-	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_mtil_smoke resume=never
-	$(BIN)/deepspeed --num_accelerators $(ACCELERATORS) launchers/train.py --recipe mini_instruct_smoke resume=never
+	$(BIN)/r1p train --ranks $(ACCELERATORS) --recipe mini_mtil_smoke resume=never
+	$(BIN)/r1p train --ranks $(ACCELERATORS) --recipe mini_instruct_smoke resume=never
 	$(BIN)/python tools/dev/check_smoke.py
 
 # Which tests stay together and in which order they start: tests/conftest.py.

@@ -28,6 +28,8 @@ def parse_with_overrides(parser: Parser, argv: Sequence[str]) -> tuple[argparse.
     InputError: a flag that the parser does not know.
     """
     arguments, words = parser.parse_known_args(argv)
-    if flags := [word for word in words if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    for flag in (word for word in words if word.startswith("-")):
+        key, separator, _ = flag.lstrip("-").partition("=")
+        hint = f"; write {flag.lstrip('-')}" if separator and key.replace(".", "").isidentifier() else ""
+        parser.error(f"unrecognized arguments: {flag}{hint}")
     return arguments, words

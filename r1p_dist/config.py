@@ -5,13 +5,15 @@ The same words stand in YAML, in code, on the command line and in the run folder
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from r1p_dist.errors import InputError
 from r1p_dist.kinds import kind_names, kind_of
+from r1p_dist.safe_yaml import write_yaml
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -33,13 +35,36 @@ def _known_kind(name: str) -> str:
     return name
 
 
+def _writable_path(path: Path) -> Path:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be a name in UTF-8") from None
+    return path.expanduser()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Marks a text that is a name or a path; a path is resolved where it is written (places.py).
+
+    holds: the file that makes a folder such a place; where it is empty, the place is a file.
+    """
+
+    holds: str = ""
+
+
+_LARGEST = 2**31 - 1
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
-Count = Annotated[Integer, Field(ge=1)]
-Steps = Annotated[Integer, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1, le=_LARGEST)]
+Steps = Annotated[Integer, Field(ge=0, le=_LARGEST)]
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
+StreamPlace = Annotated[str, Place("stream.yaml")]
+FilePlace = Annotated[str, Place()]
+# Where something is written: from the working directory, as everywhere.
+Folder = Annotated[Path, AfterValidator(_writable_path)]
 
 
 class Section(BaseModel):
@@ -57,8 +82,8 @@ class BackboneConfig(Section):
     """
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
-    name: str = "tiny"
-    pretrained: str | None = None
+    name: Annotated[str, Place("config.json")] = "tiny"
+    pretrained: FilePlace | None = None
     force_quick_gelu: bool = False
     feature_cache_gb: NotNegative = 1.0
     gradient_checkpointing: bool = False
@@ -128,6 +153,17 @@ class TrainConfig(Section):
         own = self.per_task.get(name, TaskTrainConfig())
         return self.model_copy(update={**own.model_dump(exclude_none=True), "per_task": {}})
 
+    def micro_batch_size(self, ranks: int) -> int:
+        """Return the samples of a rank in a micro step. InputError: the global batch does not divide among ranks."""
+        micro_batches = ranks * self.gradient_accumulation_steps
+        if self.global_batch_size % micro_batches:
+            raise InputError(
+                f"train.global_batch_size={self.global_batch_size} does not divide into {ranks} ranks times "
+                f"train.gradient_accumulation_steps={self.gradient_accumulation_steps}; use a multiple of "
+                f"{micro_batches}"
+            )
+        return self.global_batch_size // micro_batches
+
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainConfig:
         if self.global_batch_size % self.gradient_accumulation_steps:
@@ -166,14 +202,14 @@ class DataConfig(Section):
     group_by_length: Count | None = None
     shuffle_shards: Count | None = None
     replay_share: Probability = 0.0
-    reference: str | None = None
+    reference: StreamPlace | None = None
     reference_share: Probability = 0.0
     max_bad_fraction: Probability | None = None
     evaluate_on: Literal["test", "validation"] = "test"
     workers: Steps = 0
     augment: bool = True
     blind: bool = False
-    cache_dir: Path | None = None
+    cache_dir: Folder | None = None
     cache_gb: Positive | None = None
 
     @model_validator(mode="after")
@@ -199,7 +235,7 @@ class EvaluationConfig(Section):
 class DeepSpeedConfig(Section):
     """A name in ds_configs/ or the path of a JSON file, and keys laid over it."""
 
-    config: str = "zero2"
+    config: FilePlace = "zero2"
     overrides: dict[str, Any] = {}
 
 
@@ -237,14 +273,14 @@ class RunConfig(Section):
     that is finished goes on with them.
     """
 
-    run_dir: Path
-    resume: str = "auto"
+    run_dir: Folder
+    resume: Annotated[str, Place("state.json")] = "auto"
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
     method: str = "dac"
-    stream: str = "mini_mtil"
+    stream: StreamPlace = "mini_mtil"
     order: str | None = None
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
-    extend: list[str] = []
+    extend: list[StreamPlace] = []
     backbone: BackboneConfig = BackboneConfig()
     options: dict[str, Any] = {}
     targets: TargetsConfig = TargetsConfig()
@@ -270,5 +306,11 @@ class RunConfig(Section):
         return self
 
     def dump(self) -> str:
-        """Return the resolved configuration as YAML, keys in the order of the fields; `load_config` reads it back."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Return the resolved configuration as YAML, keys in the order of the fields; `load_config` reads it back.
+
+        Its folders are absolute, so that it says the same from any directory.
+        """
+        tree = self.model_dump(mode="json") | {"run_dir": str(self.run_dir.absolute())}
+        if self.data.cache_dir is not None:
+            tree["data"]["cache_dir"] = str(self.data.cache_dir.absolute())
+        return write_yaml(tree)

@@ -8,11 +8,13 @@ configuration, so that one value has one place.
 import copy
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from r1p_dist.errors import InputError
+from r1p_dist.files import read_text
 from r1p_dist.shipped import shipped_files
 
 REMOVED_KEYS = {
@@ -50,6 +52,9 @@ UNMERGEABLE = {
         "frozen weights would lie quantised; zero_quantized_weights quantises only what travels",
     ),
 }
+
+# Ends of the keys of zero_optimization whose values are numbers; all others but the sections are true or false.
+OF_NUMBERS = ("_size", "_threshold", "live_parameters", "_distance")
 
 TOP_LEVEL_KEYS = frozenset(
     """
@@ -109,8 +114,10 @@ def _find(name_or_path: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-    except (OSError, ValueError, RecursionError) as error:
+        config = json.loads(read_text(path), object_pairs_hook=_refuse_duplicates)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a readable JSON file: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path}: the file must hold one JSON object, it holds a {type(config).__name__}")
@@ -150,11 +157,28 @@ def _check(config: Mapping[str, Any], source: str) -> None:
             raise InputError(f"{source}: {key}={value}: no task could be merged into the weights: {reason}")
     _refuse_unknown(config, TOP_LEVEL_KEYS, "", source)
     _refuse_unknown(zero, ZERO_KEYS, "zero_optimization.", source)
+    _check_values(zero, source)
     if config.get("gradient_clipping", 0.0) != 0.0:
         raise InputError(
             f"{source}: gradient_clipping={config['gradient_clipping']!r} comes from the run configuration: "
             "write 0.0 here and set train.gradient_clipping instead"
         )
+
+
+def _check_values(zero: Mapping[str, Any], source: str) -> None:
+    """Refuses values that DeepSpeed would take for others, or die of: a size that is a text, a stage that is none."""
+    for key, value in zero.items():
+        where = f"{source}: zero_optimization.{key}={value!r}"
+        if isinstance(value, Mapping) or value is None or key in ("leaf_module", "zenflow"):
+            continue
+        if key == "stage":
+            if isinstance(value, bool) or value not in (0, 1, 2, 3):
+                raise InputError(f"{where}: must be 0, 1, 2 or 3")
+        elif key.endswith(OF_NUMBERS):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise InputError(f"{where}: must be a number from 0")
+        elif not isinstance(value, bool):
+            raise InputError(f"{where}: must be true or false")
 
 
 def _look_up(config: Mapping[str, Any], dotted: str) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,7 +17,7 @@ from r1p_dist.backbones import Placement
 from r1p_dist.config import RunConfig, TrainConfig
 from r1p_dist.distributed import world_size
 from r1p_dist.ds_config import load_deepspeed_config
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 from r1p_dist.methods import method_class
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.optimizer_state import set_adam_steps
@@ -28,7 +29,7 @@ _START_TIMEOUT = timedelta(minutes=30)
 def start_process_group() -> torch.device:
     """Joins the process group of the launcher or of srun, or makes one of a single rank; returns this rank's device.
 
-    InputError: a rank that is left without one.
+    InputError: a rank that is left without one, a port that is taken, or no compiler where ranks on CPUs need one.
     """
     # DeepSpeed 0.19 calls collectives by names that torch 2.14 is about to drop: thousands of warnings under ZeRO-3.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -44,8 +45,34 @@ def start_process_group() -> torch.device:
         index = take_device(torch.accelerator.device_count())
         device = torch.device(accelerator.type, index)
         torch.accelerator.set_device_index(index)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
+    if os.environ["WORLD_SIZE"] == "1":
+        # what ranks of one node exchange through is compiled where it is missing
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=_START_TIMEOUT, verbose=False)
+    except (RuntimeError, OSError) as error:
+        if (reason := _why_no_group(error)) is None:
+            raise
+        raise InputError(reason) from error
     return device
+
+
+def _why_no_group(error: Exception) -> str | None:
+    """Returns what a user can do about an error at the start of the process group; None for one that nobody expects."""
+    text, port = one_line(error), os.environ["MASTER_PORT"]
+    if any(words in text for words in ("EADDRINUSE", "address already in use")):
+        return (
+            f"MASTER_PORT={port}: another program has this port, perhaps another training; wait for it, or give one "
+            "that is free: deepspeed --master_port N"
+        )
+    if any(words in text for words in ("Ninja is required", "Error building extension")):
+        compiler = os.environ.get("CXX", "c++")
+        lack = "fails, see launch.log of the run" if shutil.which(compiler) else "is missing: apt install g++"
+        return (
+            f"{compiler}: the C++ compiler {lack}; DeepSpeed builds with it what several ranks on CPUs exchange "
+            "through (one rank needs none; `r1p doctor` says more)"
+        )
+    return None
 
 
 def choose_precision(config: RunConfig) -> tuple[str, str]:
@@ -69,19 +96,14 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
     """
     resolved = load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
     train = config.train
-    micro_batches = world_size * train.gradient_accumulation_steps
-    if train.global_batch_size % micro_batches:
-        raise InputError(
-            f"train.global_batch_size={train.global_batch_size} does not divide into {world_size} ranks times "
-            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}; use a multiple of {micro_batches}"
-        )
+    micro_batch_size = train.micro_batch_size(world_size)
     if train.compile and resolved["zero_optimization"]["stage"] == 3:
         raise InputError(
             f"train.compile=true with deepspeed.config={config.deepspeed.config}: compiled blocks keep their weights, "
             "and ZeRO stage 3 takes them away; use deepspeed.config=zero2 or train.compile=false"
         )
     resolved["train_batch_size"] = train.global_batch_size
-    resolved["train_micro_batch_size_per_gpu"] = train.global_batch_size // micro_batches
+    resolved["train_micro_batch_size_per_gpu"] = micro_batch_size
     resolved["gradient_accumulation_steps"] = train.gradient_accumulation_steps
     resolved["gradient_clipping"] = train.gradient_clipping or 0.0
     resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(config)[0] == "bf16"}

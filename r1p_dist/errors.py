@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 
+EXIT_INPUT = 2  # something that was given, or the machine, cannot serve the run as it is
 EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_HANGS = 76
+EXIT_CTRL_C = 130  # as shells say it: nothing was saved
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
@@ -37,32 +40,36 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def known_fault(error: BaseException) -> tuple[str, int] | None:
+    """Returns the line for an error that users meet, and the exit code; None for one that nobody expects."""
+    rank = launched_rank()
+    prefix = "error" if rank == 0 else f"error (rank {rank})"
+    if isinstance(error, Interrupted):
+        return f"interrupted: {error}", EXIT_INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: Ctrl-C, before there was anything to save", EXIT_CTRL_C
+    if isinstance(error, InputError):
+        return f"{prefix}: {error}", EXIT_INPUT
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"{prefix}: {error}; make room there, the same command then resumes from the last checkpoint", EXIT_INPUT
+    # gloo's and NCCL's words; the rank that ended has said why.
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK):
+        return f"error (rank {rank}): another rank ended or cannot be reached any more", 1
+    return None
+
+
 def report_errors(command: Callable[[], int]) -> int:
     """Returns what the command returns, or prints its error on one line and returns the exit code for it."""
     try:
         return command()
-    except Interrupted as error:
-        if launched_rank() == 0:
-            print(f"interrupted: {error}", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except (Exception, KeyboardInterrupt) as error:
+        if (known := known_fault(error)) is None:
             raise
-        print(f"error: {error}; the same command resumes from the last checkpoint", file=sys.stderr, flush=True)
-        return 1
-    except RuntimeError as error:
-        # gloo's and NCCL's words; the rank that ended has said why.
-        if not any(words in str(error) for words in _LOST_RANK):
-            raise
-        print(
-            f"error (rank {launched_rank()}): another rank ended or cannot be reached any more",
-            file=sys.stderr,
-            flush=True,
-        )
-        return 1
-    except InputError as error:
+        line, code = known
         rank = launched_rank()
-        if rank:
+        if rank and isinstance(error, Interrupted | KeyboardInterrupt):
+            return code  # rank 0 speaks for all
+        if rank and isinstance(error, InputError):
             time.sleep(_OTHER_RANKS_WAIT_S)
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return 2
+        print(line, file=sys.stderr, flush=True)
+        return code

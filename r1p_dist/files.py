@@ -1,11 +1,17 @@
-"""Files that a reader never sees half-written, and their hashes."""
+"""Files that a reader never sees half-written, their hashes, and text as other systems write it."""
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from r1p_dist.errors import InputError
+
+# What editors of Windows put before a text.
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 @contextmanager
@@ -38,6 +44,23 @@ def replace_file(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a file in UTF-8, or in UTF-16 where its first bytes say so; lines end with \\n.
+
+    InputError: it cannot be read, or is in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}: line {line} is no UTF-8 text ({error.reason}); save the file as UTF-8") from error
 
 
 def sha256_of(path: Path) -> str:

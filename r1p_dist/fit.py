@@ -21,7 +21,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
     stage, loader, model = running.stage, running.loader, running.model
     config, method, log = session.config, session.method, session.log
     method.backbone.train()
-    log.begin_stage(stage.name, stage.iterations, running.step)
+    log.begin(stage.name, stage.iterations, running.step)
     log.status("training", stage.name, running.step, session.steps_left(running))
     waited, since, seen = 0.0, time.perf_counter(), 0
     device = method.backbone.device
@@ -39,6 +39,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
         seen += len(batches)
         running.step += 1
         running.trainer.step_number = running.step
+        log.advance(session.steps_left(running))
         if running.step == 2:
             session.progress.collectives = collectives.summary()
         is_last, every = running.step == stage.iterations, config.checkpoint.every_steps
@@ -60,14 +61,13 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             stop = act_on(agreement.findings(), running, session) or stop
             session.save_step(running)
         if stop:
-            session.wait_on_all_ranks()
+            is_saved = session.wait_on_all_ranks()
             log.status("stopped", stage.name, running.step, session.steps_left(running))
-            raise Interrupted(
-                f"{stop.name} at task {stage.name} step {running.step}: saved in {session.last_saved}; the same "
-                "command resumes there",
-                stop,
-            )
-    log.end_stage()
+            saved = f"saved in {session.last_saved}; the same command resumes there"
+            if not is_saved:
+                saved = f"not saved, the same command resumes from {session.last_saved or 'the beginning'}"
+            raise Interrupted(f"{stop.name} at task {stage.name} step {running.step}: {saved}", stop)
+    log.end()
 
 
 def train_step(method: Method, trainer: TaskTrainer, batches: Sequence[Batch], train: TrainConfig) -> None:

@@ -3,21 +3,21 @@
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from r1p_dist.distributed import rank, sum_over_ranks, world_size
-from r1p_dist.errors import EXIT_HANGS
+from r1p_dist.errors import EXIT_CTRL_C, EXIT_HANGS
 from r1p_dist.host_copy import HostCopy
+from r1p_dist.output import error_terminal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _CHECK_S = 1.0
 _LAST_WORDS_S = 5.0  # the first rank that leaves makes the launcher end the others: they shall speak before
 
@@ -36,7 +36,7 @@ class StepAgreement:
     The host does not wait for the device: what a step found is read after the next one was handed over, on all ranks
     at the same step, and a step that is not finite changes nothing until then (`GuardedAdamW`).
     A signal handler that did more than note the signal could meet the rank in the middle of a collective, and ranks get
-    a signal at different steps.
+    a signal at different steps. A second Ctrl-C ends this rank at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -46,12 +46,21 @@ class StepAgreement:
         self._is_exchanged = False  # for this step
         # Several ranks have a launcher. Without it nobody would end them together, or start them again.
         self._launcher = os.getppid() if world_size() > 1 else None
+        self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._note_signal)
+            self._before = {number: signal.signal(number, self._note_signal) for number in STOP_SIGNALS}
 
     def _note_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in self._signals:
+            if rank() == 0:
+                print("interrupted: ended at once; the last checkpoint stays", file=error_terminal(), flush=True)
+            os._exit(EXIT_CTRL_C)
         self._signals.add(number)
+
+    def close(self) -> None:
+        """Lets signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def note(self, loss: torch.Tensor, step: int) -> None:
         """Notes the loss of a micro batch of an optimizer step (a number, for `Finding.step`)."""
@@ -103,7 +112,7 @@ class Watchdog:
     """Ends this rank when nothing has moved for `limit_s` seconds, with the stacks of its threads.
 
     A rank that hangs makes all others wait in a collective, so every rank's watchdog speaks: their stacks show which of
-    them is elsewhere. They are written to standard error and to FOLDER/rank-<n>.txt.
+    them is elsewhere. They are written to FOLDER/rank-<n>.txt.
     """
 
     def __init__(self, limit_s: float, folder: Path) -> None:
@@ -123,8 +132,7 @@ class Watchdog:
         while not self._is_over.wait(min(_CHECK_S, self.limit_s / 4)):
             if time.monotonic() - self._moved > self.limit_s:
                 message = f"error (rank {rank()}): nothing has moved for {self.limit_s:g} s; the stacks of its threads:"
-                print(message, file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(sys.stderr)
+                print(f"{message} {self.folder / f'rank-{rank()}.txt'}", file=error_terminal(), flush=True)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self.folder / f"rank-{rank()}.txt", "w") as file:
                     print(message, file=file, flush=True)

@@ -6,8 +6,10 @@ than those below it drops their `options`, which are that other method's.
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 from r1p_dist.config import RunConfig, TaskTrainConfig
 from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
+from r1p_dist.key_words import hint_at_key, hint_at_section
 from r1p_dist.methods import method_class
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.places import Key, resolve_places
+from r1p_dist.safe_yaml import parse_yaml, read_yaml
 from r1p_dist.shipped import shipped_files
 
 COMMAND_LINE = "command line"
@@ -25,11 +29,26 @@ COMMAND_LINE = "command line"
 _MOVED = {"pool": "options", "ago": "options.ago", "lora": "options"}
 
 
-def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    recipe: str | Path, overrides: Sequence[str] = (), check: Callable[[RunConfig], None] | None = None
+) -> RunConfig:
     """Return the configuration of a recipe (a shipped name or a YAML file) with `key.sub=value` overrides.
 
-    Raises InputError, one line that names file, key and value, for anything that is wrong in them.
+    check: is called before the method's module, which needs torch, is imported. Raises InputError, one line that names
+    file, key and value, for anything that is wrong in them.
     """
+    config, origins, path = _read(recipe, overrides)
+    if check is not None:
+        check(config)
+    return _with_options(config, origins, str(path))
+
+
+def read_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return what `load_config` does, but with the method's options as they are written, which needs no torch."""
+    return _read(recipe, overrides)[0]
+
+
+def _read(recipe: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, _Origins, Path]:
     path = _find_recipe(recipe)
     tree, origins = _read_with_bases(path, ())
     words: dict[str, Any] = {}
@@ -39,14 +58,14 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     tree.setdefault("run_dir", None)
     if tree["run_dir"] is None:
         tree["run_dir"] = str(Path("runs") / path.stem)
+    resolve_places(RunConfig, tree, (), partial(_folders, origins))
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise InputError(_describe(error, (), origins, str(path))) from error
-    config = _with_options(config, origins, str(path))
     # Read here as well, so that --print-config and every rank find a wrong DeepSpeed key before any work.
     load_deepspeed_config(config.deepspeed.config, config.deepspeed.overrides)
-    return config
+    return config, origins, path
 
 
 def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfig:
@@ -56,8 +75,10 @@ def _with_options(config: RunConfig, origins: _Origins, recipe: str) -> RunConfi
     except InputError as error:
         raise InputError(f"{_sources(('method',), origins, recipe)}: {error}") from error
     _refuse_unknown_options(config, method.Options, origins, recipe)
+    given = copy.deepcopy(config.options)
+    resolve_places(method.Options, given, ("options",), partial(_folders, origins))
     try:
-        options = method.Options.model_validate(config.options)
+        options = method.Options.model_validate(given)
         config = config.model_copy(update={"options": options.model_dump(mode="json")})
         method.check(options, config)
     except ValidationError as error:
@@ -89,18 +110,20 @@ def _find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
     raise InputError(f"recipe {str(recipe)!r}: no file and no shipped recipe; {hint}shipped: {', '.join(shipped)}")
 
 
-_Origins = dict[tuple[str, ...], str]
+_Origins = dict[Key, str]
+
+
+def _folders(origins: _Origins, key: Key) -> list[Path]:
+    """Returns where a path is looked for: beside the file that it is written in, and in the working directory."""
+    source = origins.get(key, COMMAND_LINE)
+    return [Path()] if source == COMMAND_LINE else [Path(source).parent, Path()]
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], _Origins]:
     if path.resolve() in seen:
         chain = " -> ".join(entry.name for entry in (*seen, path))
         raise InputError(f"{path}: base: the recipes form a circle: {chain}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
-    recipe = parse_yaml(text, str(path))
+    recipe = read_yaml(path)
     if recipe is None:
         recipe = {}
     if not isinstance(recipe, dict):
@@ -163,7 +186,7 @@ def _merge(tree: dict[str, Any], over: dict[Any, Any], at: tuple[str, ...], orig
 
 def _refuse_unknown_keys(tree: dict[Any, Any], source: str) -> None:
     for key, allowed in _unknown_keys(RunConfig, tree, ()):
-        hint = _nearest_key(key, allowed)
+        hint = hint_at_key(key, allowed, _all_keys(RunConfig, ()))
         raise InputError(f"{source}: unknown key {'.'.join(key)}; {hint}allowed: {', '.join(allowed)}")
 
 
@@ -191,18 +214,6 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((entry for entry in candidates if isinstance(entry, type) and issubclass(entry, BaseModel)), None)
 
 
-def _nearest_key(key: tuple[str, ...], allowed: list[str]) -> str:
-    every = list(_all_keys(RunConfig, ()))
-    same_name = [dotted for dotted in every if dotted.split(".")[-1] == key[-1]]
-    if same_name:
-        return f"did you mean {' or '.join(same_name)}? "
-    nearest = difflib.get_close_matches(key[-1], allowed, n=1)
-    if nearest:
-        return f"did you mean {'.'.join((*key[:-1], nearest[0]))}? "
-    anywhere = difflib.get_close_matches(".".join(key), every, n=1)
-    return f"did you mean {anywhere[0]}? " if anywhere else ""
-
-
 def _all_keys(model: type[BaseModel], at: tuple[str, ...]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield ".".join((*at, name))
@@ -221,6 +232,9 @@ def _describe_one(entry: Any, under: tuple[str, ...], origins: _Origins, recipe:
         reason = str(entry["ctx"]["error"])
     elif entry["type"] in ("model_type", "dict_type"):
         reason = "must be a mapping of keys to values"
+        reason += hint_at_section(at, entry["input"])
+    elif entry["type"] in ("list_type", "tuple_type") and isinstance(entry["input"], str | int | float):
+        reason = f"must be a list: write {'.'.join(at)}=[{entry['input']}]"
     else:
         reason = entry["msg"]
     where = _sources(at, origins, recipe)

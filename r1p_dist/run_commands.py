@@ -1,14 +1,25 @@
 """The commands about one run: train, extend, forget and report."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from r1p_dist.arguments import RECIPE_HELP, Parser, documented_parser, parse_with_overrides
 from r1p_dist.errors import InputError, launched_rank
-from r1p_dist.run_files import CONFIG_FILE
+from r1p_dist.files import read_text
+from r1p_dist.output import noise_in
+from r1p_dist.run_files import CONFIG_FILE, LAUNCH_LOG, REPORT_FILE, STATUS_FILE
+
+if TYPE_CHECKING:
+    from r1p_dist.config import RunConfig
 
 _REPORT = """Write the report of a run again, and its accuracy matrix as a picture.
 
@@ -20,28 +31,77 @@ Reads RUN_DIR/metrics.json, log.jsonl and config.yaml and writes RUN_DIR/report.
 
 
 def train_recipe(prog: str, argv: Sequence[str]) -> int:
-    """Trains a recipe, as one rank of as many as the launcher started."""
+    """Trains a recipe, as a rank of a launcher or on the ranks of this machine that are asked for."""
     parser = Parser(
         prog=prog,
-        usage=f"{prog} --recipe RECIPE [key.sub=value ...] [--print-config]",
-        description="Train a recipe: one rank of a launcher's, or the only one.",
+        usage=f"{prog} --recipe RECIPE [--ranks N] [key.sub=value ...] [--print-config] [-v]",
+        description="Train a recipe, on one rank of this machine or several, or as a rank of a launcher.",
     )
     parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (1, or those of a launcher)")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("-v", "--verbose", action="store_true", help=f"print what else goes to RUN/{LAUNCH_LOG}")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # LOCAL_RANK says the same
     arguments, words = parse_with_overrides(parser, argv)
-    from r1p_dist.recipes import load_config
+    ranks = _ranks(arguments.ranks)
+    from r1p_dist.recipes import load_config, read_config
 
-    config = load_config(arguments.recipe, words)
+    if ranks > 1 and "RANK" not in os.environ and not arguments.print_config:
+        _check(read_config(arguments.recipe, words), ranks)
+        from r1p_dist.local_ranks import run_ranks
+
+        flags = ["-v"] if arguments.verbose else []
+        command = [sys.executable, "-m", "r1p_dist", "train", "--recipe", arguments.recipe, *flags, *words]
+        return run_ranks(command, ranks)
+    config = load_config(arguments.recipe, words, partial(_check, ranks=ranks))
     if arguments.print_config:
         if launched_rank() == 0:
             print(config.dump(), end="")
         return 0
-    from r1p_dist.train import run
-
-    _hint_at_allocator()
-    run(config)
+    _train(config, arguments.verbose)
     return 0
+
+
+def _check(config: RunConfig, ranks: int) -> None:
+    from r1p_dist.checks import check_run
+
+    check_run(config, ranks)
+
+
+def _ranks(asked: int | None) -> int:
+    """Returns how many ranks the run has. InputError: an impossible number, or not that of the launcher."""
+    launched = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    if asked is not None and (asked < 1 or launched not in (None, str(asked))):
+        here = f"; the launcher started {launched}" if launched else ""
+        raise InputError(f"--ranks {asked}: must be a number from 1{here}")
+    return int(launched or asked or 1)
+
+
+def _train(config: RunConfig, verbose: bool = False) -> None:
+    """Trains, with what libraries print in a file of the run's folder."""
+    if _is_finished(config):
+        if launched_rank() == 0:
+            report = config.run_dir / REPORT_FILE
+            print(f"{config.run_dir}: this run is finished; report: {report}; resume=never starts it over")
+        return
+    _hint_at_allocator()
+    with nullcontext() if verbose else noise_in(config.run_dir / LAUNCH_LOG):
+        from r1p_dist.train import run
+
+        run(config)
+
+
+def _is_finished(config: RunConfig) -> bool:
+    """Returns whether the run folder holds this very run, to its end."""
+    run_dir = config.run_dir
+    if config.resume != "auto" or not (run_dir / STATUS_FILE).is_file() or not (run_dir / CONFIG_FILE).is_file():
+        return False
+    from r1p_dist.checkpoint.checkpoints import config_differences
+    from r1p_dist.recipes import load_config
+
+    before = load_config(run_dir / CONFIG_FILE)
+    state = json.loads(read_text(run_dir / STATUS_FILE))["state"]
+    return state == "finished" and before.extend == config.extend and not config_differences(before, config)
 
 
 def _hint_at_allocator() -> None:
@@ -69,10 +129,8 @@ def extend_run(prog: str, argv: Sequence[str]) -> int:
 
     recipe = _config_of(arguments.run)
     tasks = [*load_config(recipe).extend, *arguments.task]
-    config = load_config(recipe, [f"run_dir={arguments.run}", f"extend={json.dumps(tasks)}", *words])
-    from r1p_dist.train import run
-
-    run(config)
+    words = [f"run_dir={arguments.run}", f"extend={json.dumps(tasks)}", *words]
+    _train(load_config(recipe, words, partial(_check, ranks=1)))
     return 0
 
 
@@ -83,9 +141,10 @@ def forget_task(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("task", help="name of the task")
     arguments = parser.parse_args(argv)
     _config_of(arguments.run)
-    from r1p_dist.forget import forget
+    with noise_in(arguments.run / LAUNCH_LOG):
+        from r1p_dist.forget import forget
 
-    found = forget(arguments.run, arguments.task)
+        found = forget(arguments.run, arguments.task)
     width = max(map(len, found["tasks"]))
     for task, before, after in zip(found["tasks"], found["with"], found["without"], strict=True):
         print(f"{task:<{width}}  {before:5.1f} -> {after:5.1f}")

@@ -9,6 +9,7 @@ CORRECT_FILE = "correct.jsonl"
 ANSWERS_FILE = "answers.jsonl"
 STATUS_FILE = "status.json"
 REPORT_FILE = "report.html"
+LAUNCH_LOG = "launch.log"  # what DeepSpeed, torch and the compiler print
 JOB_FILE = "job.json"
 CHECKPOINTS = "checkpoints"
 JOBS = "jobs"

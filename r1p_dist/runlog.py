@@ -2,14 +2,17 @@
 
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 from r1p_dist.distributed import rank
 from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.files import replace_file, write_atomically
+from r1p_dist.output import terminal
 from r1p_dist.run_files import ANSWERS_FILE, CONFIG_FILE, CORRECT_FILE, LOG_FILE, METRICS_FILE, STATUS_FILE
 
 
@@ -24,6 +27,10 @@ class RunLog:
         self.is_silent = rank() != 0
         self._tensorboard = None
         self._steps_left: int | None = None
+        self._progress: Progress | None = None
+        self._pace: tuple[float, int] | None = (
+            None  # when the first step of this process ended, and the steps left then
+        )
         if self.is_silent:
             return
         write_atomically(run_dir / CONFIG_FILE, config_text)
@@ -31,18 +38,17 @@ class RunLog:
             if (run_dir / name).is_file():
                 with (run_dir / name).open("ab") as file:
                     file.truncate(min((sizes or {}).get(name, 0), file.tell()))
-        self._console = Console()
+        self._console = Console(file=terminal())
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
-        self._progress: Progress | None = None
 
     def status(
         self, state: str, task: str | None = None, step: int | None = None, steps_left: int | None = None
     ) -> None:
-        """Says in status.json what the run is doing: starting, training, merging, evaluating, saving, finished
-        or stopped.
+        """Says in status.json what the run is doing: starting, training, merging, evaluating, saving, finished,
+        stopped or failed.
 
         steps_left: of the whole stream; where None is given, as many as before.
         """
@@ -63,19 +69,49 @@ class RunLog:
         if not self.is_silent:
             self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def begin_stage(self, name: str, iterations: int, step: int) -> None:
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """Begins a part of the run, such as a task's steps or the batches of an evaluation; ends the one before."""
         if self.is_silent:
             return
+        self.end()
         columns = (
-            TextColumn("{task.description}"),
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
         )
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._progress = Progress(
+            *columns, console=self._console, transient=True, disable=not self._console.is_terminal
+        )
+        self._bar = self._progress.add_task(what, total=total, completed=done, facts="", left=self._time_left())
         self._progress.start()
-        self._bar = self._progress.add_task(name, total=iterations, completed=step, facts="")
+
+    def advance(self, steps_left: int | None = None) -> None:
+        """Notes that a step or a batch is done. steps_left: optimizer steps that the whole stream still has."""
+        if self.is_silent:
+            return
+        if steps_left is not None:
+            self._steps_left = steps_left
+            if self._pace is None:
+                self._pace = time.perf_counter(), steps_left
+        if self._progress is not None:
+            self._progress.update(self._bar, advance=1, left=self._time_left())
+
+    def end(self) -> None:
+        """Ends the part of the run that was begun."""
+        if not self.is_silent and self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _time_left(self) -> str:
+        """Returns the time that the stream will take by the pace up to now, evaluations and merges included."""
+        if self._pace is None or self._steps_left is None or self._steps_left == self._pace[1]:
+            return ""
+        since, steps_left = self._pace
+        seconds = (time.perf_counter() - since) / (steps_left - self._steps_left) * self._steps_left
+        return f"{timedelta(seconds=round(seconds))} left of the stream"
 
     def step(self, task: str, step: int, values: dict[str, float]) -> None:
         """Writes one line for `step` (counted from 1 within the task)."""
@@ -84,16 +120,14 @@ class RunLog:
         self._append(LOG_FILE, {"task": task, "step": step, **values})
         terms = "".join(f" {k.removeprefix('loss_')} {v:.4f}" for k, v in values.items() if k.startswith("loss_"))
         facts = f"loss {values['loss']:.3f}{terms} {values['samples_per_second']:.0f} samples/s"
-        self._progress.update(self._bar, completed=step, facts=facts)
+        if self._progress is not None:
+            self._progress.update(self._bar, facts=facts)
         if not self._console.is_terminal:
-            self.say(f"{task} step {step}: {facts}")
+            left = self._time_left()
+            self.say(f"{task} step {step}: {facts}{', ' if left else ''}{left}")
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{task}/{name}", value, step)
-
-    def end_stage(self) -> None:
-        if not self.is_silent:
-            self._progress.stop()
 
     def result(self, row: int, result: TaskResult) -> None:
         """Keeps each sample's score for paired comparisons (1 is right; bits where there is nothing between), and

@@ -1,8 +1,11 @@
 """What a run measures between its stages, and what metrics.json says of it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean
 
-from r1p_dist.data import Stream
+from r1p_dist.data import Stream, Task
 from r1p_dist.distributed import world_size
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import Interrupted
@@ -39,14 +42,14 @@ class Scores:
         """Evaluates the stage's own tasks, with all that was trained."""
         self._log.status("evaluating", stage.name)
         names = [task.name for task in self._stream.tasks]
-        for result in self._evaluator.evaluate(model, stage.tasks):
+        for result in self._evaluate(model, stage.tasks, f"{stage.name} before the merge"):
             self._progress.before_merge[names.index(result.task)] = result.score
 
     def add_row(self, model: Callable, stage: Stage | None = None) -> list[TaskResult]:
         """Evaluates all tasks after a stage, or before the first: a row of the accuracy matrix."""
         self._log.status("evaluating", *([stage.name] if stage else []))
         row = len(self._progress.rows)
-        results = self._evaluator.evaluate(model, self._stream.tasks)
+        results = self._evaluate(model, self._stream.tasks, f"all tasks after {stage.name}" if stage else "zero-shot")
         for result in results:
             self._log.result(row, result)
         self._progress.rows.append([result.score for result in results])
@@ -65,7 +68,7 @@ class Scores:
         added = self._stream.tasks[len(rows[0]) :]
         for count, row in enumerate(rows):
             self._session.deploy(method.deployed(count))
-            results = self._evaluator.evaluate(model, added)
+            results = self._evaluate(model, added, f"added tasks after {count} of the others")
             for result in results:
                 self._log.result(count, result)
             row += [result.score for result in results]
@@ -74,6 +77,13 @@ class Scores:
             if count == 0:
                 self._progress.left_out += [result.left_out for result in results]
         self._session.deploy(method.merged(index))
+
+    def _evaluate(self, model: Callable, tasks: Sequence[Task], what: str) -> list[TaskResult]:
+        self._log.begin(what, sum(len(self._evaluator.loaders[task.name]) for task in tasks))
+        try:
+            return self._evaluator.evaluate(model, tasks)
+        finally:
+            self._log.end()
 
     def write(self) -> dict:
         """Writes metrics.json and returns its content."""
@@ -119,6 +129,21 @@ def summary(index: int, stage: Stage, stages: Sequence[Stage], metrics: dict) ->
         own = f"own task {zero_shot[index]:.1f} -> {metrics['before_merge'][index]:.1f} -> merged {row[index]:.1f}, "
     everything = f"all tasks {mean:.2f} (zero-shot {sum(zero_shot) / len(row):.2f})"
     return f"[{index + 1}/{len(stages)}] {stage.name}: {own}{everything}"
+
+
+def ending(metrics: dict, report: Path) -> str:
+    """Returns what a finished run says: what came out, what the merge cost, and where the report is."""
+    rows, before = metrics["accuracy"], metrics["before_merge"]
+    words = [f"last {metrics['last']:.1f} (zero-shot {mean(rows[0]):.1f})"]
+    if metrics["forgetting"] is not None:
+        words.append(f"forgetting {metrics['forgetting']:.1f}")
+    if len(rows) == len(before) + 1 and None not in before:
+        own = mean(row[index] for index, row in enumerate(rows[1:]))
+        words.append(f"own {mean(before):.1f} before the merge, {own:.1f} after")
+    bad = metrics["bad_samples"]
+    if any(bad["train"]) or any(bad["evaluation"]):
+        words.append(f"unusable samples: {sum(bad['train'])} replaced, {sum(bad['evaluation'])} not evaluated")
+    return f"finished in {timedelta(seconds=round(metrics['wall_seconds']))}: {'; '.join(words)}\nreport: {report}"
 
 
 def stop_if_asked(agreement: StepAgreement, session: Session) -> None:

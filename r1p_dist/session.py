@@ -88,6 +88,7 @@ class Session:
         self.point = self.checkpoints.find() if method.trains else None
         self.progress = Progress()
         self.last_saved: str | None = None
+        self._saved_before: str | None = None
         self._updates: dict[int, Mapping[str, Update]] = {}  # of finished stages, those that were asked for
         self._started = time.perf_counter()
         if self.point is not None:
@@ -127,9 +128,15 @@ class Session:
         """Returns how many optimizer steps the stream still has from here."""
         return sum(stage.iterations for stage in self.stages[running.index :]) - running.step
 
-    def wait_on_all_ranks(self) -> None:
-        """Waits until the last save is on the disk; no rank ends before, or a launcher would end rank 0 with it."""
-        agree(self.checkpoints.wait)
+    def wait_on_all_ranks(self) -> bool:
+        """Waits until the last save is on the disk, and returns whether it came there.
+
+        No rank ends before, or a launcher would end rank 0 with it.
+        """
+        is_written = agree(self.checkpoints.wait)
+        if not is_written:
+            self.last_saved = self._saved_before
+        return is_written
 
     def open_stage(
         self,
@@ -274,6 +281,8 @@ class Session:
         }
         name = f"{index:02d}-{self.stages[index].name}/step-{step}"
         capture = Capture(self.method.trainable_parameters(), engine, self._local(meter), self.method.columns)
+        if self.checkpoints.wait():
+            self._saved_before = self.last_saved
         self.checkpoints.save(name, state, self.method.state(), capture, self._links(state["stage"], state["step"]))
         self.last_saved = str(self.checkpoints.root / name)
 

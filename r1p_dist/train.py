@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 
@@ -14,11 +15,14 @@ from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
 from r1p_dist.distributed import agree, rank, world_size
 from r1p_dist.engine import TaskEngine, choose_precision, start_process_group, weights_placement
+from r1p_dist.errors import Interrupted
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
+from r1p_dist.memory_faults import memory_faults_named
 from r1p_dist.methods import make_method
-from r1p_dist.scores import Scores, stop_if_asked, summary
+from r1p_dist.run_files import REPORT_FILE
+from r1p_dist.scores import Scores, ending, stop_if_asked, summary
 from r1p_dist.session import Session
 from r1p_dist.stage_data import StageData, stage_data
 
@@ -30,6 +34,11 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     of a start before this one to leave the run folder. Raises InputError before any training, or where training cannot
     go on; Interrupted when a signal ended it.
     """
+    with memory_faults_named(config):
+        return _run(config, lock_patience_s)
+
+
+def _run(config: RunConfig, lock_patience_s: float) -> dict:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     device = start_process_group()
     torch.manual_seed(config.seed * world_size() + rank())  # dropout differs between ranks
@@ -51,11 +60,24 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     session = Session(config, method, stages, facts, lock_patience_s)
     agreement = StepAgreement(device)
     stop = partial(stop_if_asked, agreement, session)
-    evaluator = make_evaluator(config.evaluation, backbone, test_loaders, stop, watchdog.moved)
+
+    def on_batch() -> None:
+        watchdog.moved()
+        session.log.advance()
+
+    evaluator = make_evaluator(config.evaluation, backbone, test_loaders, stop, on_batch)
     try:
-        session.log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks")
+        session.log.say(f"{config.method} on {stream.name}: tasks: {len(stream.tasks)}, ranks: {world_size()}")
         return train_stages(data, session, Scores(stream, evaluator, session), agreement, watchdog)
+    except Interrupted:
+        raise
+    except BaseException:
+        with suppress(OSError):
+            session.log.status("failed")
+        raise
     finally:
+        agreement.close()
+        session.log.end()
         watchdog.stop()
         session.close()
 
@@ -77,16 +99,20 @@ def train_stages(
             scores.begin(running.model, index)
             fit(running, session, agreement, watchdog)
             log.status("merging", stage.name)
+            log.begin(f"{stage.name}: merge", 1)
             with method.before_merge():
                 scores.before_merge(running.model, stage)
             log.status("merging", stage.name)
+            log.begin(f"{stage.name}: merge", 1)
             method.end(stage, running.trainer)
             session.finish_stage(index)
             scores.add_row(running.model, stage)
             session.progress.replaced.append(running.loader.bad_samples)
             running.model.close()
             log.status("saving", stage.name)
+            log.begin(f"{stage.name}: save", 1)
             session.save_task(index)
+            log.end()
         else:
             scores.begin(method.backbone, index)
             scores.repeat_row()
@@ -98,4 +124,5 @@ def train_stages(
         from r1p_dist.report import write_report  # which draws: its library is for this rank and moment alone
 
         write_report(config.run_dir)
+    log.say(ending(metrics, config.run_dir / REPORT_FILE))
     return metrics

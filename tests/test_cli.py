@@ -77,6 +77,10 @@ def test_only_rank_0_prints_the_configuration(
         (["train", "--recipe", "mini_mtil", "seed"], "error: command line: 'seed' is not an override"),
         (["train", "--recipe", "mini_mtil", "options.merged=9"], "error: command line: options.merged=9"),
         (["train", "--recipe", "mini_mtil", "--dry"], "error: unrecognized arguments: --dry"),
+        (
+            ["train", "--recipe", "mini_mtil", "--train.lr=1"],
+            "error: unrecognized arguments: --train.lr=1; write train.lr=1 ",
+        ),
         (["train"], "error: the following arguments are required: --recipe"),
         (["methods", "dac"], "error: unrecognized arguments: dac"),
         (["extend", "runs/a", "--task", "b", "--dry"], "error: unrecognized arguments: --dry"),

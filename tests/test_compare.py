@@ -247,6 +247,14 @@ def test_tuning_runs_every_value_on_the_validation_split(bench: Bench, capsys: p
     ]
 
 
+def test_tuning_on_the_test_split_must_be_asked_for_and_is_marked(bench: Bench) -> None:
+    bench.answer("dac-train.lr=1e-3", metrics_of(ROWS["dac"][0], "dac"))
+    assert bench.compare("--methods", "dac", "--tune", "train.lr=1e-3", "data.evaluate_on=test") == 0
+    page = (bench.output / "tuning-train.lr.md").read_text()
+    assert "on the test split." in page and "is no measure of it any more" in page
+    assert not any("data.evaluate_on=validation" in call["argv"] for call in bench.calls())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -329,7 +337,7 @@ def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) ->
         "| yes_no (exact_match) | which_flag (multiple_choice) | caption (cider) |\n"
     ) in page
     assert "exact_match: percent; multiple_choice: percent; cider: CIDEr x 100, can exceed 100" in page
-    assert "Points of each task's metric, mean ±" in page and "Percent" not in page
+    assert "Points of each task's metric on the test split, mean ±" in page and "Percent" not in page
     assert instruct.table_row("zero_shot", table=1) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0"]
     assert instruct.table_row("dac", table=1) == [
         f"42.0 ± {stdev([40, 44]):.1f}",
@@ -373,7 +381,7 @@ def test_majority_answers_that_cannot_be_had_do_not_stop_the_table(instruct: Ben
 def test_classification_has_neither_majority_answers_nor_a_table_of_tasks(bench: Bench) -> None:
     assert bench.compare("--methods", "dac", "--seeds", "0") == 0
     page = (bench.output / "comparison.md").read_text()
-    assert page.count("| --- |") == 1 and "majority" not in page and "Percent, mean ±" in page
+    assert page.count("| --- |") == 1 and "majority" not in page and "Percent on the test split, mean ±" in page
     assert set(json.loads((bench.output / "comparison.json").read_text())) & {"tasks", "majority"} == set()
 
 

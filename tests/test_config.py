@@ -1,15 +1,17 @@
 """The run configuration: what it holds, where values come from, and one clear line for each mistake."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from r1p_dist.config import RunConfig
-from r1p_dist.ds_config import OWNED_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, load_deepspeed_config
+from r1p_dist.ds_config import OF_NUMBERS, OWNED_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS, ZERO_KEYS, load_deepspeed_config
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
+from r1p_dist.safe_yaml import parse_yaml, write_yaml
 from r1p_dist.shipped import shipped_files
 
 RECIPES = sorted(shipped_files("recipes", ".yaml"))
@@ -33,7 +35,8 @@ def _error(*args, **kwargs) -> str:
 def test_every_recipe_loads_and_its_dump_loads_to_the_same(name: str, tmp_path: Path) -> None:
     config = load_config(name)
     assert config.run_dir == Path("runs") / name
-    assert load_config(_write(tmp_path / "config.yaml", config.dump())) == config
+    kept = load_config(_write(tmp_path / "config.yaml", config.dump()))
+    assert kept == config.model_copy(update={"run_dir": Path.cwd() / "runs" / name})
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -87,6 +90,103 @@ def test_numbers_with_an_exponent_are_numbers_also_where_no_type_is_known(text: 
     assert config.train.lr == config.deepspeed.overrides["gradient_predivide_factor"] == 1e-3
 
 
+# as people write them: the value, or None where the option cannot mean it
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("008", 8), ("1_000", 1000), ("1e3", 1000), ("0x10", 16), ("0o10", 8), ("+7", 7)]
+    + [
+        (text, None)
+        for text in ("1:30", "1_", "0b11", "1,000", "10%", "1.5", "-1", "1e30", "yes", "2024-01-01", ".inf")
+    ],
+)
+def test_numbers_are_those_that_people_write(text: str, value: int | None, tmp_path: Path) -> None:
+    recipe = _write(tmp_path / "mine.yaml", f"seed: {text}\ntrain:\n  iterations: {text}")
+    for arguments in ((recipe,), ("mini_mtil_smoke", [f"seed={text}", f"train.iterations={text}"])):
+        if value is None:
+            message = _error(*arguments)
+            assert "seed=" in message and "train.iterations=" in message
+        else:
+            config = load_config(*arguments)
+            assert (config.seed, config.train.iterations) == (value, value)
+
+
+def test_words_stay_words(tmp_path: Path) -> None:
+    names = ["no", "on", "007", "1:30", "2024-01-01", "1e5x", "=", "0b1"]
+    config = load_config("mini_mtil", [f"tasks=[{', '.join(names)}]", "train.compile=no"])
+    assert config.tasks == names and config.train.compile is False
+    assert load_config(_write(tmp_path / "config.yaml", config.dump())).tasks == names
+    for text in ("1e3", "0o17", "yes", "1:30", "~", "010", "1_0", "null", "<<", ""):
+        assert parse_yaml(write_yaml({text: [text]}), "") == {text: [text]}
+
+
+PLACES = ["stream", "data.reference", "deepspeed.config", "backbone.name", "resume", "extend", "options.anchor"]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A recipe in a folder of its own, which names all kinds of places beside it."""
+    for name in ("pictures/stream.yaml", "clip/open_clip_config.json", "kept/state.json", "ds.json", "a.safetensors"):
+        (tmp_path / "lab" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lab" / name).write_text("{}")
+    values = ["pictures", "pictures/stream.yaml", "ds.json", "local-dir:clip", "kept", "[pictures:task, mini_mtil]"]
+    lines = [f"{key}={value}" for key, value in zip(PLACES, [*values, "a.safetensors"], strict=True)]
+    tree: dict = {}
+    for line in [*lines, "method=steady", "data.reference_share=0.1"]:
+        *sections, key = line.partition("=")[0].split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = parse_yaml(line.partition("=")[2], "")
+    return _write(tmp_path / "lab/mine.yaml", yaml.safe_dump(tree))
+
+
+def _places_of(config: RunConfig) -> list:
+    values = [config.model_dump()] * len(PLACES)
+    for at, key in enumerate(PLACES):
+        for part in key.split("."):
+            values[at] = values[at][part]
+    return values
+
+
+def test_paths_are_resolved_where_they_are_written(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = places.parent
+    expected = [f"{lab}/pictures", f"{lab}/pictures/stream.yaml", f"{lab}/ds.json", f"local-dir:{lab}/clip"]
+    expected += [f"{lab}/kept", [f"{lab}/pictures:task", "mini_mtil"], f"{lab}/a.safetensors"]
+    monkeypatch.chdir(tmp_path)
+    config = load_config("lab/mine.yaml", ["run_dir=runs/one", "data.cache_dir=cache"])
+    assert _places_of(config) == expected
+    # on the command line: from where it is typed
+    words = ["stream=lab/pictures", "deepspeed.config=lab/ds.json", "backbone.name=local-dir:lab/clip"]
+    assert _places_of(load_config("lab/mine.yaml", words)) == expected
+    # the folder of a run says the same from anywhere
+    kept = _write(tmp_path / "config.yaml", config.dump())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_config(kept)
+    assert _places_of(again) == expected
+    assert (again.run_dir, again.data.cache_dir) == (tmp_path / "runs/one", tmp_path / "cache")
+
+
+def test_names_are_not_taken_for_what_lies_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mini_mtil", "tiny", "auto", "zero2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tiny/config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    config = load_config("mini_mtil")
+    names = (config.stream, config.backbone.name, config.resume, config.deepspeed.config)
+    assert names == ("mini_mtil", "tiny", "auto", "zero2")
+
+
+def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pictures").mkdir()
+    _write(tmp_path / "pictures/stream.yaml", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load_config("mini_mtil", ["run_dir=~/run", "stream=~/pictures"])
+    assert (config.run_dir, config.stream) == (tmp_path / "run", str(tmp_path / "pictures"))
+
+
 def test_task_entry_lays_over_the_common_training() -> None:
     train = load_config("mini_mtil", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
     assert (train.for_task("fashion").iterations, train.for_task("fashion").lr) == (7, 1e-2)
@@ -102,6 +202,14 @@ def test_missing_recipe_names_the_recipes_that_exist() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
+        ("learning_rate=1", "did you mean train.lr?"),
+        ("train.learning-rate=1", "did you mean train.lr?"),
+        ("batch_size=8", "did you mean train.global_batch_size (of all ranks together) or evaluation.batch_size?"),
+        ("train.batch_size=8", "did you mean train.global_batch_size (of all ranks together) or"),
+        ("epochs=3", "did you mean train.iterations (optimizer steps of a task; there are no epochs)?"),
+        ("model=ViT-B-16", "did you mean backbone.name?"),
+        ("dataset=shards", "did you mean stream?"),
+        ("output_dir=runs/a", "did you mean run_dir?"),
         ("train.iteration=3", "unknown key train.iteration; did you mean train.iterations?"),
         ("lr=1e-3", "did you mean train.lr?"),
         ("option.rank=4", "did you mean options?"),
@@ -134,7 +242,14 @@ def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> 
         ("train.lr=.nan", "train.lr=nan: "),
         ("train.iterations=1.5", "train.iterations=1.5: "),
         ("train.iterations=0", "train.iterations=0: "),
-        ("train=3", "train=3: must be a mapping"),
+        ("train=3", "train=3: must be a mapping of keys to values; did you mean train.iterations=3?"),
+        (
+            "backbone=ViT-B-16",
+            "backbone='ViT-B-16': must be a mapping of keys to values; did you mean backbone.name=ViT",
+        ),
+        ("tasks=fashion", "tasks='fashion': must be a list: write tasks=[fashion]"),
+        ("tasks=fashion,cards", "tasks='fashion,cards': must be a list: write tasks=[fashion,cards]"),
+        ("train.betas=0.9", "train.betas=0.9: must be a list: write train.betas=[0.9]"),
         ("seed.x=3", "seed={'x': 3}: "),
         ("options.vote=late", "options.vote='late': input should be 'global', 'lagged' or 'local'"),
         ("options.dropout=1", "options.dropout=1: "),
@@ -202,10 +317,37 @@ def test_malformed_recipe_is_one_line_that_names_the_file(text: str, expected: s
     assert expected in message
 
 
-def test_unreadable_recipe_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbfseed: 3\r\nmethod: lora\r\n", "\ufeffseed: 3\r\nmethod: lora\r\n".encode("utf-16-le")],
+    ids=["mark and CRLF", "UTF-16"],
+)
+def test_files_of_other_systems_say_the_same(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "méthode 1.yaml"
+    path.write_bytes(content)
+    config = load_config(path)
+    assert (config.seed, config.method, config.run_dir) == (3, "lora", Path("runs/méthode 1"))
+    deepspeed = tmp_path / "mine.json"
+    deepspeed.write_bytes(b"\xef\xbb\xbf" + b'{"zero_optimization": {"stage": 1}}\r\n')
+    assert load_config(path, [f"deepspeed.config={deepspeed}"]).deepspeed.config == str(deepspeed)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [(b"\xff\xfe\xfa", 1), ("# Größe\nseed: 1".encode("latin-1"), 1), (b"seed: 1\n\xa0", 2)]
+)
+def test_a_file_in_another_encoding_is_one_line_that_names_file_and_line(
+    content: bytes, line: int, tmp_path: Path
+) -> None:
     path = tmp_path / "binary.yaml"
-    path.write_bytes(b"\xff\xfe\xfa")
-    assert _error(path).startswith(f"{path}: cannot be read: ")
+    path.write_bytes(content)
+    assert _error(path).startswith(f"{path}: line {line} is no UTF-8 text (")
+    assert _error("mini_mtil", [f"deepspeed.config={path}"]).startswith(f"{path}: line {line} is no UTF-8 text (")
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(bytes(tmp_path) + b"/\xff.yaml"))
+    path.write_text("seed: 1")
+    assert "must be a name in UTF-8" in _error(path)
 
 
 def test_recipes_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
@@ -256,7 +398,11 @@ def test_our_deepspeed_key_lists_are_those_of_the_installed_deepspeed() -> None:
 
     removed_zero = {f"zero_optimization.{key}" for key in config._REMOVED_ZERO_CONFIG_KEYS}
     assert set(REMOVED_KEYS) == set(config._REMOVED_TOP_LEVEL_CONFIG_KEYS) | removed_zero
-    assert {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()} == ZERO_KEYS
+    fields = {field.alias or name: field for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert fields.keys() == ZERO_KEYS
+    assert {name for name, field in fields.items() if field.annotation is int} == {
+        name for name in ZERO_KEYS if name.endswith(OF_NUMBERS)
+    }
     assert not TOP_LEVEL_KEYS & (REMOVED_KEYS.keys() | OWNED_KEYS.keys())
 
 
@@ -283,6 +429,10 @@ def test_deepspeed_overrides_come_through_the_common_mechanism() -> None:
         ("gradient_cliping", 1.0, "unknown DeepSpeed key gradient_cliping; did you mean gradient_clipping?"),
         ("zero_optimization", {"stag": 2}, "did you mean zero_optimization.stage?"),
         ("zero_optimization", 2, "zero_optimization must be an object"),
+        ("zero_optimization", {"stage": "two"}, "zero_optimization.stage='two': must be 0, 1, 2 or 3"),
+        ("zero_optimization", {"stage": 7}, "zero_optimization.stage=7: must be 0, 1, 2 or 3"),
+        ("zero_optimization", {"sub_group_size": "1:30"}, "zero_optimization.sub_group_size='1:30': must be a number"),
+        ("zero_optimization", {"reduce_scatter": "maybe"}, "reduce_scatter='maybe': must be true or false"),
         ("train_batch_size", 32, "set train.global_batch_size instead"),
         ("bf16", {"enabled": True}, "set train.precision instead"),
         ("gradient_clipping", 1.0, "set train.gradient_clipping instead"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,13 @@ MORE = "country_flags"
 
 
 def command_line(rank: int, world_size: int, argv: list[str]) -> int:
+    os.chdir("/")  # a run folder works from any directory
     return cli.main(argv)
+
+
+def run_from(rank: int, world_size: int, folder: str, overrides: list[str]) -> str:
+    os.chdir(folder)
+    return run_once(rank, world_size, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,9 @@ def extended(run_distributed, toy: list[str], tmp_path_factory: pytest.TempPathF
         folder, settings = tmp_path_factory.mktemp(method), [*toy, f"method={method}"]
         whole = [TASKS.replace("]", f", {MORE}]"), f"run_dir={folder}/calm", *settings]
         assert run_distributed(run_once, 1, whole) == ["finished"]
-        assert run_distributed(run_once, 1, [f"run_dir={folder}/stopped", *settings]) == ["finished"]
+        there, here = Path(stream).parent, ["stream=./stream", "backbone.name=local-dir:model"]
+        words = [f"run_dir={folder}/stopped", *settings, *here]
+        assert run_distributed(run_from, 1, str(there), words) == ["finished"]
         argv = ["extend", f"{folder}/stopped", "--task", f"{stream}:{MORE}"]
         assert run_distributed(command_line, 1, argv) == [0]
         # the added columns are evaluated later, so only the order of the lines differs

@@ -102,6 +102,7 @@ class Checkpoints:
         self.config = config
         self.root = config.run_dir / CHECKPOINTS
         self._thread: threading.Thread | None = None
+        self._is_written = True  # the last one
 
     def find(self) -> Checkpoint | None:
         """Returns the checkpoint to resume from, or None to begin.
@@ -169,11 +170,12 @@ class Checkpoints:
             self._thread = threading.Thread(target=self._write, args=arguments)
             self._thread.start()
 
-    def wait(self) -> None:
-        """Waits until what was handed over is on the disk."""
+    def wait(self) -> bool:
+        """Waits until what was handed over is on the disk, and returns whether it came there; rank 0 knows."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        return self._is_written
 
     def _write(
         self,
@@ -183,6 +185,7 @@ class Checkpoints:
         capture: Capture,
         links: dict[str, Path],
     ) -> None:
+        self._is_written = False
         try:
             files = {
                 "training.safetensors": tensor_file(capture.tensors()),
@@ -194,6 +197,7 @@ class Checkpoints:
             # what a stage began with is in the checkpoint before it, whose save may have failed
             links = {name: file for name, file in links.items() if name != "start.safetensors" or file.is_file()}
             write_folder(folder, files, links)
+            self._is_written = True
             self._prune()
         except OSError as error:
             _logger.error(

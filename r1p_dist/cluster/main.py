@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from r1p_dist.run_files import JOBS
 if TYPE_CHECKING:
     from r1p_dist.cluster.profile import ClusterProfile
     from r1p_dist.cluster.runs import RunState
-    from r1p_dist.config import RunConfig
 
 _PROFILE_FLAGS = {
     "cluster": dict(choices=("slurm", "local", "debug"), help="where (default: slurm)"),
@@ -51,10 +51,12 @@ def submit_run(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
     _add_flags(parser)
     arguments, words = parse_with_overrides(parser, argv)
+    from r1p_dist.checks import check_run
     from r1p_dist.recipes import load_config
 
     profile = _profile(arguments)
-    config = load_config(arguments.recipe, words)
+    # before the submission what every rank would refuse after hours in the queue
+    config = load_config(arguments.recipe, words, partial(check_run, ranks=profile.world_size))
     if arguments.dry_run:
         from r1p_dist.cluster.submission import dry_run
 
@@ -62,7 +64,6 @@ def submit_run(prog: str, argv: Sequence[str]) -> int:
         return 0
     from r1p_dist.cluster.submission import Submission, submit
 
-    _check_world_size(config, profile)
     jobs = submit([Submission(config)], profile, config.run_dir / JOBS, _job_name(config.run_dir))
     print(f"job {jobs[0].job_id}: {config.run_dir}", flush=True)
     if profile.cluster == "debug":
@@ -95,7 +96,7 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     from r1p_dist.cluster.runs import describe_runs, wait_for
     from r1p_dist.cluster.submission import dry_run
     from r1p_dist.cluster.sweep import Sweep, SweepFile, make_points
-    from r1p_dist.cluster.sweep_table import best_of, write_sweep_file, write_sweep_table
+    from r1p_dist.cluster.sweep_table import best_of, split_in_words, write_sweep_file, write_sweep_table
     from r1p_dist.cluster.sweeping import submit_points
 
     if arguments.file is None:
@@ -106,7 +107,7 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
         sweep = Sweep.load(SweepFile.load(arguments.file))
     stem = (arguments.file or Path(sweep.recipe)).stem
     folder = arguments.folder or Path("runs") / f"{stem}-sweep"
-    points = make_points(sweep, folder)
+    points = make_points(sweep, folder, profile.world_size)
     good = [point for point in points if point.config is not None]
     for point in points:
         if point.refused is not None:
@@ -116,9 +117,9 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     if arguments.dry_run:
         print(dry_run(len(good), profile, folder / JOBS, _job_name(folder), arguments.parallel))
         return 0
-    _check_world_size(good[0].config, profile)
     refused = {point.name: point.refused for point in points if point.refused is not None}
-    write_sweep_file(folder, {point.name: point.values for point in points}, refused)
+    splits = {point.name: point.config.data.evaluate_on for point in good}
+    write_sweep_file(folder, {point.name: point.values for point in points}, refused, splits)
     submitted = submit_points(good, folder, profile, _job_name(folder), arguments.parallel)
     print(f"{len(points)} points, {len(submitted)} submitted now: {folder}", flush=True)
     if arguments.wait:
@@ -126,7 +127,8 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     rows = write_sweep_table(folder, ask_cluster=True)
     print_states(describe_runs([point.config.run_dir for point in good]))
     if (best := best_of(rows)) is not None:
-        print(f"best by Last: {best.name}: {best.best_metric:.1f}; the table: {folder / 'sweep.csv'}")
+        where = split_in_words(best.split)
+        print(f"best by Last: {best.name}: {best.best_metric:.1f} on {where}; the table: {folder / 'sweep.csv'}")
     return 0 if not arguments.wait or all(row.state in ("finished", "refused") for row in rows) else 1
 
 
@@ -225,13 +227,6 @@ def _profile(arguments: argparse.Namespace) -> ClusterProfile:
     from r1p_dist.cluster.profile import ClusterProfile
 
     return ClusterProfile.load(arguments.profile, flags | {"slurm": options})
-
-
-def _check_world_size(config: RunConfig, profile: ClusterProfile) -> None:
-    """Refuses before the submission what every rank would refuse after hours in the queue."""
-    from r1p_dist.engine import resolve_deepspeed
-
-    resolve_deepspeed(config, profile.world_size)
 
 
 def _job_name(run_dir: Path) -> str:

@@ -8,17 +8,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from r1p_dist.errors import InputError
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.safe_yaml import read_yaml
 from r1p_dist.shipped import shipped_files
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
 def _check_time(value: Any) -> Any:
-    # YAML 1.1 reads 24:00:00 as a number of seconds, which SLURM would take for minutes.
-    if not isinstance(value, str):
-        raise ValueError('write it in quotes, as in "24:00:00"')
-    if not _TIME.fullmatch(value) or not minutes_of(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # minutes, as SLURM takes them
+    if not isinstance(value, str) or not _TIME.fullmatch(value) or not minutes_of(value):
         raise ValueError("must be a time as SLURM writes it: minutes, hours:minutes:seconds or days-hours:minutes")
     return value
 
@@ -65,7 +64,7 @@ class ClusterProfile(BaseModel):
         if name is not None:
             path = _find(name)
             source = str(path)
-            content = parse_yaml(path.read_text(encoding="utf-8"), source) or {}
+            content = read_yaml(path) or {}
             if not isinstance(content, dict):
                 raise InputError(f"{source}: a cluster profile is a mapping of keys to values")
         given = {key: value for key, value in flags.items() if value is not None and value != {}}

@@ -12,7 +12,7 @@ from typing import Any
 from r1p_dist.cluster.scheduler import JobRecord, JobState, job_states
 from r1p_dist.errors import InputError
 from r1p_dist.run_files import CONFIG_FILE, JOB_FILE, LOG_FILE, STATUS_FILE
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.safe_yaml import read_yaml
 
 _ERROR = re.compile(r"^(error\b|\w+: error: |[\w.]*(Error|Exception)\b)")
 _TAIL = 65536  # bytes of a log to look for an error in
@@ -175,7 +175,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(run_dir: Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, "submitted.yaml"):
         if (run_dir / name).is_file():
-            content = parse_yaml((run_dir / name).read_text(encoding="utf-8"), str(run_dir / name))
+            content = read_yaml(run_dir / name)
             return content if isinstance(content, dict) else {}
     return {}
 

@@ -3,6 +3,9 @@
     options.rank=8,12,16      alternatives; a value that is a list is written [a, b]
     train.lr=loguniform(1e-4, 1e-2)   a range, as are uniform(a, b) and integer(a, b); for random sweeps
 
+Points are evaluated on the validation split, for the best of them is chosen by it; `data.evaluate_on=test` among the
+overrides chooses on the test split, and every table says so.
+
 A grid has every combination. A random sweep (`samples`) draws so many points from alternatives and ranges with its own
 seed. The same can stand in a YAML file:
 
@@ -22,22 +25,25 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from r1p_dist.checkpoint.checkpoints import config_differences
+from r1p_dist.checks import check_run
 from r1p_dist.config import RunConfig
 from r1p_dist.data.order import digest_number
 from r1p_dist.errors import InputError
 from r1p_dist.methods import method_class
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import CONFIG_FILE
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.safe_yaml import read_yaml
 
 _RANGE = re.compile(r"(uniform|loguniform|integer)\(([^,()]+),([^,()]+)\)")
 _LONGEST_NAME = 120
+CHOICE = "data.evaluate_on=validation"  # unless the sweep says otherwise
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,7 @@ class SweepFile(BaseModel):
     def load(cls, path: Path) -> "SweepFile":
         """InputError: the file cannot be read, or a key in it is wrong."""
         try:
-            content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        try:
-            return cls.model_validate(content)
+            return cls.model_validate(read_yaml(path))
         except ValidationError as error:
             fault = error.errors()[0]
             key = ".".join(map(str, fault["loc"])) or "the file"
@@ -163,16 +165,21 @@ class Point:
     refused: str | None = None
 
 
-def make_points(sweep: Sweep, folder: Path) -> list[Point]:
-    """Returns the points of a sweep whose runs lie in `folder`, those that cannot be trained with the reason."""
-    return [_make_point(sweep, values, folder) for values in sweep.points()]
+def make_points(sweep: Sweep, folder: Path, ranks: int = 1) -> list[Point]:
+    """Returns the points of a sweep whose runs lie in `folder`, those that cannot be trained with the reason.
+
+    ranks: of each run. InputError: the sweep names a run_dir.
+    """
+    if any(word.partition("=")[0] == "run_dir" for word in (*sweep.overrides, *sweep.parameters)):
+        raise InputError("run_dir: every point of a sweep has its own; name the folder of all with --folder")
+    return [_make_point(sweep, values, folder, ranks) for values in sweep.points()]
 
 
-def _make_point(sweep: Sweep, values: dict[str, str], folder: Path) -> Point:
+def _make_point(sweep: Sweep, values: dict[str, str], folder: Path, ranks: int) -> Point:
     name = point_name(values)
-    words = [*sweep.overrides, *(f"{key}={value}" for key, value in values.items()), f"run_dir={folder / name}"]
+    words = [CHOICE, *sweep.overrides, *(f"{key}={value}" for key, value in values.items()), f"run_dir={folder / name}"]
     try:
-        config = load_config(sweep.recipe, words)
+        config = load_config(sweep.recipe, words, partial(check_run, ranks=ranks))
         _refuse_idle(config, values)
         earlier = folder / name / CONFIG_FILE
         if earlier.is_file() and (differences := config_differences(load_config(earlier), config)):

@@ -21,14 +21,16 @@ from r1p_dist.run_files import METRICS_FILE, REPORT_FILE
 SWEEP_FILE = "sweep.json"
 METRICS = ("last", "average", "transfer", "bwt", "forgetting")
 _BEST = "last"
+TEST = "test"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One point: what it varies, its state, and its metrics where it has some."""
+    """One point: what it varies, the split that it is evaluated on, its state, and its metrics where it has some."""
 
     name: str
     values: dict[str, str]
+    split: str
     state: str
     job: str | None
     error: str | None
@@ -44,10 +46,16 @@ class Row:
         return [mean for row in self.metrics.get("accuracy", []) if (mean := mean_of(row)) is not None]
 
 
-def write_sweep_file(folder: Path, points: dict[str, dict[str, str]], refused: dict[str, str]) -> None:
-    """Notes the points of a sweep and those that cannot be trained, beside those noted before."""
+def write_sweep_file(
+    folder: Path, points: dict[str, dict[str, str]], refused: dict[str, str], splits: dict[str, str]
+) -> None:
+    """Notes the points of a sweep and those that cannot be trained, beside those noted before.
+
+    splits: which split the others are evaluated on.
+    """
     with _lock(folder):
         content = _read(folder) if (folder / SWEEP_FILE).is_file() else {"points": {}, "refused": {}}
+        content["splits"] = content.get("splits", {}) | splits
         content["points"] |= points
         content["refused"] = {name: why for name, why in content["refused"].items() if name not in points} | refused
         write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
@@ -63,7 +71,7 @@ def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
         run_dirs = [folder / name for name in content["points"]]
         states = describe_runs(run_dirs) if ask_cluster else [describe_without_cluster(path) for path in run_dirs]
         rows = [
-            _row(name, values, content["refused"].get(name), state)
+            _row(name, values, content["refused"].get(name), content.get("splits", {}).get(name, TEST), state)
             for (name, values), state in zip(content["points"].items(), states, strict=True)
         ]
         write_atomically(folder / "sweep.csv", _csv(rows))
@@ -76,14 +84,19 @@ def best_of(rows: Sequence[Row]) -> Row | None:
     return max((row for row in rows if row.best_metric is not None), key=lambda row: row.best_metric, default=None)
 
 
-def _row(name: str, values: dict[str, str], refused: str | None, state: RunState) -> Row:
+def split_in_words(split: str) -> str:
+    """Returns how a table names the split that something is chosen on."""
+    return f"the {split} split" + (": it is no measure of the chosen any more" if split == TEST else "")
+
+
+def _row(name: str, values: dict[str, str], refused: str | None, split: str, state: RunState) -> Row:
     if refused is not None:
-        return Row(name, values, "refused", None, refused, {})
+        return Row(name, values, split, "refused", None, refused, {})
     try:
         metrics = json.loads((state.run_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         metrics = {}
-    return Row(name, values, state.state, state.job and state.job.job_id, state.error, metrics)
+    return Row(name, values, split, state.state, state.job and state.job.job_id, state.error, metrics)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -119,10 +132,10 @@ def _csv(rows: Sequence[Row]) -> str:
     buffer = io.StringIO()
     keys, measured = _keys(rows), [*METRICS, "wall_seconds"]
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["point", *keys, "state", "job", *measured, "error"])
+    writer.writerow(["point", *keys, "split", "state", "job", *measured, "error"])
     for row in rows:
         values, found = map(row.values.get, keys), map(row.metrics.get, measured)
-        writer.writerow([row.name, *values, row.state, row.job, *found, row.error])
+        writer.writerow([row.name, *values, row.split, row.state, row.job, *found, row.error])
     return buffer.getvalue()
 
 
@@ -133,7 +146,10 @@ def _page(folder: Path, rows: Sequence[Row]) -> str:
     sections = [f"<h1>{text(title)}</h1>"]
     if best is not None:
         setting = ", ".join(f"{key}={value}" for key, value in best.values.items())
-        sections.append(f"<p>Best by Last: <b>{text(setting)}</b>, {number(best.best_metric)} percent.</p>")
+        where = split_in_words(best.split)
+        sections.append(
+            f"<p>Best by Last: <b>{text(setting)}</b>, {number(best.best_metric)} percent on {text(where)}.</p>"
+        )
     sections += [_points_section(rows), _parameters_section(finished, _keys(rows)), _curves_section(finished, best)]
     return page(title, sections)
 
@@ -144,9 +160,9 @@ def _points_section(rows: Sequence[Row]) -> str:
     lines = []
     for row in ordered:
         values, found = [row.values.get(key, "") for key in keys], [number(row.metrics.get(key)) for key in METRICS]
-        lines.append([*values, row.state, *found, row.error or ""])
-    columns = range(len(keys) + 1, len(keys) + 1 + len(METRICS))
-    header = [*keys, "state", *METRICS, ""]
+        lines.append([*values, row.split, row.state, *found, row.error or ""])
+    columns = range(len(keys) + 2, len(keys) + 2 + len(METRICS))
+    header = [*keys, "split", "state", *METRICS, ""]
     return "<h2>Points</h2>\n" + table(header, lines, numbers=set(columns), meaning=len(header) - 1)
 
 

@@ -18,7 +18,7 @@ def compare(arguments: argparse.Namespace) -> int:
         seeds = list(dict.fromkeys(int(seed) for seed in arguments.seeds.split(",")))
     except ValueError:
         raise InputError(f"--seeds {arguments.seeds}: not whole numbers separated by commas") from None
-    reserved = {"method", "seed", "run_dir"} | ({"data.evaluate_on"} if arguments.tune else set())
+    reserved = {"method", "seed", "run_dir"}
     for override in arguments.overrides:
         if override.partition("=")[0] in reserved:
             raise InputError(f"{override}: this tool sets {override.partition('=')[0]} itself, for every run")
@@ -45,7 +45,10 @@ def compare(arguments: argparse.Namespace) -> int:
             print(", ".join(f"{COLUMNS[key]} {cell([metrics.get(key)])}" for key in PAIRED), flush=True)
 
     if arguments.tune:
-        name, (page, data) = f"tuning-{arguments.tune.partition('=')[0]}", tuning(arguments, runs, stream, results)
+        name, (page, data) = (
+            f"tuning-{arguments.tune.partition('=')[0]}",
+            tuning(arguments, runs, stream, split, results),
+        )
     else:
         by_seed = {(run.label, run.seed): result for run, result in results.items()}
         name, (page, data) = "comparison", comparison(arguments, labels, stream, split, by_seed)

@@ -9,7 +9,8 @@ Every run is `r1p train` under DeepSpeed's launcher in DIR/<method>-seed<k>, its
 finished one is not run again. What each method gets beside the recipe stands in tools/compare_<recipe>.yaml. Results:
 comparison.md and comparison.json in DIR; for instruction tasks also every task's value, beside that of the most
 frequent training answer. `--tune` evaluates on the validation split, with seed 0, and leaves the choice to you: copy it
-into the settings file. Exit code 1 when a run failed; the others are tabulated.
+into the settings file. On the test split it does so where `data.evaluate_on=test` asks for it, and the page says so.
+Exit code 1 when a run failed; the others are tabulated.
 """
 
 from collections.abc import Sequence

@@ -42,8 +42,9 @@ def comparison(
         majority, tasks_page, tasks_data = instruction_tasks(labels, stream, split, results)
     page = figures_table(labels, figures, majority)
     page += (
-        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()}, mean ± sample "
-        "standard deviation over the seeds. Recovered share: (Last - zero-shot) / (joint - zero-shot), per seed.\n"
+        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()} on the "
+        f"{split} split, mean ± sample standard deviation over the seeds. Recovered share: (Last - zero-shot) / "
+        "(joint - zero-shot), per seed.\n"
         f"{tasks_page}"
     )
     differences = {}
@@ -86,9 +87,9 @@ def unit_of(stream: Stream) -> str:
 
 
 def tuning(
-    arguments: argparse.Namespace, runs: Sequence[Run], stream: Stream, results: dict[Run, Result]
+    arguments: argparse.Namespace, runs: Sequence[Run], stream: Stream, split: str, results: dict[Run, Result]
 ) -> tuple[str, dict[str, Any]]:
-    """Return the Markdown page of the validation figures per method and value, and the same as data."""
+    """Return the Markdown page of the figures on a split per method and value, and the same as data."""
     key = arguments.tune.partition("=")[0]
     rows, table = [], []
     for run in runs:
@@ -98,5 +99,7 @@ def tuning(
         table.append({"method": run.label, key: run.value, **figures})
     page = markdown(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows)
     page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, "
-    page += f"{unit_of(stream)} on the validation split.\n"
+    page += f"{unit_of(stream)} on the {split} split.\n"
+    if split == "test":
+        page += "\nWhat is chosen by this table is chosen on the test split, which is no measure of it any more.\n"
     return page, {"table": table}

@@ -52,13 +52,16 @@ def plan_runs(
             overrides.insert(0, f"method={label}")
         if not arguments.tune:
             choices = {f"seed{seed}": (seed, None, []) for seed in (seeds[:1] if label == ZERO_SHOT else seeds)}
-        elif label == ZERO_SHOT:
-            choices = {"validation": (0, None, ["data.evaluate_on=validation"])}
         else:
-            choices = {
-                f"{key}={value}".replace(os.sep, "_"): (0, value, [f"{key}={value}", "data.evaluate_on=validation"])
-                for value in values.split(",")
-            }
+            asked = any(item.startswith("data.evaluate_on=") for item in overrides)
+            split = [] if asked else ["data.evaluate_on=validation"]
+            if label == ZERO_SHOT:
+                choices = {"validation": (0, None, split)}
+            else:
+                choices = {
+                    f"{key}={value}".replace(os.sep, "_"): (0, value, [f"{key}={value}", *split])
+                    for value in values.split(",")
+                }
         for name, (seed, value, chosen) in choices.items():
             folder = arguments.output.resolve() / f"{label}-{name}"
             complete = (*overrides, *chosen, f"seed={seed}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from r1p_dist.errors import InputError
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.safe_yaml import read_yaml
 from r1p_dist.shipped import checkout
 
 
@@ -17,10 +17,9 @@ def settings_path(recipe: str) -> Path:
 
 def read_settings(path: Path) -> dict[str, list[str]]:
     """Return label -> overrides of a settings file."""
-    try:
-        settings = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    except FileNotFoundError:
-        raise InputError(f"--settings {path}: no such file; write it or name another one with --settings") from None
+    if not path.is_file():
+        raise InputError(f"--settings {path}: no such file; write it or name another one with --settings")
+    settings = read_yaml(path) or {}
     if not isinstance(settings, dict):
         raise InputError(f"{path}: has to be a mapping of method label to a list of key=value")
     for label, overrides in settings.items():

@@ -37,7 +37,8 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from r1p_dist.data.remote import PROTOCOLS, is_url
 from r1p_dist.errors import InputError
-from r1p_dist.safe_yaml import parse_yaml
+from r1p_dist.files import read_text
+from r1p_dist.safe_yaml import read_yaml
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 SPLITS = ("train", "validation", "test")
@@ -174,10 +175,7 @@ def _find_stream_file(path_or_name: str | Path) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be a mapping with the keys {', '.join(_STREAM_KEYS)}")
     return content
@@ -339,10 +337,7 @@ def read_templates(file: Path) -> tuple[str, ...]:
 
 
 def _lines(file: Path) -> tuple[str, ...]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text ({error})") from error
+    lines = [line.strip() for line in read_text(file).rstrip().split("\n")]
     if lines == [""]:
         raise InputError(f"{file}: is empty; write one entry per line")
     # The line number is the label, so an empty line must not be dropped in silence.

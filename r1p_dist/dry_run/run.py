@@ -7,7 +7,6 @@ run on that many ranks, and the numbers that it computes mean nothing.
 
 import logging
 import math
-import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, sta
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
-from r1p_dist.interrupts import STOP_SIGNALS, StepAgreement, Watchdog
+from r1p_dist.interrupts import StepAgreement, Watchdog
 from r1p_dist.methods import make_method
 from r1p_dist.protocol import Stage
 from r1p_dist.session import Session
@@ -70,26 +69,6 @@ class DryRun:
         }
 
 
-def set_ranks(config: RunConfig, ranks: int, batch: int | None) -> RunConfig:
-    """Returns the configuration for so many ranks. batch: samples of each in a micro step; None: as the recipe has it.
-
-    InputError: numbers below 1, or a global batch that does not divide.
-    """
-    for flag, value in (("--ranks", ranks), ("--batch", batch)):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} {value}: must be from 1")
-    micro_steps, size = config.train.gradient_accumulation_steps, config.train.global_batch_size
-    if batch is not None:
-        size = ranks * batch * micro_steps
-    if size % (ranks * micro_steps):
-        raise InputError(
-            f"--ranks {ranks}: train.global_batch_size={size} does not divide into {ranks} ranks times "
-            f"train.gradient_accumulation_steps={micro_steps}; give --batch N, the samples of each rank in a micro "
-            f"step, or a multiple of {ranks * micro_steps}"
-        )
-    return config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": size})})
-
-
 def dry_run(config: RunConfig, ranks: int) -> DryRun:
     """Runs as rank 0 of so many and returns what that took; nothing is written but temporary files.
 
@@ -124,7 +103,8 @@ def _rank_0(config: RunConfig) -> DryRun:
         session.log.is_silent = True
         watchdog = Watchdog(math.inf, config.run_dir)
         train = method.train_config(stage)
-        agreement = _agreement(device)
+        agreement = StepAgreement(device)
+        agreement.close()  # there is nothing to save before a signal ends this
         make_engine = partial(_ObservedEngine, backbone, config, train, agreement, probe)
         try:
             running = session.open_stage(0, data, make_engine, agreement)
@@ -152,15 +132,6 @@ def _rank_0(config: RunConfig) -> DryRun:
     phases = probe.phases
     phases["boundary"] = joined(phases.pop("merge"), phases.pop("next task"))
     return DryRun(config, world_size(), device.type, batch, phases)
-
-
-def _agreement(device: torch.device) -> StepAgreement:
-    """Returns the agreement of a run, but with signals as they were: there is nothing to save before one ends this."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    agreement = StepAgreement(device)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return agreement
 
 
 class _ObservedEngine(TaskEngine):

@@ -39,18 +39,22 @@ def method_names() -> Sequence[str]:
     return [*shipped_methods(), *sorted(installed_methods())]
 
 
-def method_class(name: str) -> "type[Method]":
-    """Returns the class of a method. InputError: there is none of that name, or its module cannot be imported."""
-    if name in shipped_methods():
-        return _class_of(importlib.import_module(f"{__name__}.{name}"))
-    installed = installed_methods()
-    if name not in installed and ":" not in name:
+def check_method_name(name: str) -> None:
+    """InputError: there is no method of that name; imports none."""
+    if name not in shipped_methods() and name not in installed_methods() and ":" not in name:
         nearest = difflib.get_close_matches(name, method_names(), n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise InputError(
             f"method={name}: no such method{hint}; there are {', '.join(method_names())}, and package.module:Class"
         )
-    point = installed.get(name) or EntryPoint(name, name, ENTRY_POINTS)
+
+
+def method_class(name: str) -> "type[Method]":
+    """Returns the class of a method. InputError: there is none of that name, or its module cannot be imported."""
+    if name in shipped_methods():
+        return _class_of(importlib.import_module(f"{__name__}.{name}"))
+    check_method_name(name)
+    point = installed_methods().get(name) or EntryPoint(name, name, ENTRY_POINTS)
     try:
         found = point.load()
     except (ImportError, AttributeError) as error:

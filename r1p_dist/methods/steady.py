@@ -9,7 +9,7 @@ import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.backbones import weights_identity
-from r1p_dist.config import Count, NotNegative
+from r1p_dist.config import Count, FilePlace, NotNegative
 from r1p_dist.distributed import agree, gathered, owner, rank, world_size
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
@@ -93,7 +93,7 @@ class Steady(LowRankMethod):
         """Directions that are kept of the moment of an input wider than `sketch_above`; the rest as one number."""
         sketch_above: Count = 2048
         """Width of a layer's input up to which its moment is kept whole."""
-        anchor: str | None = None
+        anchor: FilePlace | None = None
         """File of `r1p moments`, or a shipped backbone that has one (tiny); null: none."""
         anchor_tasks: NotNegative = 6.0
         """As how many past tasks the anchor counts."""

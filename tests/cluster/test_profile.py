@@ -35,12 +35,22 @@ def test_flags_lie_over_the_file(tmp_path: Path) -> None:
     assert profile.ranks_per_node == 8 and profile.world_size == 16
 
 
+def test_times_and_names_are_those_that_stand_there(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for text, minutes in (("24:00:00", 1440), ("1:30:00", 90), ("90", 90), ("1-12", 2160)):
+        path.write_text(f"time: {text}\nslurm: {{reservation: 007, kill-on-invalid-dep: no}}")
+        profile = ClusterProfile.load(str(path), {})
+        assert profile.minutes == minutes
+        assert profile.slurm == {"reservation": "007", "kill-on-invalid-dep": "no"}
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "words"),
     [
         ("tim: '1:00:00'", {}, ["mine.yaml", "tim=", "did you mean time?"]),
         ("qos: high", {}, ["mine.yaml", "qos=", "under slurm:"]),
-        ("time: 24:00:00", {}, ["mine.yaml", "time=86400", "in quotes"]),
+        ("time: 24:00:90:00", {}, ["mine.yaml", "time='24:00:90:00'", "hours:minutes:seconds"]),
+        ("nodes: 010", {}, ["mine.yaml", "nodes='010'", "valid integer"]),
         ("time: '1 hour'", {}, ["mine.yaml", "time='1 hour'", "hours:minutes:seconds"]),
         ("nodes: 2", {"nodes": 0}, ["command line", "nodes=0"]),
         ("- nodes", {}, ["mine.yaml", "mapping"]),

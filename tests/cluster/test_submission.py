@@ -168,7 +168,7 @@ def test_the_last_line_with_an_error_is_found(tmp_path: Path) -> None:
 def test_a_sweeps_table_has_every_point(tmp_path: Path) -> None:
     points = {f"lr={lr},m={m}": {"lr": lr, "m": m} for lr in ("1e-3", "1e-2") for m in ("a", "b")}
     refused = {"lr=1e-2,m=b": "m=b has no lr"}
-    write_sweep_file(tmp_path, points, refused)
+    write_sweep_file(tmp_path, points, refused, dict.fromkeys(points, "validation"))
     for number, name in enumerate(list(points)[:2]):
         folder = make_run(tmp_path / name, state="finished")
         metrics = {"last": 10.0 + number, "accuracy": [[1, 2], [3, 4]], "wall_seconds": 7}
@@ -177,13 +177,21 @@ def test_a_sweeps_table_has_every_point(tmp_path: Path) -> None:
     rows = write_sweep_table(tmp_path)
     assert [row.state for row in rows] == ["finished", "finished", "stopped", "refused"]
     lines = (tmp_path / "sweep.csv").read_text().splitlines()
-    assert lines[0] == "point,lr,m,state,job,last,average,transfer,bwt,forgetting,wall_seconds,error"
-    assert lines[2] == '"lr=1e-3,m=b",1e-3,b,finished,,11.0,,,,,7,'
-    assert lines[4] == '"lr=1e-2,m=b",1e-2,b,refused,,,,,,,,m=b has no lr'
+    assert lines[0] == "point,lr,m,split,state,job,last,average,transfer,bwt,forgetting,wall_seconds,error"
+    assert lines[2] == '"lr=1e-3,m=b",1e-3,b,validation,finished,,11.0,,,,,7,'
+    assert lines[4] == '"lr=1e-2,m=b",1e-2,b,validation,refused,,,,,,,,m=b has no lr'
     page = (tmp_path / "report.html").read_text()
-    assert "Best by Last: <b>lr=1e-3, m=b</b>, 11.0 percent" in page and page.count("<img") == 2
-    write_sweep_file(tmp_path, {"lr=1": {"lr": "1"}}, {})  # a later sweep into the same folder
-    assert len(write_sweep_table(tmp_path)) == 5
+    assert (
+        "Best by Last: <b>lr=1e-3, m=b</b>, 11.0 percent on the validation split." in page and page.count("<img") == 2
+    )
+    # a later sweep into the same folder
+    write_sweep_file(tmp_path, {"lr=1": {"lr": "1"}}, {}, {"lr=1": "test"})
+    later = write_sweep_table(tmp_path)[-1]
+    assert (later.name, later.split) == ("lr=1", "test") and len(write_sweep_table(tmp_path)) == 5
+    make_run(tmp_path / "lr=1", state="finished")
+    (tmp_path / "lr=1" / "metrics.json").write_text(json.dumps({"last": 50.0}))
+    write_sweep_table(tmp_path)
+    assert "50.0 percent on the test split: it is no measure" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -194,6 +202,7 @@ def test_a_sweep_on_this_machine_trains_only_what_is_due(toy: list[str], tmp_pat
     first = subprocess.run([*tool, *words], capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "2 points, 2 submitted now" in first.stdout and "best by Last: train.lr=" in first.stdout
+    assert " on the validation split; the table: " in first.stdout
     (tmp_path / "s" / "train.lr=1e-2" / "status.json").unlink()
     again = subprocess.run([*tool, *words], capture_output=True, text=True)
     assert "2 points, 1 submitted now" in again.stdout and again.returncode == 0

@@ -43,6 +43,26 @@ def test_points_have_their_own_folders_and_configurations(tmp_path: Path) -> Non
     assert [(point.config.options["rank"], point.config.seed) for point in points] == [(8, 0), (8, 1), (12, 0), (12, 1)]
 
 
+def test_points_are_evaluated_on_the_validation_split_unless_the_test_split_is_asked_for(tmp_path: Path) -> None:
+    def splits(*words: str) -> list[str]:
+        points = make_points(Sweep.parse("mini_mtil", ["options.rank=8,12", *words]), tmp_path)
+        return [point.config.data.evaluate_on for point in points]
+
+    assert splits() == ["validation"] * 2
+    assert splits("data.evaluate_on=test") == ["test"] * 2
+    with pytest.raises(InputError, match=r"run_dir: every point of a sweep has its own; .* --folder"):
+        splits("run_dir=runs/a")
+
+
+def test_points_are_checked_before_they_are_submitted(tmp_path: Path) -> None:
+    words = ["seed=0,1", "tasks=[fashoin]"]
+    points = make_points(Sweep.parse("mini_mtil", words), tmp_path)
+    assert all("unknown task 'fashoin' (nearest: fashion)" in point.refused for point in points)
+    points = make_points(Sweep.parse("mini_mtil", ["train.global_batch_size=30,32"]), tmp_path, ranks=4)
+    assert "train.global_batch_size=30 does not divide into 4 ranks" in points[0].refused
+    assert points[1].refused is None
+
+
 def test_points_without_a_use_are_refused_and_the_others_stay(tmp_path: Path) -> None:
     words = ["options.rank=4,8", "method=dac,zero_shot,dacc"]
     points = {point.name: point for point in make_points(Sweep.parse("mini_mtil", words), tmp_path)}

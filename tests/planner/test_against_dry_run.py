@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from r1p_dist.dry_run.run import set_ranks
+from r1p_dist.dry_run.ranks import set_ranks
 from r1p_dist.planner.comparison import compare
 from r1p_dist.recipes import load_config
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from r1p_dist.dry_run.run import set_ranks
+    from r1p_dist.dry_run.ranks import set_ranks
     from r1p_dist.planner.comparison import compare
     from r1p_dist.planner.plan import parse_counts
     from r1p_dist.recipes import load_config

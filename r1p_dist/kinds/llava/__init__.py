@@ -12,6 +12,7 @@ KIND = Kind(
     layers=("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
     even_towers=("language",),  # ranks have unlike numbers of pictures
     has_answers=True,
+    is_named_by_folder=True,
     made_from="a LLaVA model of transformers",
     pipeline="image-text-to-text",
     notice="tiny_llava",
