@@ -1,7 +1,9 @@
-"""What can be known of a run before anything heavy is imported: all that it names is there and fits together."""
+"""What can be known of a run before anything heavy is imported: all that it names is there and fits together.
 
-import difflib
-import importlib.util
+The part `files` of a kind of backbone has check_files(config: BackboneConfig), which raises InputError where the model
+that the section names cannot be there; it imports no library of the kind.
+"""
+
 import os
 import shutil
 import tarfile
@@ -9,16 +11,15 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from r1p_dist.backbones.llava_shapes import SHAPES
-from r1p_dist.config import BackboneConfig, RunConfig
+from r1p_dist.config import RunConfig
 from r1p_dist.data.stream import Stream, Task
 from r1p_dist.errors import InputError
+from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.methods import check_method_name
 
 _BLOCK = 512  # bytes of a tar file's header
 _MOST_SHARDS = 1000  # of a split; on a network's file system each one costs a trip
 _LEAST_FREE_MB = 100
-_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 # First bytes of what is taken for a tar file, and what to do about it.
 _NO_TAR = {
     b"\x1f\x8b": "is compressed; unpack it with gunzip, shards are plain tar files",
@@ -44,7 +45,7 @@ def check_run(config: RunConfig, ranks: int = 1) -> None:
     if config.data.reference is not None:
         for task in Stream.load(config.data.reference).tasks:
             _check_shards(task)
-    _check_backbone(config.backbone)
+    kind_of(config.backbone.kind).part("files").check_files(config.backbone)
     _check_disk(config.run_dir)
 
 
@@ -59,10 +60,11 @@ def check_split(stream: Stream, task: Task, split: str) -> None:
 
 def _check_kind(config: RunConfig, stream: Stream) -> None:
     task = stream.tasks[0]
-    if task.is_instruction != (config.backbone.kind == "llava"):
-        holds, kind = ("conversations", "llava") if task.is_instruction else ("pictures of classes", "open_clip")
+    if task.is_instruction != kind_of(config.backbone.kind).has_answers:
+        holds = "conversations" if task.is_instruction else "pictures of classes"
+        fit = [name for name in kind_names() if kind_of(name).has_answers == task.is_instruction]
         raise InputError(
-            f"stream={config.stream}: task {task.name} is of {holds}, which need backbone.kind={kind}, got "
+            f"stream={config.stream}: task {task.name} is of {holds}, which need backbone.kind={' or '.join(fit)}, got "
             f"{config.backbone.kind}"
         )
 
@@ -89,34 +91,6 @@ def _check_heads(shards: Iterable[Path]) -> None:
             tarfile.TarInfo.frombuf(head, tarfile.ENCODING, "surrogateescape")
         except tarfile.HeaderError as error:
             raise InputError(f"{shard}: is no tar file: {error}") from error
-
-
-def _check_backbone(config: BackboneConfig) -> None:
-    name = config.name
-    if config.kind == "llava":
-        is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-        if name != "tiny" and name not in SHAPES and not is_hub_name and not (Path(name) / "config.json").is_file():
-            known = ", ".join(["tiny", *SHAPES])
-            raise InputError(f"backbone.name={name}: no folder of a model, with a config.json; known names: {known}")
-        return
-    pretrained = config.pretrained
-    if pretrained is not None and (os.sep in pretrained or pretrained.endswith(_WEIGHTS)):
-        if not Path(pretrained).is_file():
-            raise InputError(f"backbone.pretrained={pretrained}: no such file")
-    if name.startswith("local-dir:"):
-        if not (Path(name.removeprefix("local-dir:")) / "open_clip_config.json").is_file():
-            raise InputError(f"backbone.name={name}: no folder with an open_clip_config.json")
-    elif ":" not in name and name != "tiny" and name not in (known := _open_clip_models()):
-        nearest = difflib.get_close_matches(name, ["tiny", *known], n=3)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise InputError(f"backbone.name={name}: open_clip has no such model{hint}")
-
-
-def _open_clip_models() -> list[str]:
-    """Returns the names of open_clip's models, from its files: importing it takes seconds."""
-    spec = importlib.util.find_spec("open_clip")
-    assert spec is not None and spec.origin is not None  # it is required
-    return sorted(path.stem for path in (Path(spec.origin).parent / "model_configs").glob("*.json"))
 
 
 def _check_disk(run_dir: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from r1p_dist.errors import InputError
+from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.safe_yaml import write_yaml
 
 
@@ -46,6 +47,12 @@ class Place:
     holds: str = ""
 
 
+def _known_kind(name: str) -> str:
+    if name not in kind_names():
+        raise ValueError(f"must be one of {', '.join(kind_names())}, got {name!r}")
+    return name
+
+
 _LARGEST = 2**31 - 1
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
@@ -74,8 +81,8 @@ class BackboneConfig(Section):
     of host memory each rank may keep an image tower's features in, where the tower has no adapters.
     """
 
-    kind: Literal["open_clip", "llava"] = "open_clip"
-    name: Annotated[str, Place("config.json")] = "tiny"
+    kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
+    name: Annotated[str, Place("")] = "tiny"
     pretrained: FilePlace | None = None
     force_quick_gelu: bool = False
     feature_cache_gb: NotNegative = 1.0
@@ -83,42 +90,31 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> BackboneConfig:
-        if self.kind == "llava" and (self.pretrained is not None or self.force_quick_gelu):
-            raise ValueError(
-                f"backbone.pretrained={self.pretrained} and backbone.force_quick_gelu={self.force_quick_gelu} are for "
-                "backbone.kind=open_clip; a llava model's name says where its weights are"
-            )
+        for key, remedy in kind_of(self.kind).unknown.items():
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"backbone.{key}={value}: not for backbone.kind={self.kind}; {remedy}")
         return self
-
-
-Tower = Literal["image", "text", "language", "projector"]
-Layer = Literal["q", "k", "v", "out", "fc1", "fc2", "o", "gate", "up", "down"]
-# What there is per kind of backbone, and the towers that get adapters unless others are named.
-TOWERS: dict[str, tuple[str, ...]] = {"open_clip": ("image", "text"), "llava": ("language", "projector", "image")}
-DEFAULT_TOWERS = {"open_clip": ["image", "text"], "llava": ["language", "projector"]}
-LAYERS: dict[str, tuple[str, ...]] = {
-    "open_clip": ("q", "k", "v", "out", "fc1", "fc2"),
-    "llava": ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
-}
 
 
 class TargetsConfig(Section):
     """Which linears of every block get an adapter; null: all of the backbone's kind, but not a LLaVA's image tower."""
 
-    towers: Annotated[list[Tower], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
-    layers: Annotated[list[Layer], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    towers: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    layers: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
 
     def of_kind(self, kind: str) -> TargetsConfig:
         """Return these with the defaults of a kind of backbone filled in. ValueError: a name that it does not have."""
-        for key, known in (("towers", TOWERS[kind]), ("layers", LAYERS[kind])):
+        has = kind_of(kind)
+        for key, known in (("towers", has.towers), ("layers", has.layers)):
             for name in getattr(self, key) or ():
                 if name not in known:
                     raise ValueError(
                         f"targets.{key}: a backbone of kind {kind} has no {name!r}; it has {', '.join(known)}"
                     )
         return TargetsConfig(
-            towers=self.towers or DEFAULT_TOWERS[kind],
-            layers=self.layers or list(LAYERS[kind]),
+            towers=self.towers or list(has.default_towers),
+            layers=self.layers or list(has.layers),
         )
 
 
@@ -298,8 +294,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_blindness(self) -> RunConfig:
-        if self.data.blind and self.backbone.kind != "llava":
-            raise ValueError(f"data.blind=true needs backbone.kind=llava, got {self.backbone.kind}")
+        if self.data.blind and not kind_of(self.backbone.kind).has_answers:
+            able = " or ".join(name for name in kind_names() if kind_of(name).has_answers)
+            raise ValueError(f"data.blind=true needs backbone.kind={able}, got {self.backbone.kind}")
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from torch import nn
 
 from r1p_dist.backbones import Placement
@@ -129,6 +130,19 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return train.min_lr + (train.lr - train.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon without compiling it; DeepSpeed asks any optimizer whether it is one.
+
+    Compiled, it takes 3 s of CPU on every rank and at every start, for the compiler that its decorators set up.
+    """
+    compile_function = compiler.compile
+    compiler.compile = lambda *arguments, **settings: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_function
+
+
 class TaskEngine:
     """A DeepSpeed engine around the backbone for one task: AdamW on the adapters, fresh moments, own schedule.
 
@@ -149,6 +163,7 @@ class TaskEngine:
             # released too early where its input needs no gradient, as in the first block.
             for parameter in getattr(module, "borrowed_parameters", list)():
                 deepspeed.zero.register_external_parameter(module, parameter)
+        _import_muon()
         parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(parameters, train)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, train) / train.lr)

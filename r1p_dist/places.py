@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from r1p_dist.config import Place
+from r1p_dist.config import BackboneConfig, Place
+from r1p_dist.kinds import kind_names, kind_of
 
 _LOCAL = "local-dir:"  # open_clip's word before a folder
 Key = tuple[str, ...]
@@ -29,8 +30,10 @@ def resolve_places(
         if inner is not None and isinstance(value, dict):
             resolve_places(inner, value, here, folders_of)
         place = next((mark for mark in (*field.metadata, *_parts(field.annotation)) if isinstance(mark, Place)), None)
-        if place is None or name == "name" and section.get("kind", "open_clip") == "open_clip" and not _is_local(value):
-            continue  # open_clip's names are names, whatever folder is there
+        if place is not None and model is BackboneConfig and name == "name":
+            place = _of_model(section, value)
+        if place is None:
+            continue
         if isinstance(value, str):
             section[name] = _resolved(value, place, folders_of(here))
         elif isinstance(value, list):
@@ -50,6 +53,13 @@ def _resolved(text: str, place: Place, folders: Sequence[Path]) -> str:
             if path.is_file() or place.holds and (path / place.holds).is_file():
                 return f"{path}{rest}"
     return text
+
+
+def _of_model(section: dict[str, Any], name: Any) -> Place | None:
+    """Returns what a model's folder holds; None where its kind's names are names, whatever folder is there."""
+    kind = section.get("kind", BackboneConfig.model_fields["kind"].default)
+    holds = kind_of(kind).model_file if kind in kind_names() else None
+    return Place(holds or "") if holds or _is_local(name) else None
 
 
 def _is_local(value: Any) -> bool:

@@ -21,7 +21,6 @@ from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
 from r1p_dist.memory_faults import memory_faults_named
 from r1p_dist.methods import make_method
-from r1p_dist.report import write_report
 from r1p_dist.run_files import REPORT_FILE
 from r1p_dist.scores import Scores, ending, stop_if_asked, summary
 from r1p_dist.session import Session
@@ -122,6 +121,8 @@ def train_stages(
     metrics = scores.write()
     log.status("finished", steps_left=0)
     if rank() == 0:
+        from r1p_dist.report import write_report  # which draws: its library is for this rank and moment alone
+
         write_report(config.run_dir)
     log.say(ending(metrics, config.run_dir / REPORT_FILE))
     return metrics

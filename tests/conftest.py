@@ -26,10 +26,10 @@ from xdist.scheduler import LoadScopeScheduling
 PRELOADED = [
     "pytest",
     "r1p_dist.train",
+    "r1p_dist.report",
     "tests.small_clip",
     "tests.small_llava",
     "torch.utils.cpp_extension",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed looks at it for any optimizer, and it compiles
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
 # what start_process_group sets where no launcher has

@@ -6,17 +6,31 @@ from pathlib import Path
 
 import pytest
 
+from r1p_dist.kinds import kind_names
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config "
+    "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config kinds "
     "config distributed host_copy interrupts data losses adapters backbones evaluation protocol moments "
     "memory_faults methods places key_words recipes checks optimizer optimizer_state rendezvous engine runlog "
     "run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export train "
     "dry_run forget measuring doctor method_list planner local_ranks compare cluster run_commands cli __main__"
 ).split()
+
+# The rooms of what the folder of a kind of backbone holds; its facts are in `kinds`, before them all.
+PARTS = {
+    "shapes": "kinds",
+    "files": "checks",
+    **dict.fromkeys(["backbone", "weights", "conversations", "feature_cache"], "backbones"),
+    "evaluation": "evaluation",
+    **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
+    "planner": "planner",
+}
+
+SOURCES = PACKAGE / "data/convert/records.py"  # what is converted has kinds of its own
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -30,7 +44,8 @@ EXECUTES_DATA = {
 
 
 def _room(module: str) -> str:
-    return module.split(".")[1]
+    room, *rest = module.split(".")[1:]
+    return PARTS[rest[1]] if room == "kinds" and len(rest) > 1 else room
 
 
 def _name(path: Path) -> str:
@@ -67,6 +82,16 @@ def test_module_imports_only_from_its_own_and_earlier_rooms(path: Path) -> None:
     for imported in _imports(path):
         assert imported != "r1p_dist", f"{path} imports the package itself: import from the room"
         assert ROOMS.index(_room(imported)) <= ROOMS.index(room), f"{path} reaches forward to {imported}"
+
+
+def test_nothing_else_knows_a_kind_of_backbone() -> None:
+    """A further kind is a further folder; lazy exports of the package's own names are the exception."""
+    for path in MODULES:
+        if path.parent.name in kind_names() or path in (PACKAGE / "backbones/__init__.py", SOURCES):
+            continue
+        text = path.read_text(encoding="utf-8")
+        for name in kind_names():
+            assert not re.search(rf"kinds\.{name}\b|\.kind (==|!=|in) .*[\"']{name}[\"']", text), f"{path} knows {name}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -255,7 +255,6 @@ def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> 
         ("options.dropout=1", "options.dropout=1: "),
         ("tasks=[]", "tasks=[]: "),
         ("tasks=[a, a]", "tasks=['a', 'a']: names the same entry twice"),
-        ("targets.layers=[q, z]", "targets.layers.1='z': "),
         ("train.betas=[0.9]", "train.betas"),
         ("data.shots=-1", "data.shots=-1: "),
         ("deepspeed.overrides=3", "deepspeed.overrides=3: must be a mapping"),
@@ -274,6 +273,12 @@ def test_wrong_value_names_source_key_value_and_reason(override: str, expected: 
         (
             ["train.gradient_accumulation_steps=5"],
             "train.global_batch_size=32 must be a multiple of train.gradient_accumulation_steps=5",
+        ),
+        (["targets.layers=[q, z]"], "targets.layers: a backbone of kind open_clip has no 'z'; it has q, k, v, out"),
+        (["backbone.kind=clip"], "backbone.kind='clip': must be one of llava, open_clip, got 'clip'"),
+        (
+            ["backbone.kind=llava", "backbone.pretrained=openai"],
+            "backbone.pretrained=openai: not for backbone.kind=llava; a llava model's name says where its weights are",
         ),
         (["train.min_lr=1", "train.lr=5e-3"], "train.min_lr=1.0 must not be larger than train.lr=0.005"),
         (["train.per_task.a.warmup_steps=100", "train.iterations=100"], "must be smaller than train.per_task.a.iter"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import r1p_dist.train
+import r1p_dist.report
 from r1p_dist.checkpoint.checkpoints import checkpoint_folders
 from r1p_dist.errors import InputError, Interrupted
 from r1p_dist.recipes import load_config
@@ -22,8 +22,8 @@ SHORT = [TASKS, "train.iterations=4", "train.global_batch_size=8", "train.lr=1e-
 
 def without_reports() -> None:
     """A run's page is not what is compared here, and takes a quarter of a short run."""
-    assert callable(r1p_dist.train.write_report)
-    r1p_dist.train.write_report = lambda run_dir: None
+    assert callable(r1p_dist.report.write_report)
+    r1p_dist.report.write_report = lambda run_dir: None
 
 
 def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], signals: list[int]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, flop_registry,
 
 from r1p_dist import attach_pool
 from r1p_dist.adapters import AdaptedLinear
-from r1p_dist.backbones.open_clip import open_blocks
+from r1p_dist.kinds.open_clip.backbone import open_blocks
 
 BATCH, TOKENS = 8, 77
 

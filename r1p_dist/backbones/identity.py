@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from r1p_dist.backbones.load import backbone_part
 from r1p_dist.config import BackboneConfig
 from r1p_dist.files import sha256_of, write_atomically
 
@@ -18,20 +19,9 @@ def weights_identity(config: BackboneConfig, model: nn.Module) -> dict[str, str 
     The hash is that of the weights file, or of the hashes of several; for random weights that of their names and
     shapes. That of a large file is kept beside it, with the file's size and time.
     """
-    hashes = [_kept_sha256(file) for file in _files(config)] or [_sha256_of_drawing(model)]
+    hashes = [_kept_sha256(file) for file in backbone_part(config).weights_files(config)] or [_sha256_of_drawing(model)]
     sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {"name": config.name, "pretrained": config.pretrained, "sha256": sha256}
-
-
-def _files(config: BackboneConfig) -> list[Path]:
-    if config.kind == "llava":
-        from r1p_dist.backbones.llava_weights import weights_files
-
-        return weights_files(config.name)
-    from r1p_dist.backbones.clip_weights import weights_file
-
-    file = weights_file(config.name, config.pretrained)
-    return [] if file is None else [file]
 
 
 def _kept_sha256(file: Path) -> str:

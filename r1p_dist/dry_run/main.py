@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1p_dist.arguments import RECIPE_HELP, Parser, parse_with_overrides
-from r1p_dist.dry_run.ranks import set_ranks
 
 if TYPE_CHECKING:
     from r1p_dist.config import RunConfig
@@ -31,6 +30,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     arguments, words = parse_with_overrides(parser, argv)
+    from r1p_dist.dry_run.ranks import set_ranks
     from r1p_dist.recipes import load_config
 
     def check(config: RunConfig) -> None:

@@ -9,9 +9,8 @@ from r1p_dist.adapters import Update
 from r1p_dist.checkpoint import load_updates, read_json
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
-from r1p_dist.export.clip_weights import ClipWeights
-from r1p_dist.export.llava_weights import LlavaWeights
 from r1p_dist.export.merged import FrozenWeights, MergedWeights
+from r1p_dist.kinds import kind_of
 from r1p_dist.methods import INFERENCE_NEEDS, make_method
 from r1p_dist.protocol import Method
 from r1p_dist.recipes import load_config
@@ -57,7 +56,7 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
         raise InputError(f"{run_dir}: no config.yaml there; give the folder of a run")
     config = load_config(run_dir / CONFIG_FILE)
     metrics = _read_metrics(run_dir / METRICS_FILE)
-    base = _frozen_weights(config.backbone)
+    base: FrozenWeights = kind_of(config.backbone.kind).part("export").frozen_weights(config.backbone)
     _check_base(run_dir, config.backbone, base)
     method = make_method(config, base.backbone)
     finished = _finished_folders(run_dir)
@@ -83,10 +82,6 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
         deployed=[updates[index] for index in method.deployed(len(updates))],
         is_whole=len(updates) == len(finished),
     )
-
-
-def _frozen_weights(config: BackboneConfig) -> FrozenWeights:
-    return LlavaWeights(config) if config.kind == "llava" else ClipWeights(config)
 
 
 def _read_metrics(path: Path) -> dict:

@@ -11,15 +11,13 @@ from r1p_dist.data.stream import ASSETS
 from r1p_dist.evaluation.answers import SCALE
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
 from r1p_dist.files import write_atomically
+from r1p_dist.kinds import kind_of
 
 _FIGURES = {
     "transfer": "Transfer: tasks not trained yet",
     "average": "Average: all tasks, all moments of the stream",
     "last": "Last: all tasks after the last one",
 }
-_PIPELINES = {"open_clip": "zero-shot-image-classification", "llava": "image-text-to-text"}
-_MADE_FROM = {"open_clip": "a CLIP model of open_clip", "llava": "a LLaVA model of transformers"}
-_TINY = {"open_clip": "tiny", "llava": "tiny_llava"}  # the shipped model's section in NOTICE.md
 
 
 def write_card(
@@ -34,14 +32,14 @@ def write_card(
 
     tasks: whose updates the folder holds, none for the base model alone. library: what loads it; usage: how, in Python.
     """
-    kind = run.config.backbone.kind
+    kind = kind_of(run.config.backbone.kind)
     name, stream, sha256 = _model_name(run.config.backbone), _stream_name(run), run.base.identity["sha256"]
     updates = f"the updates of {', '.join(task.name for task in tasks)}" if tasks else "no update: the base model alone"
-    head = {"library_name": library, "pipeline_tag": _PIPELINES[kind], "license": "other"}
+    head = {"library_name": library, "pipeline_tag": kind.pipeline, "license": "other"}
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name} with {run.config.method} on {stream}" if tasks else f"# {name}",
-        f"Made by r1p_dist from {_MADE_FROM[kind]}; holds {updates}.",
+        f"Made by r1p_dist from {kind.made_from}; holds {updates}.",
         *notes,
         "## How to load it",
         f"```python\n{usage}\n```",
@@ -106,7 +104,7 @@ def _weights_name(config: BackboneConfig) -> str:
 
 def _licence(config: BackboneConfig) -> str:
     if config.name == "tiny":
-        section = _TINY[config.kind]
+        section = kind_of(config.kind).notice
         return (
             f"The weights keep the licences of what the base model was trained on: NOTICE.md, its section on {section}."
         )

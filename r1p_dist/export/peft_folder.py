@@ -10,8 +10,8 @@ import torch
 from r1p_dist.adapters import Dense, Factors
 from r1p_dist.errors import InputError
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
-from r1p_dist.export.hf_folder import HfModel, hf_model
 from r1p_dist.export.model_card import write_card
+from r1p_dist.export.part import HfModel, export_part
 from r1p_dist.export.safetensors_writer import Entry, write_tensors
 from r1p_dist.files import write_atomically
 
@@ -24,7 +24,7 @@ def write_peft(folder: Path, run: FinishedRun, dtype: torch.dtype | None, with_b
     dtype: of all weights; None: adapters in fp32, the base as HfModel.write has it. InputError: nothing was trained, or
     transformers cannot express the model.
     """
-    model = hf_model(run)
+    model = export_part(run.config.backbone).hf_model(run)
     if not run.tasks:
         raise InputError(f"{run.path}: method={run.config.method} trained nothing; use --to hf")
     if any(isinstance(update, Dense) for task in run.tasks for update in task.updates.values()):

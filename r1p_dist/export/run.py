@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from r1p_dist.errors import InputError
 from r1p_dist.export.finished_run import load_run
-from r1p_dist.export.hf_folder import hf_model
-from r1p_dist.export.open_clip_folder import write_open_clip
 from r1p_dist.export.output_folder import check_is_free, new_folder
+from r1p_dist.export.part import export_part
 from r1p_dist.export.peft_folder import write_peft
 from r1p_dist.export.safetensors_writer import DTYPES
 
@@ -39,10 +36,14 @@ def export_run(
     rounded = None if dtype is None else DTYPES[dtype]
     run = load_run(run_dir, tasks)
     with new_folder(output) as folder:
-        if to == "open_clip":
-            write_open_clip(folder, run, rounded or torch.float32)
-        elif to == "hf":
-            hf_model(run).write(folder, run.deployed, rounded)
-        else:
+        part = export_part(run.config.backbone)
+        if to == "peft":
             write_peft(folder, run, rounded, with_base)
+        elif to == "hf":
+            part.hf_model(run).write(folder, run.deployed, rounded)
+        elif to in part.WRITERS:
+            part.WRITERS[to](folder, run, rounded)
+        else:
+            kind = run.config.backbone.kind
+            raise InputError(f"backbone.kind={kind}: {to} has no such model; export it with --to hf or --to peft")
     return output

@@ -14,6 +14,7 @@ from r1p_dist.data import Sample, Stream, train_loader
 from r1p_dist.data.samples import BadSampleError, decode_picture, picture_suffix
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.host_copy import on_device
+from r1p_dist.kinds import kind_of
 from r1p_dist.methods import make_method
 from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
@@ -26,7 +27,7 @@ def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: i
 
     Returns how many there were. InputError: a backbone that is no CLIP, a shard or a pair that cannot be read.
     """
-    if config.backbone.kind != "open_clip":
+    if kind_of(config.backbone.kind).has_answers:
         raise InputError(
             f"--pairs: a picture and a text are no input of backbone.kind={config.backbone.kind}; --stream"
         )

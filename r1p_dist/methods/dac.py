@@ -10,6 +10,7 @@ from pydantic import model_validator
 from r1p_dist.adapters import AdaptedLinear, Routing, Update
 from r1p_dist.adapters.pool import share_votes
 from r1p_dist.config import Count, NotNegative, Positive, Probability, RunConfig, Section
+from r1p_dist.kinds import kind_of
 from r1p_dist.protocol import Method, Stage, Trainer
 
 if TYPE_CHECKING:
@@ -86,10 +87,11 @@ class Dac(Method):
 
     @classmethod
     def check(cls, options: Dac.Options, config: RunConfig) -> None:
-        if config.backbone.kind == "llava" and options.router_grad != "none" and config.targets.towers != ["language"]:
+        even = kind_of(config.backbone.kind).even_towers
+        if options.router_grad != "none" and not set(config.targets.towers or ()) <= set(even):
             raise ValueError(
-                f"options.router_grad={options.router_grad}: only for the language model of a llava backbone, because "
-                "ranks have unlike numbers of pictures; set targets.towers=[language]"
+                f"options.router_grad={options.router_grad}: only for towers of a {config.backbone.kind} backbone that "
+                f"run as often on every rank; set targets.towers=[{','.join(even)}]"
             )
 
     def build(self) -> None:

@@ -9,10 +9,10 @@ import torch
 from r1p_dist.config import RunConfig
 from r1p_dist.dry_run.run import DryRun, dry_run
 from r1p_dist.engine import choose_precision, resolve_deepspeed
-from r1p_dist.planner.clip import Pictures, build_clip, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
 from r1p_dist.planner.memory import Memory, training_memory
 from r1p_dist.planner.network import Collectives
+from r1p_dist.planner.part import planner_part
 from r1p_dist.planner.zero import Zero
 
 
@@ -58,8 +58,9 @@ def compare(config: RunConfig, ranks: int) -> Comparison:
     run = dry_run(config, ranks)
     zero = Zero.of(resolve_deepspeed(config, ranks))
     dtype = torch.bfloat16 if choose_precision(config)[0] == "bf16" else torch.float32
-    batch = Pictures(run.batch["samples"], run.batch["texts"], run.batch["tokens"])
-    shape = describe_clip(config, build_clip(config.backbone), batch, dtype)
+    planner = planner_part(config.backbone.kind)
+    sizes = {"--prompts": run.batch["texts"], "--prompt-tokens": run.batch["tokens"]}
+    shape = planner.describe(config, planner.micro_batch(run.batch["samples"], sizes), dtype)
     return Comparison(
         run,
         zero.stage,

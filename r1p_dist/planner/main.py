@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1p_dist.arguments import documented_parser
-from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.errors import InputError
+from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.planner.accelerators import ACCELERATORS, find_accelerator
 from r1p_dist.planner.network import NETWORKS, parse_network
 
@@ -30,14 +30,7 @@ if TYPE_CHECKING:
     from r1p_dist.planner.model import Batch
     from r1p_dist.planner.plan import Question
 
-# per flag: the kind of model that it is for, its value unless it is given, and its meaning
-_SIZES: dict[str, tuple[str, int | None, str]] = {
-    "--prompts": ("open_clip", None, "CLIP: distinct prompts in a micro step (one per picture)"),
-    "--prompt-tokens": ("open_clip", 32, "CLIP: of the longest prompt (32)"),
-    "--tokens": ("llava", 700, "LLaVA: of the longest conversation, with those of its pictures (700)"),
-    "--answer-tokens": ("llava", 64, "LLaVA: of them, those of answers (64)"),
-    "--pictures": ("llava", 1, "LLaVA: of each conversation (1)"),
-}
+_KINDS = [kind_of(name) for name in reversed(kind_names())]
 
 
 def main(prog: str, argv: Sequence[str]) -> int:
@@ -59,13 +52,15 @@ def main(prog: str, argv: Sequence[str]) -> int:
 
 def _parse(prog: str, argv: Sequence[str]) -> argparse.Namespace:
     parser = documented_parser(prog, __doc__)
-    parser.add_argument("--model", required=True, help=f"tiny, a name of open_clip, {', '.join(SHAPES)}")
+    shapes = [shape for kind in _KINDS for shape in kind.shapes]
+    parser.add_argument("--model", required=True, help=f"tiny, a name of open_clip, {', '.join(shapes)}")
     parser.add_argument("--gpus", default="8,64,512,4096", metavar="N,…", help="(8,64,512,4096)")
     parser.add_argument("--zero", default="1,2,3", metavar="STAGE,…", help="ZeRO stages (1,2,3)")
     parser.add_argument("--batch", required=True, type=int, metavar="N", help="samples per GPU and micro step")
     parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="micro steps per step (1)")
-    for flag, (_, _, meaning) in _SIZES.items():
-        parser.add_argument(flag, type=int, metavar="N", help=meaning)
+    for kind in _KINDS:
+        for flag, (_, meaning) in kind.sizes.items():
+            parser.add_argument(flag, type=int, metavar="N", help=meaning)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="(bf16)")
     parser.add_argument("--device", default="h100", help=f"(h100); {', '.join(ACCELERATORS)}")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU (80)")
@@ -84,10 +79,11 @@ def _parse(prog: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _question(arguments: argparse.Namespace) -> Question:
+    from r1p_dist.planner.part import check_size
     from r1p_dist.planner.plan import Question, parse_counts
 
     for flag, value in (("--batch", arguments.batch), ("--accumulation", arguments.accumulation)):
-        _check_size(flag, value, 1)
+        check_size(flag, value, 1)
     for flag, value in (("--usable", arguments.usable), ("--utilisation", arguments.utilisation)):
         if not 0 < value <= 1:
             raise InputError(f"{flag} {value}: must be above 0 and at most 1")
@@ -112,31 +108,20 @@ def _question(arguments: argparse.Namespace) -> Question:
 
 def _batch(arguments: argparse.Namespace) -> Batch:
     """Returns a rank's micro batch for the kind of model. InputError: a size of another kind, or out of bounds."""
-    from r1p_dist.planner.clip import Pictures
-    from r1p_dist.planner.llava import Conversations
+    from r1p_dist.planner.part import planner_part
     from r1p_dist.recipes import load_config
 
-    kind = "llava"
-    if arguments.model not in SHAPES:
-        kind = load_config(arguments.recipe, arguments.overrides).backbone.kind
+    named = [kind for kind in _KINDS if arguments.model in kind.shapes]
+    own = named[0] if named else kind_of(load_config(arguments.recipe, arguments.overrides).backbone.kind)
     sizes = {}
-    for flag, (of_kind, default, _) in _SIZES.items():
-        value = getattr(arguments, flag.strip("-").replace("-", "_"))
-        if value is not None and of_kind != kind:
-            own = ", ".join(other for other, (its_kind, _, _) in _SIZES.items() if its_kind == kind)
-            raise InputError(f"{flag} {value}: not for {arguments.model}, of backbone.kind={kind}; it has {own}")
-        sizes[flag] = default if value is None else value
-    if kind == "open_clip":
-        sizes["--prompts"] = sizes["--prompts"] or arguments.batch
-        _check_size("--prompts", sizes["--prompts"], 1, arguments.batch)
-        _check_size("--prompt-tokens", sizes["--prompt-tokens"], 1)
-        return Pictures(arguments.batch, sizes["--prompts"], sizes["--prompt-tokens"])
-    _check_size("--answer-tokens", sizes["--answer-tokens"], 1)
-    _check_size("--pictures", sizes["--pictures"], 0)
-    return Conversations(arguments.batch, sizes["--pictures"], sizes["--tokens"], sizes["--answer-tokens"])
-
-
-def _check_size(flag: str, value: int, lowest: int, batch: int | None = None) -> None:
-    if value < lowest or (batch is not None and value > batch):
-        limit = f"from {lowest}" if batch is None else f"from {lowest} to --batch {batch}"
-        raise InputError(f"{flag} {value}: must be {limit}")
+    for kind in _KINDS:
+        for flag, (default, _) in kind.sizes.items():
+            value = getattr(arguments, flag.strip("-").replace("-", "_"))
+            if kind is own:
+                sizes[flag] = default if value is None else value
+            elif value is not None:
+                raise InputError(
+                    f"{flag} {value}: not for {arguments.model}, of backbone.kind={own.name}; it has "
+                    f"{', '.join(own.sizes)}"
+                )
+    return planner_part(own.name).micro_batch(arguments.batch, sizes)

@@ -11,12 +11,11 @@ from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import InputError
 from r1p_dist.planner.accelerators import Accelerator
-from r1p_dist.planner.clip import build_clip, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
-from r1p_dist.planner.llava import build_llava, describe_llava
 from r1p_dist.planner.memory import Memory, checkpoint_bytes, training_memory
 from r1p_dist.planner.model import Batch, ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
+from r1p_dist.planner.part import planner_part
 from r1p_dist.planner.timing import StepTime, boundary_time, step_time
 from r1p_dist.planner.zero import Zero
 from r1p_dist.recipes import load_config
@@ -88,8 +87,9 @@ def make_plan(question: Question) -> Plan:
     """Returns the plan. InputError: an unknown model, key or setting."""
     dtype = torch.bfloat16 if question.precision == "bf16" else torch.float32
     ranks, stage = question.ranks[0], question.stages[0]
+    describe = planner_part(question.batch.kind).describe
     shapes = {
-        checkpointing: _describe(question.config(ranks, stage, checkpointing), question.batch, dtype)
+        checkpointing: describe(question.config(ranks, stage, checkpointing), question.batch, dtype)
         for checkpointing in (False, True)
     }
     settings = [
@@ -104,12 +104,6 @@ def make_plan(question: Question) -> Plan:
         if fitting:  # the fastest; of equals, the smallest
             best[ranks] = max(fitting, key=lambda setting: (setting.samples_per_second, -setting.memory.total))
     return Plan(question, shapes, settings, best)
-
-
-def _describe(config: RunConfig, batch: Batch, dtype: torch.dtype) -> ModelShape:
-    if config.backbone.kind == "llava":
-        return describe_llava(config, build_llava(config.backbone), batch, dtype)
-    return describe_clip(config, build_clip(config.backbone), batch, dtype)
 
 
 def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, checkpointing: bool) -> Setting:

@@ -12,12 +12,12 @@ from transformers import AutoModelForImageTextToText
 
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_backbone, load_llava
-from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
-from r1p_dist.backbones.llava_weights import read_config
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.conversations import IGNORED, ConversationEncoder
+from r1p_dist.kinds.llava.weights import read_config
 from r1p_dist.recipes import load_config
 from tests.small_llava import make_backbone, make_model, make_processor
 
@@ -235,7 +235,9 @@ def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:
 def test_routers_learn_in_the_language_model_alone() -> None:
     overrides = ["backbone.kind=llava", "options.router_grad=gated"]
     for towers in ("null", "[language, image]"):
-        with pytest.raises(InputError, match=r"only for the language model .*; set targets.towers=\[language\]"):
+        with pytest.raises(
+            InputError, match=r"only for towers of a llava backbone .*; set targets.towers=\[language\]"
+        ):
             load_config("mini_instruct", [*overrides, f"targets.towers={towers}"])
     assert load_config("mini_instruct", [*overrides, "targets.towers=[language]"]).targets.towers == ["language"]
 
@@ -304,7 +306,7 @@ def test_code_in_a_folder_is_never_run(folder: Path) -> None:
 
 
 def test_shapes_have_the_size_of_the_published_models() -> None:
-    from r1p_dist.backbones.llava_weights import build_on_meta
+    from r1p_dist.kinds.llava.weights import build_on_meta
 
     for name, billions in (("llava-1.5-7b", 7.06), ("llava-1.5-13b", 13.35)):
         model = build_on_meta(read_config(name))

@@ -13,9 +13,9 @@ from r1p_dist import attach_pool, load_clip
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.adapters.pool import share_votes
 from r1p_dist.backbones import load_backbone
-from r1p_dist.backbones.open_clip import ClipBackbone
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.open_clip.backbone import ClipBackbone
 from tests.small_clip import CONFIG, make_backbone, make_clip, tokenize
 
 PROMPTS = ["cat", "a very long prompt", "tree"]

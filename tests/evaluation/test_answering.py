@@ -8,7 +8,7 @@ from torch import nn
 
 from r1p_dist.data.batches import Reference
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.answering import Answerer
+from r1p_dist.kinds.llava.evaluation import Answerer
 
 # by place in the split; 2 cannot be read
 SAMPLES = {

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from r1p_dist.errors import InputError
-from r1p_dist.export import export_run, open_clip_folder
+from r1p_dist.export import export_run
+from r1p_dist.kinds.open_clip import open_clip_folder
 from tests.export.fake_run import SMALL_MODEL, write_model, write_run
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"

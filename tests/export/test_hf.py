@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor
 from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError
 from r1p_dist.export import export_run
-from r1p_dist.export.hf_clip_folder import clip_tokenizer, image_processor
+from r1p_dist.kinds.open_clip.hf_folder import clip_tokenizer, image_processor
 from tests.export.fake_run import PROMPTS, SMALL_MODEL, expected_logits, images, library_model, write_model, write_run
 
 VISION, TEXT = SMALL_MODEL["vision_cfg"], SMALL_MODEL["text_cfg"]

@@ -11,9 +11,9 @@ import torch
 
 from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
-from r1p_dist.planner.clip import Pictures, describe_clip
+from r1p_dist.kinds.llava.planner import Conversations, describe_llava
+from r1p_dist.kinds.open_clip.planner import Pictures, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
-from r1p_dist.planner.llava import Conversations, describe_llava
 from r1p_dist.planner.model import ModelShape
 from r1p_dist.planner.zero import Zero
 from r1p_dist.recipes import load_config

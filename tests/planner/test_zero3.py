@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from r1p_dist.planner.clip import Pictures, build_clip, describe_clip
+from r1p_dist.kinds.open_clip.planner import Pictures, build_clip, describe_clip
 from r1p_dist.planner.trace import Parameter, Trace, Visit
 from r1p_dist.planner.zero import Zero
 from r1p_dist.planner.zero3 import Coordinator

@@ -29,9 +29,9 @@ from typing import Any
 import psutil
 import yaml
 
-from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.data import Stream
 from r1p_dist.files import write_atomically
+from r1p_dist.kinds.llava.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PICTURES = 2, {"train": 8, "test": 2}
@@ -129,7 +129,7 @@ def write_clip(folder: Path, name: str, depth: int | None) -> Path:
 
 def write_llava(folder: Path, name: str, depth: int | None) -> Path:
     """Writes configuration and processor of a model without weights, which are drawn as well."""
-    from r1p_dist.backbones.llava_weights import read_config, read_processor
+    from r1p_dist.kinds.llava.weights import read_config, read_processor
 
     config = read_config(name)
     for part in (config.vision_config, config.text_config):

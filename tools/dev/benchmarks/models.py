@@ -6,11 +6,11 @@ import open_clip
 import torch
 from torch import nn
 
-from r1p_dist.backbones import ClipBackbone, LlavaBackbone, llava_weights
-from r1p_dist.backbones.clip_weights import model_source
-from r1p_dist.backbones.conversations import IGNORED
-from r1p_dist.backbones.llava_shapes import SHAPES
-from r1p_dist.backbones.open_clip import build_on_meta
+from r1p_dist.backbones import ClipBackbone, LlavaBackbone
+from r1p_dist.kinds.llava.conversations import IGNORED
+from r1p_dist.kinds.llava.shapes import SHAPES
+from r1p_dist.kinds.open_clip.backbone import build_on_meta
+from r1p_dist.kinds.open_clip.weights import model_source
 
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
 TINY_LLAVA = "tiny_llava"
@@ -29,8 +29,8 @@ def build(name: str, device: torch.device, dtype: torch.dtype, weights: Weights 
     """
     if name in LLAVAS:
         own = "tiny" if name == TINY_LLAVA else name
-        model = llava_weights.build_on_meta(llava_weights.read_config(own))
-        backbone = LlavaBackbone(model, llava_weights.read_processor(own))
+        model = weights.build_on_meta(weights.read_config(own))
+        backbone = LlavaBackbone(model, weights.read_processor(own))
     else:
         source = model_source(name)
         model = build_on_meta(source, None, False)

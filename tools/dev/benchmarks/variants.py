@@ -14,10 +14,10 @@ from torch import nn
 
 from benchmarks.models import CLASSES, Weights, build, conversations, fill, first_blocks, pictures
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
-from r1p_dist.backbones.clip_weights import model_source
-from r1p_dist.backbones.open_clip import build_on_meta
 from r1p_dist.config import TrainConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.open_clip.backbone import build_on_meta
+from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.losses import contrastive_loss
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer

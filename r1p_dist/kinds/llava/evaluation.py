@@ -1,18 +1,29 @@
 """Evaluation of instruction tasks: answers are generated, shared among the ranks, and scored together."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from r1p_dist.backbones import LlavaBackbone
+from r1p_dist.config import EvaluationConfig
 from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import gather_bytes
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.answers import Answer, follows_instruction, score
 from r1p_dist.evaluation.evaluator import Evaluator
 from r1p_dist.evaluation.results import TaskResult
+
+
+def make(
+    config: EvaluationConfig,
+    backbone: LlavaBackbone,
+    loaders: Mapping[str, EvaluationLoader],
+    before_task: Callable[[], None],
+    on_batch: Callable[[], None],
+) -> Evaluator:
+    return Answerer(backbone, loaders, before_task, on_batch)
 
 
 class Answerer(Evaluator):

@@ -22,9 +22,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from r1p_dist.backbones.llava_shapes import SHAPES
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError, one_line
+from r1p_dist.kinds.llava.shapes import SHAPES
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "llava": LlavaForConditionalGeneration,
@@ -122,7 +122,7 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
     return model
 
 
-def weights_files(name: str) -> list[Path]:
+def files_of_weights(name: str) -> list[Path]:
     """Returns a model's safetensors files; none where a folder has no weights at all, which are then drawn.
 
     InputError: weights of another kind, or an index of files that are not there.
@@ -154,7 +154,7 @@ def map_weights(name: str, model: nn.Module) -> bool:
     InputError: a file that is damaged, weights that are missing, unknown, or of another shape.
     """
     weights: dict[str, torch.Tensor] = {}
-    for file in weights_files(name):
+    for file in files_of_weights(name):
         try:
             content = load_file(file)
         except Exception as error:  # safetensors has an exception of its own

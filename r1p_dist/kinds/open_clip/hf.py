@@ -11,9 +11,9 @@ from torch import nn
 from transformers import CLIPConfig, PreTrainedTokenizerBase
 
 from r1p_dist.errors import InputError
-from r1p_dist.export.clip_weights import TEMPERATURE
 from r1p_dist.export.merged import MergedWeights
 from r1p_dist.export.safetensors_writer import Entry
+from r1p_dist.kinds.open_clip.frozen_weights import TEMPERATURE
 
 _ARGMAX = 2  # the end token's id that CLIPModel takes for "pool at the highest id of the prompt"
 _MODELS = {"visual": "vision_model", "text": "text_model"}

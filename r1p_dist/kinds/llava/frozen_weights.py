@@ -5,9 +5,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from r1p_dist.backbones import Placement, load_llava, weights_identity
-from r1p_dist.backbones.llava_weights import module_name, weights_files
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.weights import files_of_weights, module_name
 
 
 class LlavaWeights:
@@ -16,7 +16,7 @@ class LlavaWeights:
     def __init__(self, config: BackboneConfig):
         """InputError: as `load_llava`, or a shape that has no weights of its own."""
         self.backbone = load_llava(config.name, placement=Placement(torch.device("meta")))
-        paths = weights_files(config.name)
+        paths = files_of_weights(config.name)
         if not paths:
             raise InputError(
                 f"backbone.name={config.name}: is a shape with random weights, there is nothing to export; export a "

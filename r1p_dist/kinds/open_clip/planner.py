@@ -1,6 +1,7 @@
 """CLIP models: their micro batch, their forward, and what the contrastive loss exchanges."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,13 +9,14 @@ import open_clip
 import torch
 
 from r1p_dist.backbones import ClipBackbone
-from r1p_dist.backbones.clip_weights import model_source
-from r1p_dist.backbones.llava_shapes import SHAPES
-from r1p_dist.backbones.open_clip import build_on_meta, explain_faults
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds import kind_names, kind_of
+from r1p_dist.kinds.open_clip.backbone import build_on_meta, explain_faults
+from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
 from r1p_dist.planner.network import Collective
+from r1p_dist.planner.part import check_size
 from r1p_dist.planner.trace import trace_step
 
 _FP32 = 4
@@ -70,11 +72,23 @@ class Contrast:
         return []
 
 
+def micro_batch(samples: int, sizes: Mapping[str, int | None]) -> Pictures:
+    prompts, tokens = sizes["--prompts"] or samples, sizes["--prompt-tokens"]
+    check_size("--prompts", prompts, 1, samples)
+    return Pictures(samples, prompts, check_size("--prompt-tokens", tokens, 1))
+
+
+def describe(config: RunConfig, batch: Pictures, dtype: torch.dtype) -> ModelShape:
+    return describe_clip(config, build_clip(config.backbone), batch, dtype)
+
+
 def build_clip(config: BackboneConfig) -> ClipBackbone:
     """Returns a CLIP model on the meta device. InputError: open_clip has none of that name."""
     source = model_source(config.name)
     if ":" not in source and open_clip.get_model_config(config.name) is None:
-        nearest = difflib.get_close_matches(config.name, ["tiny", *open_clip.list_models(), *SHAPES], n=3)
+        others = [shape for kind in kind_names() for shape in kind_of(kind).shapes]
+        known = ["tiny", *open_clip.list_models(), *others]
+        nearest = difflib.get_close_matches(config.name, known, n=3)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise InputError(f"--model {config.name}: open_clip has no such model{hint}")
     with explain_faults(config.name, None):

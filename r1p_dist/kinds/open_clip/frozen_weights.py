@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from r1p_dist.backbones import Placement, load_clip, weights_identity
-from r1p_dist.backbones.clip_weights import map_weights, weights_file
 from r1p_dist.backbones.weights import draw
 from r1p_dist.config import BackboneConfig
+from r1p_dist.kinds.open_clip.weights import map_weights, weights_file
 
 TEMPERATURE = ("logit_scale", "logit_bias")
 

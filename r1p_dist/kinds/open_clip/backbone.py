@@ -20,19 +20,17 @@ from torch import nn
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.backbone import Batch
 from r1p_dist.backbones.blocks import Block
-from r1p_dist.backbones.clip_weights import map_weights, model_source, weights_file
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, draw, place
-from r1p_dist.config import DataConfig, TrainConfig
+from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Encoder, PictureEncoder, Stream
 from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
+from r1p_dist.kinds.open_clip import LAYERS, TOWERS
+from r1p_dist.kinds.open_clip.weights import map_weights, model_source, weights_file
 from r1p_dist.losses import contrastive_loss
-
-TOWERS = ("image", "text")
-LAYERS = ("q", "k", "v", "out", "fc1", "fc2")
 
 
 def slots(model: nn.Module, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS) -> Iterator[Slot]:
@@ -247,6 +245,24 @@ class ClipBackbone(nn.Module):
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
         gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
         return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, gather)
+
+
+def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> ClipBackbone:
+    """Loads the model that a configuration names, as `load_clip`."""
+    return load_clip(
+        config.name,
+        config.pretrained,
+        force_quick_gelu=config.force_quick_gelu,
+        gradient_checkpointing=config.gradient_checkpointing,
+        placement=placement,
+        compiles=compiles,
+    )
+
+
+def weights_files(config: BackboneConfig) -> list[Path]:
+    """Returns the file of a model's weights; none for random ones."""
+    file = weights_file(config.name, config.pretrained)
+    return [] if file is None else [file]
 
 
 def load_clip(

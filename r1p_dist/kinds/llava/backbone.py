@@ -7,6 +7,7 @@ family cuts large pictures), d widths of the parts.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,17 +21,24 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
 from r1p_dist.backbones.compiling import compile_blocks
-from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
-from r1p_dist.backbones.feature_cache import FeatureCache
-from r1p_dist.backbones.llava_weights import build_on_meta, map_weights, model_folder, read_config, read_processor
 from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
-from r1p_dist.config import DataConfig, TrainConfig
+from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.conversations import IGNORED, ConversationEncoder
+from r1p_dist.kinds.llava.feature_cache import FeatureCache
+from r1p_dist.kinds.llava.weights import (
+    build_on_meta,
+    files_of_weights,
+    map_weights,
+    model_folder,
+    read_config,
+    read_processor,
+)
 
 Batch = dict[str, torch.Tensor]
 _ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -362,6 +370,22 @@ def _slot(tower: str, number: int, layer: str, block: nn.Module, path: str) -> S
         ) from error
     linear = linear.linear if isinstance(linear, LowRankLinear) else linear
     return Slot(f"{tower}.{number}.{layer}", tower, layer, linear, None, owner, attribute)
+
+
+def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> LlavaBackbone:
+    """Loads the model that a configuration names, as `load_llava`."""
+    return load_llava(
+        config.name,
+        gradient_checkpointing=config.gradient_checkpointing,
+        feature_cache_gb=config.feature_cache_gb,
+        placement=placement,
+        compiles=compiles,
+    )
+
+
+def weights_files(config: BackboneConfig) -> list[Path]:
+    """Returns the files of a model's weights; none for random ones."""
+    return files_of_weights(config.name)
 
 
 def load_llava(

@@ -11,11 +11,11 @@ from PIL.Image import Resampling
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
-from r1p_dist.export.hf_clip import check_is_clip, hf_config, hf_entries, hf_module
 from r1p_dist.export.model_card import write_card
-from r1p_dist.export.open_clip_folder import model_config
 from r1p_dist.export.safetensors_writer import write_tensors
 from r1p_dist.files import write_atomically
+from r1p_dist.kinds.open_clip.hf import check_is_clip, hf_config, hf_entries, hf_module
+from r1p_dist.kinds.open_clip.open_clip_folder import model_config
 
 
 class HfClip:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from r1p_dist.backbones.llava_weights import model_folder, module_name
 from r1p_dist.errors import InputError
 from r1p_dist.export.finished_run import FinishedRun, TaskUpdate
-from r1p_dist.export.llava_weights import LlavaWeights
 from r1p_dist.export.merged import MergedWeights
 from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import DTYPES, Entry, write_tensors
 from r1p_dist.files import write_atomically
+from r1p_dist.kinds.llava.frozen_weights import LlavaWeights
+from r1p_dist.kinds.llava.weights import model_folder, module_name
 
 _WEIGHTS = "model.safetensors"
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration, processor, tokenizer, chat template

@@ -8,28 +8,23 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 
-from r1p_dist.backbones.clip_weights import model_source
 from r1p_dist.config import BackboneConfig
-from r1p_dist.errors import InputError
-from r1p_dist.export.clip_weights import TEMPERATURE
 from r1p_dist.export.finished_run import FinishedRun
 from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import Entry, write_tensors
 from r1p_dist.files import write_atomically
+from r1p_dist.kinds.open_clip.frozen_weights import TEMPERATURE
+from r1p_dist.kinds.open_clip.weights import model_source
 
 WEIGHTS = "open_clip_model.safetensors"
 
 
-def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype) -> None:
+def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype | None) -> None:
     """Writes weights, open_clip_config.json, the tokenizer where open_clip brings none, and the model card.
 
-    InputError: not a model of open_clip.
+    dtype: what the weights are rounded to; None: fp32.
     """
     config, backbone = run.config.backbone, run.base.backbone
-    if config.kind != "open_clip":
-        raise InputError(
-            f"backbone.kind={config.kind}: open_clip has no such model; export it with --to hf or --to peft"
-        )
     model_cfg = model_config(config)
     weights = run.merged_weights(run.deployed)
     # open_clip's plain CLIP class has the text tower's weights in the model itself
@@ -39,7 +34,7 @@ def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype) -> None:
         Entry(
             name.removeprefix(prefix),
             shape,
-            torch.float32 if name in TEMPERATURE else dtype,
+            torch.float32 if name in TEMPERATURE else dtype or torch.float32,
             partial(weights.read, name),
         )
         for name, shape in weights.shapes.items()

@@ -6,11 +6,22 @@ import torch
 import torch.nn.functional as F
 
 from r1p_dist.backbones import ClipBackbone
+from r1p_dist.config import EvaluationConfig
 from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import sum_over_ranks
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.evaluator import Evaluator
 from r1p_dist.evaluation.results import TaskResult
+
+
+def make(
+    config: EvaluationConfig,
+    backbone: ClipBackbone,
+    loaders: Mapping[str, EvaluationLoader],
+    before_task: Callable[[], None],
+    on_batch: Callable[[], None],
+) -> Evaluator:
+    return Classifier(backbone, loaders, config.batch_size, before_task, on_batch)
 
 
 class Classifier(Evaluator):

@@ -1,5 +1,6 @@
 """LLaVA-style models: their micro batch of conversations, their own forward, and what the loss exchanges."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -7,13 +8,14 @@ from typing import ClassVar
 import torch
 
 from r1p_dist.backbones import LlavaBackbone
-from r1p_dist.backbones.conversations import IGNORED
-from r1p_dist.backbones.llava_shapes import SHAPES
-from r1p_dist.backbones.llava_weights import build_on_meta, read_config, read_processor
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.conversations import IGNORED
+from r1p_dist.kinds.llava.shapes import SHAPES
+from r1p_dist.kinds.llava.weights import build_on_meta, read_config, read_processor
 from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
 from r1p_dist.planner.network import Collective
+from r1p_dist.planner.part import check_size
 from r1p_dist.planner.trace import trace_step
 
 _COUNT_BYTES = 8  # int64
@@ -65,6 +67,15 @@ class Answers:
 
     def step(self) -> list[Collective]:
         return [Collective("all_reduce", _COUNT_BYTES, "answer tokens")] if self.is_over_tokens else []
+
+
+def micro_batch(samples: int, sizes: Mapping[str, int | None]) -> Conversations:
+    answers = check_size("--answer-tokens", sizes["--answer-tokens"], 1)
+    return Conversations(samples, check_size("--pictures", sizes["--pictures"], 0), sizes["--tokens"], answers)
+
+
+def describe(config: RunConfig, batch: Conversations, dtype: torch.dtype) -> ModelShape:
+    return describe_llava(config, build_llava(config.backbone), batch, dtype)
 
 
 def build_llava(config: BackboneConfig) -> LlavaBackbone:

@@ -1,0 +1,26 @@
+"""LLaVA-style models of transformers: a decoder that answers questions about pictures."""
+
+from r1p_dist.kinds import Kind
+from r1p_dist.kinds.llava.shapes import SHAPES
+
+_NAME_SAYS_IT = "a llava model's name says where its weights are"
+
+KIND = Kind(
+    "llava",
+    towers=("language", "projector", "image"),
+    default_towers=("language", "projector"),
+    layers=("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
+    even_towers=("language",),  # ranks have unlike numbers of pictures
+    has_answers=True,
+    made_from="a LLaVA model of transformers",
+    pipeline="image-text-to-text",
+    notice="tiny_llava",
+    sizes={
+        "--tokens": (700, "LLaVA: of the longest conversation, with those of its pictures (700)"),
+        "--answer-tokens": (64, "LLaVA: of them, those of answers (64)"),
+        "--pictures": (1, "LLaVA: of each conversation (1)"),
+    },
+    unknown={"pretrained": _NAME_SAYS_IT, "force_quick_gelu": "its activation is that of its files"},
+    shapes=tuple(SHAPES),
+    model_file="config.json",
+)
