@@ -1,4 +1,8 @@
-"""What can be known of a run before anything heavy is imported: all that it names is there and fits together."""
+"""What can be known of a run before anything heavy is imported: all that it names is there and fits together.
+
+The part `files` of a kind of backbone has check_files(config: BackboneConfig), which raises InputError where the model
+that the section names cannot be there; it imports no library of the kind.
+"""
 
 import os
 import shutil
@@ -41,7 +45,7 @@ def check_run(config: RunConfig, ranks: int = 1) -> None:
     if config.data.reference is not None:
         for task in Stream.load(config.data.reference).tasks:
             _check_shards(task)
-    kind_of(config.backbone.kind).part("check").check(config.backbone)
+    kind_of(config.backbone.kind).part("files").check_files(config.backbone)
     _check_disk(config.run_dir)
 
 
@@ -58,10 +62,10 @@ def _check_kind(config: RunConfig, stream: Stream) -> None:
     task = stream.tasks[0]
     if task.is_instruction != kind_of(config.backbone.kind).has_answers:
         holds = "conversations" if task.is_instruction else "pictures of classes"
-        able = [name for name in kind_names() if kind_of(name).has_answers == task.is_instruction]
+        fit = [name for name in kind_names() if kind_of(name).has_answers == task.is_instruction]
         raise InputError(
-            f"stream={config.stream}: task {task.name} is of {holds}, which need backbone.kind={' or '.join(able)}, "
-            f"got {config.backbone.kind}"
+            f"stream={config.stream}: task {task.name} is of {holds}, which need backbone.kind={' or '.join(fit)}, got "
+            f"{config.backbone.kind}"
         )
 
 

@@ -29,12 +29,6 @@ def _refuse_repeats(values: list[str]) -> list[str]:
     return values
 
 
-def _known_kind(name: str) -> str:
-    if name not in kind_names():
-        raise ValueError(f"must be one of {', '.join(kind_names())}, got {name!r}")
-    return name
-
-
 def _writable_path(path: Path) -> Path:
     try:
         str(path).encode()
@@ -51,6 +45,12 @@ class Place:
     """
 
     holds: str = ""
+
+
+def _known_kind(name: str) -> str:
+    if name not in kind_names():
+        raise ValueError(f"must be one of {', '.join(kind_names())}, got {name!r}")
+    return name
 
 
 _LARGEST = 2**31 - 1
@@ -82,7 +82,7 @@ class BackboneConfig(Section):
     """
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
-    name: Annotated[str, Place("config.json")] = "tiny"
+    name: Annotated[str, Place("")] = "tiny"
     pretrained: FilePlace | None = None
     force_quick_gelu: bool = False
     feature_cache_gb: NotNegative = 1.0

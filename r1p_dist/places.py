@@ -30,19 +30,14 @@ def resolve_places(
         if inner is not None and isinstance(value, dict):
             resolve_places(inner, value, here, folders_of)
         place = next((mark for mark in (*field.metadata, *_parts(field.annotation)) if isinstance(mark, Place)), None)
-        if place is None or name == "name" and not _may_be_folder(value, section.get("kind")):
+        if place is not None and model is BackboneConfig and name == "name":
+            place = _of_model(section, value)
+        if place is None:
             continue
         if isinstance(value, str):
             section[name] = _resolved(value, place, folders_of(here))
         elif isinstance(value, list):
             section[name] = [_resolved(one, place, folders_of(here)) if isinstance(one, str) else one for one in value]
-
-
-def _may_be_folder(name: Any, kind: Any) -> bool:
-    """Whether the name of a backbone can be a folder: some kinds' names are names, whatever folder is there."""
-    if kind is None:
-        kind = BackboneConfig.model_fields["kind"].default
-    return _is_local(name) or kind in kind_names() and kind_of(kind).is_named_by_folder
 
 
 def _resolved(text: str, place: Place, folders: Sequence[Path]) -> str:
@@ -58,6 +53,13 @@ def _resolved(text: str, place: Place, folders: Sequence[Path]) -> str:
             if path.is_file() or place.holds and (path / place.holds).is_file():
                 return f"{path}{rest}"
     return text
+
+
+def _of_model(section: dict[str, Any], name: Any) -> Place | None:
+    """Returns what a model's folder holds; None where its kind's names are names, whatever folder is there."""
+    kind = section.get("kind", BackboneConfig.model_fields["kind"].default)
+    holds = kind_of(kind).model_file if kind in kind_names() else None
+    return Place(holds or "") if holds or _is_local(name) else None
 
 
 def _is_local(value: Any) -> bool:

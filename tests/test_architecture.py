@@ -13,8 +13,8 @@ PACKAGE = ROOT / "r1p_dist"
 
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
-    "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config "
-    "kinds config distributed host_copy interrupts data losses adapters backbones evaluation protocol moments "
+    "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config kinds "
+    "config distributed host_copy interrupts data losses adapters backbones evaluation protocol moments "
     "memory_faults methods places key_words recipes checks optimizer optimizer_state rendezvous engine runlog "
     "run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export train "
     "dry_run forget measuring doctor method_list planner local_ranks compare cluster run_commands cli __main__"
@@ -23,7 +23,7 @@ ROOMS = (
 # The rooms of what the folder of a kind of backbone holds; its facts are in `kinds`, before them all.
 PARTS = {
     "shapes": "kinds",
-    "check": "checks",
+    "files": "checks",
     **dict.fromkeys(["backbone", "weights", "conversations", "feature_cache"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),

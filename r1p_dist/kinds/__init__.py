@@ -1,9 +1,9 @@
 """Kinds of backbone, a folder each: `NAME/` holds all that is of the kind NAME, and nothing else knows its name.
 
 A folder's `KIND` says what there is to know without the kind's libraries. Its parts, modules of fixed names, are
-imported when they are asked for; the room that uses a part says what it must hold: `check` in r1p_dist.checks,
-`backbone` in r1p_dist.backbones.load, `evaluation` in r1p_dist.evaluation.make, `export` in r1p_dist.export.part and
-`planner` in r1p_dist.planner.part.
+imported when they are asked for; the room that uses a part says what it must hold: `backbone` in
+r1p_dist.backbones.load, `evaluation` in r1p_dist.evaluation.make, `export` in r1p_dist.export.part, `files` in
+r1p_dist.checks and `planner` in r1p_dist.planner.part.
 """
 
 import importlib
@@ -19,11 +19,11 @@ class Kind:
 
     towers, layers: what adapters can be put on. default_towers: those that get some unless others are named.
     even_towers: the towers that run as often on every rank, whatever its samples are. has_answers: samples are
-    conversations with answers, not pictures with classes. is_named_by_folder: `backbone.name` may be a folder as it is,
-    without a word before it. unknown: keys of the section `backbone` that it does not
+    conversations with answers, not pictures with classes. unknown: keys of the section `backbone` that it does not
     have, with what to do instead. made_from, pipeline, notice: what a model card says of it; the last is the section of
     NOTICE.md on the shipped model. sizes: of a planned micro batch, by flag: the value unless it is given (None: it
-    depends on others), and the meaning. shapes: names of models that can be planned without their files.
+    depends on others), and the meaning. shapes: names of models that can be planned without their files. model_file:
+    what makes a folder a model whose path can be its name; None where a path has a word before it.
     """
 
     name: str
@@ -32,15 +32,15 @@ class Kind:
     layers: tuple[str, ...]
     even_towers: tuple[str, ...]
     has_answers: bool
-    is_named_by_folder: bool
     made_from: str
     pipeline: str
     notice: str
     sizes: Mapping[str, tuple[int | None, str]]
     unknown: Mapping[str, str] = field(default_factory=dict)
     shapes: tuple[str, ...] = ()
+    model_file: str | None = None
 
-    def part(self, name: Literal["check", "backbone", "evaluation", "export", "planner"]) -> Any:
+    def part(self, name: Literal["backbone", "evaluation", "export", "files", "planner"]) -> Any:
         """Imports a part of the kind's folder."""
         return importlib.import_module(f"{__name__}.{self.name}.{name}")
 

@@ -105,11 +105,11 @@ def test_class_names_and_templates_that_are_not_utf8_are_refused(tmp_path: Path)
     )
     (tmp_path / "c.txt").write_bytes(b"K\xe4fer\n")
     (tmp_path / "p.txt").write_text("a {c}\n")
-    with pytest.raises(InputError, match="c.txt: not UTF-8"):
+    with pytest.raises(InputError, match="c.txt: line 1 is no UTF-8 text"):
         Stream.load(tmp_path)
     (tmp_path / "c.txt").write_text("Käfer\n")
     (tmp_path / "p.txt").write_bytes(b"ein \xe4 {c}\n")
-    with pytest.raises(InputError, match="p.txt: not UTF-8"):
+    with pytest.raises(InputError, match="p.txt: line 1 is no UTF-8 text"):
         Stream.load(tmp_path)
 
 

@@ -12,7 +12,6 @@ KIND = Kind(
     layers=("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
     even_towers=("language",),  # ranks have unlike numbers of pictures
     has_answers=True,
-    is_named_by_folder=True,
     made_from="a LLaVA model of transformers",
     pipeline="image-text-to-text",
     notice="tiny_llava",
@@ -23,4 +22,5 @@ KIND = Kind(
     },
     unknown={"pretrained": _NAME_SAYS_IT, "force_quick_gelu": "its activation is that of its files"},
     shapes=tuple(SHAPES),
+    model_file="config.json",
 )

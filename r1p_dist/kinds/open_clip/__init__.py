@@ -12,7 +12,6 @@ KIND = Kind(
     layers=LAYERS,
     even_towers=TOWERS,
     has_answers=False,
-    is_named_by_folder=False,
     made_from="a CLIP model of open_clip",
     pipeline="zero-shot-image-classification",
     notice="tiny",

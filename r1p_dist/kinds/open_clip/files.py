@@ -1,4 +1,4 @@
-"""What can be known of a CLIP before anything heavy is imported."""
+"""Whether the files of a CLIP can be there, and whether open_clip has its name."""
 
 import difflib
 import importlib.util
@@ -11,8 +11,8 @@ from r1p_dist.errors import InputError
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def check(config: BackboneConfig) -> None:
-    """InputError: no such model, folder or file."""
+def check_files(config: BackboneConfig) -> None:
+    """InputError: open_clip has no model of that name, or a folder or file that is named is not there."""
     name, pretrained = config.name, config.pretrained
     if pretrained is not None and (os.sep in pretrained or pretrained.endswith(_WEIGHTS)):
         if not Path(pretrained).is_file():
