@@ -22,6 +22,10 @@ class InputError(ValueError):
     """Something the user gave is wrong; the message is one line that names file, key, value and remedy."""
 
 
+class BadSampleError(InputError):
+    """One sample cannot be used, the rest of its shard can; the message names shard, key and reason."""
+
+
 class Interrupted(Exception):
     """A signal asked the run to end; it saved, and the same command resumes there. The message says where."""
 

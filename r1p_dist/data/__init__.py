@@ -5,7 +5,7 @@ from r1p_dist.lazy import lazy_exports
 _EXPORTS = {
     "Reference": "r1p_dist.data.batches",
     "Encoder": "r1p_dist.data.encoders",
-    "PictureEncoder": "r1p_dist.data.picture_encoder",
+    "PictureEncoder": "r1p_dist.data.encoders",
     "EvaluationLoader": "r1p_dist.data.loader",
     "TrainLoader": "r1p_dist.data.loader",
     "evaluation_loaders": "r1p_dist.data.loader",

@@ -8,7 +8,7 @@ LLaVA writes it, and no picture, one as above, or several: `KEY.0.jpg`, `KEY.1.j
 
 The tar bytes of a sample are read by webdataset's own functions, so key and suffix follow it: the base name is cut at
 its first dot, suffixes are read in lower case, links and devices are passed over. Only the suffixes of the table below
-are looked at: pictures by PIL's JPEG, PNG and WebP decoders, labels as decimal text, conversations as JSON, anything
+are looked at: pictures as pictures.py reads JPEG, PNG and WebP, labels as decimal text, conversations as JSON, anything
 else (.pkl, .pth) never.
 """
 
@@ -18,14 +18,14 @@ import hashlib
 import io
 import json
 import re
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from r1p_dist.errors import InputError, one_line
+from r1p_dist.data.pictures import decode_picture
+from r1p_dist.errors import BadSampleError, one_line
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("cls", "txt", "json")
@@ -34,15 +34,10 @@ JSON_BYTES = 1 << 20  # a longer file is no sample's conversation or metadata: d
 BLANK = -1  # the number of what stands in for a sample
 IMAGE_MARK = "<image>"  # LLaVA's place of a picture in a text
 _PIXELS = 1 << 28  # of all pictures of a sample; PIL's own limit is per picture
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 _WANTED = {*IMAGE_SUFFIXES, *TEXT_SUFFIXES}
 _NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)$")
 _NUMBERED = re.compile(rf"([0-9]{{1,4}})\.({'|'.join(IMAGE_SUFFIXES)})")
 _ROLES: dict[str, Literal["system", "user", "assistant"]] = {"system": "system", "human": "user", "gpt": "assistant"}
-
-
-class BadSampleError(InputError):
-    """One sample cannot be used, the rest of its shard can; the message names shard, key and reason."""
 
 
 @dataclass(frozen=True)
@@ -242,20 +237,3 @@ def decode_pictures(contents: list[bytes], where: str) -> tuple[Image.Image, ...
         if size > _PIXELS:
             raise BadSampleError(f"{where}: pictures too large to decode safely: over {_PIXELS} pixels in one sample")
     return tuple(images)
-
-
-def decode_picture(content: bytes, where: str) -> Image.Image:
-    """Return a JPEG, PNG or WebP picture as RGB. BadSampleError: damaged, of another kind, or too large to be safe."""
-    try:
-        with warnings.catch_warnings():
-            # Half-way to its limit PIL only warns; a training picture of that size is a bomb as well.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS) as image:
-                return image.convert("RGB")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSampleError(f"{where}: picture too large to decode safely: {error}") from error
-    except UnidentifiedImageError as error:  # its own message names an address in memory
-        raise BadSampleError(f"{where}: picture cannot be decoded: no {', '.join(_IMAGE_FORMATS)} file") from error
-    # PIL's decoders raise many kinds of errors on damaged bytes.
-    except Exception as error:
-        raise BadSampleError(f"{where}: picture cannot be decoded: {one_line(error)}") from error

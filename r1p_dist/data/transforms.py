@@ -12,6 +12,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from r1p_dist.data.pictures import LONGEST, trim_ends
+
 TrainTransform = Callable[[Image.Image, torch.Generator], torch.Tensor]
 EvaluationTransform = Callable[[Image.Image], torch.Tensor]
 
@@ -21,8 +23,17 @@ _TRIES = 10
 
 
 def evaluation_transform(preprocess: dict[str, Any]) -> EvaluationTransform:
-    """Return open_clip's own evaluation transform: RGB picture -> (3, H, W) float32."""
-    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    """Return open_clip's own evaluation transform: RGB picture -> (3, H, W) float32.
+
+    Of pictures over 64 times as long as thin it sees the centre, all that its crop would leave of them; with the resize
+    mode `longest`, which keeps the whole picture, of those that would become thinner than a pixel.
+    """
+    config = PreprocessCfg(**preprocess)
+    transform = image_transform_v2(config, is_train=False)
+    if config.resize_mode == "squash":
+        return transform
+    size = config.size if isinstance(config.size, int) else min(config.size)
+    return _Trimmed(transform, size if config.resize_mode == "longest" else LONGEST)
 
 
 def train_transform(preprocess: dict[str, Any], augment: bool) -> TrainTransform:
@@ -34,6 +45,14 @@ def train_transform(preprocess: dict[str, Any], augment: bool) -> TrainTransform
     if augment:
         return _RandomCrop(PreprocessCfg(**preprocess))
     return _Fixed(evaluation_transform(preprocess))
+
+
+class _Trimmed:
+    def __init__(self, transform: EvaluationTransform, most: int) -> None:
+        self.transform, self.most = transform, most
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.transform(trim_ends(image, self.most))
 
 
 class _Fixed:

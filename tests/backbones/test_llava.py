@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaImageProcessorPil
 
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_backbone, load_llava
@@ -99,6 +99,42 @@ def test_answers_in_a_batch_are_those_of_each_alone(family: str) -> None:
         ids = plain.generate(**inputs, do_sample=False, max_new_tokens=6)[0, alone["input_ids"].shape[1] :]
         assert text and text == backbone.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert is_finished == (2 in ids.tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_all_shapes_give_a_finite_loss(family: str) -> None:
+    """The batch is as `collate` makes it, not prepared."""
+    backbone = make_backbone(family)
+    encoder = encoder_of(backbone)
+    sizes = [(1, 1), (1, 40), (40, 1), (3, 3), (40, 3), (2, 500), (1, 3000), (3000, 1), (20_000, 1), (97, 131)]
+    for number, size in enumerate(sizes):
+        sample = talk("<image>\nq", "ab", pictures=(picture(*size, number),), number=number)
+        batch = encoder.collate([encoder.train(sample, torch.Generator())]) | {"sample": torch.tensor([number])}
+        with torch.no_grad():
+            losses, _ = backbone(batch)
+        assert losses.isfinite().all() and len(losses) == 4, size
+
+
+@pytest.mark.parametrize("options", [{}, {"do_pad": True}])
+def test_a_thin_picture_stays_small_before_a_centre_crop(options: dict[str, bool], monkeypatch) -> None:
+    """A side of 336 would be resized to 336 x 6,720,000, or padded to 20,000 x 20,000."""
+    processor = make_processor()
+    processor.image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size=dict.fromkeys(("height", "width"), 336), **options
+    )
+    made: list[tuple[int, ...]] = []
+    call = LlavaImageProcessorPil.preprocess
+    monkeypatch.setattr(
+        LlavaImageProcessorPil,
+        "preprocess",
+        lambda self, images, **more: made.append(images[0][0].size) or call(self, images, **more),
+    )
+    encoder = ConversationEncoder(processor, processor.image_token_id, 10_000)
+    for size in ((1, 20_000), (20_000, 300), (100, 90)):
+        sample = talk("<image>\nq", "ab", pictures=(Image.new("RGB", size),))
+        assert encoder.evaluate(sample)["pixel_values"].shape == (1, 3, 336, 336)
+    widest = max(max(size) ** 2 if options.get("do_pad") else max(size) / min(size) * 336**2 for size in made)
+    assert widest <= 4096**2 and made[-1] == (100, 90)
 
 
 def attach(backbone: LlavaBackbone, guide: str, towers: tuple[str, ...] = ("language",)) -> list[AdaptedLinear]:

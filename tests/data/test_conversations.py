@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from r1p_dist.data.batches import Reference
+from r1p_dist.data.encoders import PictureEncoder
 from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.data.order import GroupedOrder, MixtureOrder, SampleOrder
-from r1p_dist.data.picture_encoder import PictureEncoder
 from r1p_dist.data.samples import JSON_BYTES, BadSampleError, Turn
 from r1p_dist.data.shards import JointDataset, ShardDataset
 from r1p_dist.data.stream import Task

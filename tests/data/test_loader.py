@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from r1p_dist.data.encoders import PictureEncoder
 from r1p_dist.data.loader import EvaluationLoader, Extra, TrainLoader, evaluation_loaders, train_loader
 from r1p_dist.data.order import SampleOrder
-from r1p_dist.data.picture_encoder import PictureEncoder
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import Task
 from r1p_dist.data.transforms import evaluation_transform, train_transform

@@ -68,7 +68,8 @@ class LlavaBackbone(nn.Module):
 
     forward(batch) returns the cross entropy (k,) of the batch's k answer tokens and the conversation (k,) of each;
     forward(batch, max_new_tokens) generates, greedily: (n, up to max_new_tokens) token ids. A batch is what
-    `ConversationEncoder.collate` returns, with the samples' numbers under "sample" where features are to be kept.
+    `ConversationEncoder.collate` returns, or `prepare` makes of it, with the samples' numbers under "sample" where
+    features are to be kept.
 
     The guide `cls_image` of a conversation is the vector [CLS; p]: the mean over its pictures of the image tower's
     [CLS] (in the layer that the projector reads; of the whole picture where there are crops; the mean of all tokens
@@ -237,6 +238,8 @@ class LlavaBackbone(nn.Module):
 
     def forward(self, batch: Batch, max_new_tokens: int | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
         embeddings = self.model.get_input_embeddings()(batch["input_ids"])
+        if max_new_tokens is None and "layout" not in batch:
+            batch = self.prepare(batch)
         layout = batch.get("layout") or self._layout(batch)
         features = torch.cat(self._see(batch, layout)).to(embeddings.dtype)
         if any(layout.counts):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import BaseImageProcessor, ProcessorMixin
 
+from r1p_dist.data.pictures import LONGEST, trim_ends
 from r1p_dist.data.samples import IMAGE_MARK, BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
 
 IGNORED = -100  # the label of a token that carries no loss
+_PADDED = 4096  # pixels, the side of the largest square that a picture is padded to
 
 
 class ConversationEncoder:
@@ -80,7 +82,8 @@ class ConversationEncoder:
         # a template may write the first token itself
         options = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
         pictures = [Image.new("RGB", picture.size) for picture in sample.images] if self.is_blind else sample.images
-        images = {"images": [list(pictures)]} if pictures else {}
+        pictures = [_bounded(picture, self.processor.image_processor) for picture in pictures]
+        images = {"images": [pictures]} if pictures else {}
         encoded = self.processor(text=[text], **images, return_tensors="pt", **options)
         ids = encoded["input_ids"][0]
         if len(ids) > self.max_length:
@@ -134,6 +137,17 @@ class ConversationEncoder:
         found = torch.zeros(len(ids), dtype=torch.bool)
         found[ids != self.image_token] = torch.tensor(is_answer)[plain]
         return found
+
+
+def _bounded(picture: Image.Image, processor: BaseImageProcessor) -> Image.Image:
+    """Returns a picture that the processor makes nothing huge of, itself unless it is very long or thin."""
+    if hasattr(processor, "image_grid_pinpoints"):
+        return picture  # becomes crops of the grid
+    if getattr(processor, "do_pad", False) and max(picture.size) > _PADDED:
+        smaller = picture.copy()
+        smaller.thumbnail((_PADDED, _PADDED), Image.Resampling.BICUBIC)
+        return smaller
+    return trim_ends(picture, LONGEST)  # its shorter side is resized, and the centre kept
 
 
 def _without_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:
