@@ -31,7 +31,8 @@ from tests.test_resume import assert_equal, run_in_parts
 
 ROOT = Path(__file__).parents[2]
 METHODS = [name for name in shipped_methods() if method_class(name).trains]
-GLOBAL_BATCH, STEPS, TASKS = 8, 2, 2
+GLOBAL_BATCH, TASKS = 8, 2
+STEPS = (2, 1)  # of each task
 SHARDED = "deepspeed.overrides.zero_optimization.stage3_param_persistence_threshold=0"
 CHECKPOINTING = "backbone.gradient_checkpointing=true"
 SETTINGS = {
@@ -77,7 +78,7 @@ class Loader:
 
 def train(name: str, overrides: list[str]) -> dict[str, Any]:
     """Trains two tasks; returns losses, and what is trained and left, whole."""
-    own = [f"train.global_batch_size={GLOBAL_BATCH}", f"train.iterations={STEPS}", "train.lr=0.1", *options_of(name)]
+    own = [f"train.global_batch_size={GLOBAL_BATCH}", f"train.iterations={STEPS[0]}", "train.lr=0.1", *options_of(name)]
     config = load_config("mini_mtil", [*own, *overrides])
     backbone = make_backbone()
     if config.backbone.gradient_checkpointing:
@@ -92,9 +93,9 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
         tasks = tuple(SimpleNamespace(name=f"t{number}") for number in range(TASKS))
         trainer = stages.begin(task, tasks)
         for number, request in enumerate(method.further_data(stages.stage, ())):
-            trainer.add_stream(request, Loader(7 + number, STEPS, accumulation))
+            trainer.add_stream(request, Loader(7 + number, STEPS[task], accumulation))
         prepare = backbone.preparer(PROMPTS)
-        for step, batches in enumerate(Loader(task, STEPS, accumulation).steps()):
+        for step, batches in enumerate(Loader(task, STEPS[task], accumulation).steps()):
             train_step(method, trainer, [prepare(batch) for batch in batches], config.train)
             trainer.step_number = step + 1
             found["losses"].append(stages.meter.read(0)[0]["loss"])
@@ -236,7 +237,7 @@ def run_stopped(rank: int, world_size: int, folder: str, toy: list[str], names: 
     for name in names:
         seen: dict[str, list[str]] = {}
         note_weights(name, seen)
-        overrides = [*toy, "deepspeed.config=zero2", *options_of(name)]
+        overrides = [*toy, "train.global_batch_size=4", "deepspeed.config=zero2", *options_of(name)]
         found[name] = {"endings": run_in_parts(rank, world_size, f"{folder}/{name}", overrides, [3, 9]), "seen": seen}
     return found
 
