@@ -79,7 +79,7 @@ def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Pa
         [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=500, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
-    assert yaml.safe_load(result.stdout)["run_dir"] == "runs/mini_mtil"
+    assert yaml.safe_load(result.stdout)["run_dir"] == str(tmp_path / "runs/mini_mtil")
 
 
 def test_wheel_declares_the_console_scripts(wheel: Path) -> None:
