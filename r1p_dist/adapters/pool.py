@@ -22,6 +22,7 @@ class Routing:
     weights: torch.Tensor | None = None  # (batch,) how often each sample occurs, int64; None = once
     end: torch.Tensor | None = None  # (batch,) position of the end-of-text token, or of the last one of the prompt
     padding: torch.Tensor | None = None  # (batch, tokens) True at tokens that the mean is taken over
+    real: torch.Tensor | None = None  # (batch, tokens) False at padding; a decoder's answers are real, too
     guide: torch.Tensor | None = None  # (batch, guide_width) the guide `cls_image`
     guide_width: int = 0
     has_voted: bool = False  # `vote_ahead` has taken the vote of this batch

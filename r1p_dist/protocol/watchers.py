@@ -80,8 +80,8 @@ class InputMoments:
         """Returns how often each token of x (batch, tokens, in) counts."""
         routing = self._backbone.routing[name.partition(".")[0]]
         times = torch.ones(x.shape[:2], device=x.device)
-        if routing.padding is not None and routing.padding.shape == x.shape[:2]:
-            times = routing.padding.float()
+        if routing.real is not None and routing.real.shape == x.shape[:2]:
+            times = routing.real.float()
         if routing.weights is not None and len(routing.weights) == len(x):
             times = times * routing.weights[:, None]
         return times

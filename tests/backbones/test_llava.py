@@ -18,8 +18,10 @@ from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.conversations import IGNORED, ConversationEncoder
 from r1p_dist.kinds.llava.weights import read_config
+from r1p_dist.methods import make_method
+from r1p_dist.protocol import InputMoments
 from r1p_dist.recipes import load_config
-from tests.small_llava import make_backbone, make_model, make_processor
+from tests.small_llava import TEXT, make_backbone, make_model, make_processor
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 
@@ -260,6 +262,34 @@ def test_blind_runs_see_black_pictures() -> None:
     assert blind["pixel_values"].flatten(2).std(-1).max() == 0 and seen["pixel_values"].flatten(2).std(-1).min() > 0
     with pytest.raises(InputError, match="data.blind=true needs backbone.kind=llava, got open_clip"):
         load_config("mini_mtil", ["data.blind=true"])
+
+
+@pytest.mark.parametrize("by_sensitivity", [False, True])
+def test_a_decoders_moments_count_its_answers_and_no_padding(by_sensitivity: bool) -> None:
+    """The last word of an answer says that it ends: what is to be kept must know it."""
+    backbone = make_backbone()
+    own = ["method=steady", "targets.towers=[language]", "targets.layers=[down]"]
+    method = make_method(load_config("mini_instruct", own), backbone)
+    batch, adapter = training_batch(backbone), method.adapters[0]
+    inputs, seen = InputMoments(backbone, method.adapters, by_sensitivity), []
+
+    def note(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.append((args[0].detach(), output))
+
+    adapter.register_forward_hook(note)
+    backbone.train()
+    with inputs.watch():
+        (logits,) = backbone.outputs(backbone, batch)
+        logits.sum().backward()
+    ((x, output),) = seen
+    real = batch["attention_mask"].bool()
+    weights = output.grad.square().sum(-1) if by_sensitivity else real.float()
+    assert not real.all() and (weights[~real] == 0).all()
+    assert logits.shape == (len(batch["answers"]), TEXT["vocab_size"])
+    assert (weights.flatten()[batch["answers"]] > 0).all(), "an answer's token does not count"
+    expected = torch.einsum("nt,nti,ntj->ij", weights, x, x) / weights.sum()
+    torch.testing.assert_close(inputs.moments[adapter.name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_conversation_that_is_too_long_is_a_bad_sample() -> None:

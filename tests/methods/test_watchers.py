@@ -28,8 +28,8 @@ def test_without_more_knowledge_all_tokens_count_once_over_all_batches() -> None
 
 
 def test_padding_does_not_count_and_a_sample_as_often_as_it_occurs() -> None:
-    padding = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    found = moment_of(Routing(padding=padding, weights=torch.tensor([3, 1])), X[:2])
+    real = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    found = moment_of(Routing(real=real, weights=torch.tensor([3, 1])), X[:2])
     tokens = torch.cat([X[0, :2]] * 3 + [X[1, :3]])
     torch.testing.assert_close(found, tokens.T @ tokens / 9)
 

@@ -227,8 +227,8 @@ class LlavaBackbone(nn.Module):
         return (losses * batch["weight"][conversations]).sum()
 
     def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
-        """Returns the loss of each token of the answers, (tokens, 1)."""
-        return [model(batch)[0][:, None]]
+        """Returns the logits of each token of the answers, (tokens, vocabulary)."""
+        return [model(batch, gives_logits=True)]
 
     def answer(self, model: Callable, batch: Batch, max_new_tokens: int) -> list[tuple[str, bool]]:
         """Returns the text that the model answers to each conversation of a batch, and whether it came to an end."""
@@ -236,7 +236,9 @@ class LlavaBackbone(nn.Module):
         texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [(text.strip(), not set(self._ends).isdisjoint(row)) for text, row in zip(texts, ids, strict=True)]
 
-    def forward(self, batch: Batch, max_new_tokens: int | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def forward(
+        self, batch: Batch, max_new_tokens: int | None = None, gives_logits: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         embeddings = self.model.get_input_embeddings()(batch["input_ids"])
         if max_new_tokens is None and "layout" not in batch:
             batch = self.prepare(batch)
@@ -259,6 +261,8 @@ class LlavaBackbone(nn.Module):
         hidden = self.model.model.language_model(inputs_embeds=seen, attention_mask=mask, use_cache=False)[0]
         answers = batch["answers"]
         logits = self.model.lm_head(hidden.flatten(0, 1)[answers])  # of the tokens that count alone
+        if gives_logits:
+            return logits
         losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[answers + 1], reduction="none")
         return losses, batch["owner"]
 
@@ -350,6 +354,8 @@ class LlavaBackbone(nn.Module):
         lengths = batch["prompt_length"][:, None]
         routing.padding = torch.arange(embeddings.shape[1], device=self.device) < lengths  # the prompt
         routing.end = batch["prompt_length"] - 1
+        mask = batch["attention_mask"]
+        routing.real = mask.bool() if mask.ndim == 2 else None
         prompt = (embeddings * routing.padding[..., None]).sum(1) / lengths
         cls = prompt.new_zeros(len(counts), self.tower_width)
         seen = self.routing["projector"].guide[batch["whole"]].to(cls.dtype)

@@ -180,7 +180,7 @@ class ClipBackbone(nn.Module):
                 tokens, end = self._trim(tokens)
             routing = self.routing["text"]
             routing.weights, routing.end = counts, end
-            routing.padding = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+            routing.real = routing.padding = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
             text_features = F.normalize(text(tokens).float(), dim=-1)
         return image_features, text_features
 
