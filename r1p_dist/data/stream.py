@@ -340,7 +340,7 @@ def read_templates(file: Path) -> tuple[str, ...]:
 
 def _lines(file: Path) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: not UTF-8 text ({error})") from error
     if lines == [""]:
