@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO
@@ -97,20 +97,36 @@ def scan_headers(file: BinaryIO, where: str) -> list[IndexedSample]:
     """Return the samples of an open shard as `index_shard` does."""
     samples: list[IndexedSample] = []
     seen: set[str] = set()
+    for member in read_headers(file, where):
+        parts = key_and_suffix(member.name)
+        if is_plain_file(member) and parts:
+            _add_file(samples, seen, *parts, member, where)
+    if not samples:
+        raise InputError(f"{where}: empty shard, no KEY.SUFFIX file in it; remove it from the list or write it again")
+    return samples
+
+
+def is_plain_file(member: tarfile.TarInfo) -> bool:
+    """Whether a member has content of its own: it is no folder, link or device."""
+    return member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+
+def read_headers(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an open shard in order; reads tar headers alone.
+
+    InputError: not an uncompressed tar, cut off or damaged, a name that leaves the archive or is no text.
+    """
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members.clear()  # tarfile keeps every header otherwise
                 _check_name(member.name, where)
-                parts = key_and_suffix(member.name)
-                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and parts:
-                    _add_file(samples, seen, *parts, member, where)
+                yield member
             _check_end(file, tar.offset, where)
+    except InputError:
+        raise
     except (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
         raise InputError(f"{where}: not a usable uncompressed .tar file: {error}; write it again") from error
-    if not samples:
-        raise InputError(f"{where}: empty shard, no KEY.SUFFIX file in it; remove it from the list or write it again")
-    return samples
 
 
 def _check_name(name: str, where: str) -> None:

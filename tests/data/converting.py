@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from r1p_dist.cli import main
-from r1p_dist.data.convert.sources import Source
-from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.convert.records import Source
+from r1p_dist.data.convert.shard_writer import ConvertOptions
+from r1p_dist.data.convert.writer import convert
 
 CLASSES = ("ant", "bee", "cat")
 

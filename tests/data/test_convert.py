@@ -65,15 +65,14 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(folder: Path, tmp_path: P
     run(open_source(str(folder), None, SourceOptions()), whole, shard_samples=2)
     script = f"""
 import os, signal, sys
-from r1p_dist.data.convert import writer
-write, done = writer.write_atomically, []
+from r1p_dist.data.convert import shard_writer
+write, done = shard_writer.write_atomically, []
 def die_half_way(path, content):
-    if path.parent.name == ".parts" and path.name != "plan.json":
-        done.append(path)
-        if len(done) > {kill_after_shards}:
-            os.kill(os.getpid(), signal.SIGKILL)
+    done.append(path)
+    if len(done) > {kill_after_shards}:
+        os.kill(os.getpid(), signal.SIGKILL)
     write(path, content)
-writer.write_atomically = die_half_way
+shard_writer.write_atomically = die_half_way
 from r1p_dist.cli import main
 main(["convert", {str(folder)!r}, {str(killed)!r}, "--shard-samples", "2", "--workers", "1", "--name", "task"])
 """

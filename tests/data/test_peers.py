@@ -23,7 +23,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from r1p_dist.data.convert.sources import TEMPLATES, SourceOptions, open_source
+from r1p_dist.data.convert.sources import SourceOptions, open_source
+from r1p_dist.data.convert.tar_shards import TEMPLATES
 from r1p_dist.data.shards import ShardDataset
 from tests.data.converting import CLASSES, pixels, run, samples, write_photos
 

@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from r1p_dist.data import Stream, Task
+from r1p_dist.data.convert.shard_writer import ConvertOptions
 from r1p_dist.data.convert.sources import SourceOptions, open_source
-from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.convert.writer import convert
 from r1p_dist.data.encoders import PictureEncoder
 from r1p_dist.data.loader import TrainLoader
 from r1p_dist.data.remote import NotThereError, ShardCache, is_url, read_remote

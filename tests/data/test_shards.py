@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from r1p_dist.data.convert.shard_writer import ConvertOptions
 from r1p_dist.data.convert.sources import SourceOptions, open_source
-from r1p_dist.data.convert.writer import ConvertOptions, convert
+from r1p_dist.data.convert.writer import convert
 from r1p_dist.data.index import index_shard
 from r1p_dist.data.samples import BadSampleError
 from r1p_dist.data.shards import JointDataset, ShardDataset

@@ -82,7 +82,7 @@ def split_validation(samples: Sequence[Sample], per_class: int) -> tuple[list[Sa
 
 def write_shard(path: Path, samples: Sequence[Sample]) -> None:
     """Write a shard whose bytes depend on the samples alone."""
-    from r1p_dist.data.convert.writer import write_tar
+    from r1p_dist.data.convert.shard_writer import write_tar
 
     with open(path, "wb") as file:
         write_tar(file, ({"__key__": sample.key, **sample.files} for sample in samples))
@@ -90,7 +90,7 @@ def write_shard(path: Path, samples: Sequence[Sample]) -> None:
 
 def build_task(source: Path, target: Path, validation_per_class: int) -> dict:
     """Write one task's shards and texts; return its entry for stream.yaml, without its domain."""
-    from r1p_dist.data.convert.sources import TEMPLATES
+    from r1p_dist.data.convert.tar_shards import TEMPLATES
 
     texts = {"classnames.txt": "classnames.txt", TEMPLATES: "templates.txt"}
     for wanted in texts.values():

@@ -4,8 +4,9 @@ from r1p_dist.lazy import lazy_exports
 
 _EXPORTS = {
     "verify_shards": "r1p_dist.data.convert.check",
+    "ConvertOptions": "r1p_dist.data.convert.shard_writer",
     "open_source": "r1p_dist.data.convert.sources",
-    "ConvertOptions": "r1p_dist.data.convert.writer",
+    "open_splits": "r1p_dist.data.convert.sources",
     "convert": "r1p_dist.data.convert.writer",
 }
 

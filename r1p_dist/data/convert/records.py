@@ -1,11 +1,14 @@
-"""What a source of samples is made of: its records, and the columns of a table that they come from."""
+"""What a source of samples is made of: its records, how they are read, and the columns of a table they come from."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from r1p_dist.data.samples import IMAGE_SUFFIXES, BadSampleError
+from r1p_dist.data.convert.left_out import LeftOut
+from r1p_dist.data.convert.pictures import PICTURE
 from r1p_dist.errors import InputError
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file", "filename", "path", "img")
@@ -15,30 +18,64 @@ _CAPTION_COLUMNS = ("caption", "text", "title")
 _NO_LICENCE = "unknown"
 
 
+class Reader(Protocol):
+    """Reads records by their number; pickled into the workers."""
+
+    def __call__(self, index: int) -> dict[str, bytes]:
+        """Return a record's files, suffix -> content, without the label; a picture's suffix is PICTURE.
+
+        BadSampleError: the record has none. InputError: a file cannot be read.
+        """
+
+    def stamp(self, index: int) -> str:
+        """Return what tells cheaply that a record's files are as before, such as their sizes and times; "": nothing."""
+
+
 @dataclass
 class Source:
     """A data set before its conversion.
 
     names: what each record is called in messages, and the order that they come in. labels: class numbers, or None for
-    captions and conversations. read: record number -> its files, suffix -> content, without the label. licences: one
-    per record, or None where the data set names none.
+    captions and conversations. licences: one per record, or None where the data set names none. groups: records of one
+    group stay in one split; None: each stands alone. left_out: what of the input is no record. notes: lines on what was
+    read in a way that may surprise.
     """
 
     kind: str
     names: Sequence[str]
-    read: Callable[[int], dict[str, bytes]]
+    read: Reader
     labels: Sequence[int] | None = None
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     licences: Sequence[str] | None = None
+    groups: Sequence[str] | None = None
+    has_conversations: bool = False  # which make a task of instructions
+    notes: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def has_conversations(self) -> bool:
-        """Whether its records are conversations, which make a task of instructions."""
-        return self.kind == "llava"
+    def part(self, indices: Sequence[int]) -> Source:
+        """Returns a source of some of its records, without what was left out."""
+
+        def chosen(values: Sequence | None) -> list | None:
+            return None if values is None else [values[index] for index in indices]
+
+        columns = {name: chosen(getattr(self, name)) for name in ("names", "labels", "licences", "groups")}
+        return replace(self, **columns, read=_Chosen(self.read, indices), left_out=LeftOut())
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    read: Reader
+    indices: Sequence[int]
+
+    def __call__(self, index: int) -> dict[str, bytes]:
+        return self.read(self.indices[index])
+
+    def stamp(self, index: int) -> str:
+        return self.read.stamp(self.indices[index])
 
 
 @dataclass(frozen=True)
@@ -52,47 +89,22 @@ class SourceOptions:
     split: str = "train"
 
 
-def is_image(name: str) -> bool:
-    """Does the name end like a picture that shards can have."""
-    return name.lower().rpartition(".")[2] in IMAGE_SUFFIXES
-
-
-def shard_suffix(name: str) -> str:
-    """Returns the suffix that a picture's file gets in a shard."""
-    suffix = name.lower().rpartition(".")[2]
-    return "jpg" if suffix == "jpeg" else suffix
-
-
 @dataclass(frozen=True)
 class Files:
-    """Reads record i as the picture at paths[i], with its text where there is one."""
+    """Reads record i as its pictures, which are numbered where there are several, with its texts where it has some."""
 
-    paths: Sequence[Path]
+    paths: Sequence[tuple[Path, ...]]
     texts: Sequence[dict[str, bytes]] | None = None
 
     def __call__(self, index: int) -> dict[str, bytes]:
-        return dict([_stored_picture(self.paths[index])]) | (self.texts[index] if self.texts else {})
+        paths = self.paths[index]
+        suffixes = [PICTURE] if len(paths) == 1 else [f"{number}.{PICTURE}" for number in range(len(paths))]
+        pictures = dict(zip(suffixes, map(content_of, paths), strict=True))
+        return pictures | (self.texts[index] if self.texts else {})
 
-
-@dataclass(frozen=True)
-class Conversations:
-    """Reads record i as its conversation and the pictures at paths[i], which are numbered where there are several."""
-
-    paths: Sequence[tuple[Path, ...]]
-    texts: Sequence[bytes]
-
-    def __call__(self, index: int) -> dict[str, bytes]:
-        pictures = [_stored_picture(path) for path in self.paths[index]]
-        if len(pictures) > 1:
-            pictures = [(f"{number}.{suffix}", content) for number, (suffix, content) in enumerate(pictures)]
-        return dict(pictures) | {"json": self.texts[index]}
-
-
-def _stored_picture(path: Path) -> tuple[str, bytes]:
-    """Returns a picture's suffix in a shard, and its bytes. BadSampleError: of no format that shards have."""
-    if not is_image(path.name):
-        raise BadSampleError(f"{path}: no picture that shards can have (.{', .'.join(IMAGE_SUFFIXES)})")
-    return shard_suffix(path.name), content_of(path)
+    def stamp(self, index: int) -> str:
+        texts = self.texts[index] if self.texts else {}
+        return " ".join([*map(file_stamp, self.paths[index]), *(repr(item) for item in sorted(texts.items()))])
 
 
 def content_of(path: Path) -> bytes:
@@ -103,29 +115,23 @@ def content_of(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def file_stamp(path: Path) -> str:
+    """Returns a file's size in bytes and the time of its last change in nanoseconds."""
+    try:
+        state = path.stat()
+    except OSError:
+        return "missing"
+    return f"{state.st_size}@{state.st_mtime_ns}"
+
+
 def all_texts(values: Iterable[Any], column: str, place: Path) -> list[str]:
-    """Returns the values of a column as text. InputError: one is missing."""
+    """Returns the values of a column as text. InputError: one is missing or blank."""
     texts = []
     for number, value in enumerate(values):
-        if value is None:
+        if value is None or not str(value).strip():
             raise InputError(f"{place}: column {column!r} is empty in record {number}; fill it or remove the record")
         texts.append(str(value))
     return texts
-
-
-def classes_among(values: Iterable[str]) -> tuple[str, ...]:
-    """Returns the classes in alphabetical order, numbers in their own and first."""
-
-    def order(value: str) -> tuple:
-        return (False, int(value), value) if value.isdecimal() else (True, 0, value)
-
-    return tuple(sorted(set(values), key=order))
-
-
-def class_numbers(values: Iterable[str], classes: Sequence[str]) -> list[int]:
-    """Returns the place of each value among the classes."""
-    number = {name: index for index, name in enumerate(classes)}
-    return [number[value] for value in values]
 
 
 def all_licences(values: Iterable[Any]) -> list[str] | None:
@@ -164,5 +170,8 @@ def find_column(
         return wanted
     found = next((column for name in usual for column in columns if column.lower() == name.lower()), None)
     if found is None and needed is not None:
-        raise InputError(f"{place}: no column is named like {', '.join(usual)}; say which with --{needed}-column")
+        raise InputError(
+            f"{place}: no column is named like {', '.join(usual)}; say which with --{needed}-column, of "
+            f"{', '.join(columns)}"
+        )
     return found

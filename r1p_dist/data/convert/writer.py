@@ -5,57 +5,56 @@
     OUTPUT/SPLIT/000000.tar …   samples in order of their keys
     OUTPUT/SPLIT/0.tar …, nshards.txt, OUTPUT/dataset_type.txt      clip_benchmark's names
     OUTPUT/SPLIT/sizes.json     open_clip's number of samples per shard
-    OUTPUT/SPLIT/index.json     per shard: samples, bytes, sha256, and each sample's key, offset, crc32 and label, or
-                                without classes the length of its text in bytes
+    OUTPUT/SPLIT/inputs.json    what each sample was made from: stamps and digests
+    OUTPUT/SPLIT/index.json     what was left out, by reason; per shard: samples, bytes, sha256, and each sample's key,
+                                offset, crc32 and label, or without classes the length of its text in bytes
 
-Which records go into which shard depends on the source and the options alone, so workers write whole shards in any
-order. A shard gets its name when it is complete, then a record beside it; a conversion that was killed goes on with the
-shards that have none. `index.json` comes last.
+Which records go into which shard depends on the source's names and the options alone, so workers write whole shards in
+any order. A shard gets its name when it is complete, then a record beside it; a conversion that was killed goes on with
+the shards that have none. `index.json` comes last.
+
+A conversion is its input's content, not its names alone: shards whose records changed since they were written are
+written again, both when a conversion goes on and when a finished one is asked for again. While that lasts neither
+`index.json` nor `stream.yaml` is there, so nobody reads old shards beside new ones.
 """
 
 import hashlib
-import io
 import json
 import multiprocessing
 import shutil
-import tarfile
-import zlib
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
 
-from r1p_dist.data.convert.sources import TEMPLATES, Source
-from r1p_dist.data.index import INDEX, IndexedSample, ShardRecord, index_shard, sample_stops
-from r1p_dist.data.samples import BadSampleError, decode_picture, is_picture
-from r1p_dist.data.stream import Stream
+from r1p_dist.data.convert.inputs import INPUTS, stamps_if_unchanged
+from r1p_dist.data.convert.left_out import NOT_CHOSEN, LeftOut
+from r1p_dist.data.convert.records import Source
+from r1p_dist.data.convert.shard_writer import PARTS, ConvertOptions, part_of, write_shard_of
+from r1p_dist.data.convert.tar_shards import CLASS_NAMES, TEMPLATES
+from r1p_dist.data.index import INDEX, ShardRecord
+from r1p_dist.data.stream import Stream, read_class_names
 from r1p_dist.errors import InputError
-from r1p_dist.files import atomic_file, sha256_of, write_atomically
+from r1p_dist.files import write_atomically
 
-_PARTS = ".parts"
-_FORMAT = 2
+_FORMAT = 3
 _METRIC = "exact_match"
+_PLAN = "plan.json"
+_STREAM = "stream.yaml"
+_OF_INPUTS = ("licences", "skipped", "left_out", "stamps", "digests")  # of a shard's record, in inputs.json
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """How a source is written; everything here decides the bytes of the output.
+class _Job(NamedTuple):
+    """A shard to write: its number, its records, and the place of the first one in the order."""
 
-    shard_samples: records per shard. resize: the shorter side in pixels, larger pictures only. max_samples, shots: keep
-    so many, or so many per class. seed: which are kept, and their order.
-    """
-
-    split: str = "train"
-    shard_samples: int = 1000
-    resize: int | None = None
-    max_samples: int | None = None
-    shots: int | None = None
-    seed: int = 0
+    number: int
+    records: Sequence[int]
+    first: int
 
 
 def convert(
@@ -66,70 +65,177 @@ def convert(
     name: str,
     metric: str | None = None,
     workers: int = 1,
+    is_strict: bool = False,
+    together: Collection[str] = (),
     progress: Callable[[int, int], None] = lambda done, all_: None,
 ) -> dict[str, Any]:
     """Writes the source and returns its index; progress is called with (shards done, shards).
 
-    name: of the task in the stream file. metric: that of conversations, exact_match unless another is given. A picture
-    that cannot be decoded is left out and listed in the index (`skipped`). InputError: options that do not fit the
-    source or another split, or an output that was written from another one.
+    name: of the task in the stream file. metric: that of conversations, exact_match unless another is given. A record
+    whose picture cannot be decoded is left out and listed in the index (`skipped`); all that is left out is counted
+    there by reason (`left_out`). is_strict: any loss is an error. together: splits that the same call writes, whose
+    classes need not be those of before. InputError: options that do not fit the source or another split, or an output
+    that was written from other records or in another way.
     """
     order = choose_records(source, options)
-    if source.has_conversations:
-        metric = metric or _METRIC
-        _check_metric(output, metric)
-    elif metric is not None:
-        raise InputError(f"--metric {metric}: is for conversations, and {source.kind} has none; leave it out")
+    metric = _metric_of(source, output, metric)
+    left_out = LeftOut(source.left_out.as_json())
+    if len(order) < len(source):
+        left_out.add(NOT_CHOSEN, "...", len(source) - len(order))
+    _refuse_losses(left_out, is_strict)
     folder = output / options.split
-    plan = {"format": _FORMAT, "kind": source.kind, "options": asdict(options), "records": _fingerprint(source, order)}
-    finished = folder / INDEX
-    if finished.is_file():
-        index = json.loads(finished.read_text(encoding="utf-8"))
-        if index["plan"] != plan:
-            raise InputError(f"{finished}: was written from other data or with other options; name another OUTPUT")
-        return index
-    parts = folder / _PARTS
-    _begin(parts, plan)
-    _write_texts(source, output)
-    jobs = []
-    for number, start in enumerate(range(0, len(order), options.shard_samples)):
-        jobs.append((number, order[start : start + options.shard_samples], start))
-    missing = [job for job in jobs if not _is_complete(folder, job[0])]
-    progress(len(jobs) - len(missing), len(jobs))
-    _run(source, folder, options, missing, workers, lambda done: progress(len(jobs) - len(missing) + done, len(jobs)))
-    records = [json.loads((parts / f"{number:06d}.json").read_text(encoding="utf-8")) for number, *_ in jobs]
+    plan = _plan(source, options, order)
+    jobs = [
+        _Job(number, order[start : start + options.shard_samples], start)
+        for number, start in enumerate(range(0, len(order), options.shard_samples))
+    ]
+    others = {path.parent.name for path in output.glob(f"*/{INDEX}")} - {options.split, *together}
+    _check_classes(source, output, others)
+    parts = _known_parts(folder, plan)
+    missing = [job for job in jobs if not _is_current(source, folder, job, parts)]
+    is_open = bool(missing) or not (folder / INDEX).is_file()
+    if is_open:
+        _begin(output, folder, plan, parts)
+    _write_texts(source, output)  # names that changed never stand beside an index of before
+    if is_open:
+        done = len(jobs) - len(missing)
+        progress(done, len(jobs))
+        _run(source, folder, options, missing, workers, is_strict, lambda more: progress(done + more, len(jobs)))
+        parts |= {job.number: _read_json(part_of(folder, job.number)) for job in missing}
+    written = [parts[job.number] for job in jobs]
+    for part in written:
+        left_out += LeftOut(part["left_out"])
+    _refuse_losses(left_out, is_strict)
     index = {
         "plan": plan,
-        "samples": sum(record["samples"] for record in records),
+        "samples": sum(part["samples"] for part in written),
         "classes": len(source.class_names) if source.class_names else None,
-        "licences": sum((Counter(record["licences"]) for record in records), Counter()),
-        "shards": [{key: record[key] for key in ShardRecord.model_fields if key in record} for record in records],
-        "skipped": [fault for record in records for fault in record["skipped"]],
+        "licences": sum((Counter(part["licences"]) for part in written), Counter()),
+        "left_out": left_out.as_json(),
+        "shards": [{key: part[key] for key in ShardRecord.model_fields if key in part} for part in written],
+        "skipped": [fault for part in written for fault in part["skipped"]],
     }
     if metric is not None:
         index["metric"] = metric
     if not index["samples"]:
         raise InputError(f"{folder}: not one picture could be decoded; the first fault: {index['skipped'][0]}")
-    for number in range(len(jobs)):
-        alias = folder / f"{number}.tar"
-        if not alias.is_symlink():
-            alias.symlink_to(f"{number:06d}.tar")
-    write_atomically(folder / "nshards.txt", str(len(jobs)))
-    sizes = {record["name"]: record["samples"] for record in records}
-    write_atomically(folder / "sizes.json", json.dumps(sizes) + "\n")
-    write_atomically(finished, json.dumps(index, separators=(",", ":")) + "\n")
-    shutil.rmtree(parts)
-    if source.class_names is not None or source.has_conversations:
+    _finish(folder, index, written)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    if (source.class_names is not None or source.has_conversations) and (missing or not (output / _STREAM).is_file()):
         write_stream(output, name, metric)
     return index
 
 
-def _check_metric(output: Path, metric: str) -> None:
-    """All splits of a task have its one metric, which stands in the stream file once train and test are there."""
+def _metric_of(source: Source, output: Path, metric: str | None) -> str | None:
+    """Returns the metric of conversations, which all splits of a task share."""
+    if not source.has_conversations:
+        if metric is not None:
+            raise InputError(f"--metric {metric}: is for conversations, and {source.kind} has none; leave it out")
+        return None
+    metric = metric or _METRIC
     for path in sorted(output.glob(f"*/{INDEX}")):
-        written = json.loads(path.read_text(encoding="utf-8")).get("metric", metric)
+        written = _read_json(path).get("metric", metric)
         if written != metric:
             raise InputError(f"{path}: was written for --metric {written}, not {metric}; give that one here as well")
+    return metric
+
+
+def _refuse_losses(left_out: LeftOut, is_strict: bool) -> None:
+    if is_strict and left_out.losses:
+        lines = "; ".join(line for line in left_out.lines())
+        raise InputError(
+            f"--strict: {left_out.losses} would be left out: {lines}; mend them or convert without --strict"
+        )
+
+
+def _plan(source: Source, options: ConvertOptions, order: Sequence[int]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for index in order:
+        digest.update(source.names[index].encode("utf-8", "surrogatepass") + b"\0")
+    task = "conversations" if source.has_conversations else "captions" if source.labels is None else "classes"
+    return {
+        "format": _FORMAT,
+        "kind": source.kind,
+        "task": task,
+        "options": asdict(options),
+        "records": digest.hexdigest(),
+    }
+
+
+def _known_parts(folder: Path, plan: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Returns number -> record of the shards that a finished conversion wrote here, or one that was stopped.
+
+    InputError: its plan is another.
+    """
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX)
+        if index.get("plan") != plan:
+            raise InputError(
+                f"{folder / INDEX}: was written from other data or with other options; remove {folder} to write it "
+                "again, or name another OUTPUT"
+            )
+        entries = zip(index["shards"], _read_json(folder / INPUTS), strict=True)
+        return {number: shard | entry for number, (shard, entry) in enumerate(entries)}
+    begun = folder / PARTS / _PLAN
+    if begun.is_file() and _read_json(begun) != plan:
+        raise InputError(f"{folder}: a conversion of other data or with other options was begun here; remove it")
+    return {int(path.stem): _read_json(path) for path in (folder / PARTS).glob("0*.json")}
+
+
+def _is_current(source: Source, folder: Path, job: _Job, parts: dict[int, dict[str, Any]]) -> bool:
+    """Whether a shard is there and made of its records as they are now; brings its record's stamps up to date.
+
+    Forgets the record of one that is not.
+    """
+    part, shard = parts.get(job.number), folder / f"{job.number:06d}.tar"
+    if part is not None and shard.is_file() and shard.stat().st_size == part["bytes"]:
+        stamps = stamps_if_unchanged(source, job.records, part)
+        if stamps is not None:
+            part["stamps"] = stamps
+            return True
+    parts.pop(job.number, None)
+    return False
+
+
+def _begin(output: Path, folder: Path, plan: dict[str, Any], parts: dict[int, dict[str, Any]]) -> None:
+    """Opens a conversion, also one that was finished, with the shards that it can keep."""
+    write_atomically(folder / PARTS / _PLAN, json.dumps(plan))
+    for path in (folder / PARTS).glob("0*.json"):
+        if int(path.stem) not in parts:
+            path.unlink()
+    for number, part in parts.items():
+        if not part_of(folder, number).is_file() or _read_json(part_of(folder, number)) != part:
+            write_atomically(part_of(folder, number), json.dumps(part))
+    if (folder / INDEX).is_file():
+        (output / _STREAM).unlink(missing_ok=True)
+        (folder / INDEX).unlink()
+
+
+def _finish(folder: Path, index: dict[str, Any], parts: Sequence[dict[str, Any]]) -> None:
+    """Writes what a finished conversion has beside its shards, unless it is there."""
+    inputs = [{key: part[key] for key in _OF_INPUTS} for part in parts]
+    is_there = (folder / INDEX).is_file() and (_read_json(folder / INDEX), _read_json(folder / INPUTS)) == (
+        index,
+        inputs,
+    )
+    if is_there:
+        return
+    for number in range(len(parts)):
+        alias = folder / f"{number}.tar"
+        if not alias.is_symlink():
+            alias.symlink_to(f"{number:06d}.tar")
+    write_atomically(folder / "nshards.txt", str(len(parts)))
+    sizes = {part["name"]: part["samples"] for part in parts}
+    write_atomically(folder / "sizes.json", json.dumps(sizes) + "\n")
+    write_atomically(folder / INPUTS, json.dumps(inputs, separators=(",", ":")) + "\n")
+    write_atomically(folder / INDEX, json.dumps(index, separators=(",", ":")) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; remove {path.parent} and convert again") from error
 
 
 def choose_records(source: Source, options: ConvertOptions) -> list[int]:
@@ -152,57 +258,65 @@ def choose_records(source: Source, options: ConvertOptions) -> list[int]:
     return order[: options.max_samples]
 
 
-def _fingerprint(source: Source, order: Sequence[int]) -> str:
-    digest = hashlib.sha256()
-    for index in order:
-        label = "" if source.labels is None else source.labels[index]
-        digest.update(f"{source.names[index]}\0{label}\n".encode())
-    digest.update("\n".join(source.class_names or ()).encode())
-    return digest.hexdigest()
+def _check_classes(source: Source, output: Path, others: Collection[str]) -> None:
+    """Raises InputError for class names that are not read back as they are written, for their places are the labels.
 
-
-def _begin(parts: Path, plan: dict[str, Any]) -> None:
-    """Makes the folder of a conversion, or finds the one that was begun with the same plan."""
-    parts.mkdir(parents=True, exist_ok=True)
-    begun = parts / "plan.json"
-    if begun.is_file() and json.loads(begun.read_text(encoding="utf-8")) != plan:
-        raise InputError(f"{parts.parent}: a conversion of other data or with other options was begun here; remove it")
-    write_atomically(begun, json.dumps(plan))
+    And where other splits in OUTPUT have other classes: all splits of a data set have the same.
+    """
+    if source.class_names is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, CLASS_NAMES)
+        write_atomically(copy, _lines(source.class_names))
+        try:
+            read = read_class_names(copy)
+        except InputError:
+            read = ()
+    if read != source.class_names:
+        wrong = next((name for name in source.class_names if name.splitlines() != [name.strip()]), read)
+        raise InputError(f"class name {wrong!r}: must be one line that is not empty, without white space at its ends")
+    path = output / CLASS_NAMES
+    if others and path.is_file() and read_class_names(path) != source.class_names:
+        raise InputError(
+            f"{path}: another split here has other classes ({', '.join(sorted(others))}); convert all splits from the "
+            "same classes"
+        )
 
 
 def _write_texts(source: Source, output: Path) -> None:
-    """Writes the class names and prompt templates; all splits of a data set must have the same classes."""
+    """Writes the class names and prompt templates, or clip_benchmark's word for captions."""
     if source.class_names is None:
         if not source.has_conversations:
-            write_atomically(output / "dataset_type.txt", "retrieval\n")  # clip_benchmark's word for captions
+            write_atomically(output / "dataset_type.txt", "retrieval\n")
         return
-    if wrong := [name for name in source.class_names if not name.strip() or "\n" in name]:
-        raise InputError(f"class name {wrong[0]!r}: must be one line that is not empty")
-    text, path = "\n".join(source.class_names) + "\n", output / "classnames.txt"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"{path}: another split here has other classes; convert all splits from the same classes")
-    write_atomically(path, text)
+    write_atomically(output / CLASS_NAMES, _lines(source.class_names))
     templates = output / TEMPLATES
     if not templates.is_file():  # the user may have written better ones
-        write_atomically(templates, "\n".join(source.templates or ("a photo of a {c}.",)) + "\n")
+        write_atomically(templates, _lines(source.templates or ("a photo of a {c}.",)))
 
 
-def _is_complete(folder: Path, number: int) -> bool:
-    record, shard = folder / _PARTS / f"{number:06d}.json", folder / f"{number:06d}.tar"
-    if not record.is_file() or not shard.is_file():
-        return False
-    return shard.stat().st_size == json.loads(record.read_text(encoding="utf-8"))["bytes"]
+def _lines(texts: Sequence[str]) -> str:
+    return "\n".join(texts) + "\n"
 
 
-def _run(source, folder, options, jobs, workers: int, progress: Callable[[int], None]) -> None:
+def _run(
+    source: Source,
+    folder: Path,
+    options: ConvertOptions,
+    jobs: Sequence[_Job],
+    workers: int,
+    is_strict: bool,
+    progress: Callable[[int], None],
+) -> None:
     if workers <= 1 or len(jobs) <= 1:
         for done, job in enumerate(jobs, 1):
-            write_shard_of(source, folder, options, *job)
+            _refuse_losses(write_shard_of(source, folder, options, *job), is_strict)
             progress(done)
         return
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(jobs)), _set_source, (source, folder, options)) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_work, jobs), 1):
+        for done, left_out in enumerate(pool.imap_unordered(_work, jobs), 1):
+            _refuse_losses(left_out, is_strict)
             progress(done)
 
 
@@ -214,106 +328,8 @@ def _set_source(*job: Any) -> None:
     _worker = job
 
 
-def _work(job: tuple) -> None:
-    write_shard_of(*_worker, *job)
-
-
-def write_shard_of(
-    source: Source, folder: Path, options: ConvertOptions, number: int, records: Sequence[int], first: int
-) -> None:
-    """Writes shard `number` and its record. first: the place of its first record, which becomes part of the keys."""
-    written: list[int] = []
-    skipped: list[str] = []
-    path = folder / f"{number:06d}.tar"
-    with atomic_file(path) as file:
-        write_tar(file, _samples(source, options, records, first, written, skipped))
-    samples = index_shard(path) if written else []
-    starts = [sample.start for sample in samples]
-    record = {
-        "name": path.name,
-        "samples": len(written),
-        "bytes": path.stat().st_size,
-        "sha256": sha256_of(path),
-        "keys": [sample.key for sample in samples],
-        "offsets": starts,
-        "crc32": _checksums(path, starts),
-        "labels": None if source.labels is None else [source.labels[index] for index in written],
-        **({"lengths": [_text_length(sample) for sample in samples]} if source.labels is None else {}),
-        "licences": Counter(source.licences[index] for index in written) if source.licences else {},
-        "skipped": skipped,
-    }
-    write_atomically(folder / _PARTS / f"{number:06d}.json", json.dumps(record))
-
-
-def _text_length(sample: IndexedSample) -> int:
-    return next((sample.files[suffix][1] for suffix in ("json", "txt") if suffix in sample.files), 0)
-
-
-def _checksums(path: Path, starts: Sequence[int]) -> list[int]:
-    with open(path, "rb") as file:
-        checksums = []
-        for start, stop in zip(starts, sample_stops(starts, path.stat().st_size), strict=True):
-            file.seek(start)
-            checksums.append(zlib.crc32(file.read(stop - start)))
-    return checksums
-
-
-def _samples(
-    source: Source,
-    options: ConvertOptions,
-    records: Sequence[int],
-    first: int,
-    written: list[int],
-    skipped: list[str],
-) -> Iterator[dict[str, Any]]:
-    """Yields the samples to write and fills the lists of records that were written and of faults."""
-    for place, index in enumerate(records, first):
-        try:
-            files = _prepare(source.read(index), options.resize, source.names[index])
-        except BadSampleError as error:
-            skipped.append(str(error))
-            continue
-        if source.labels is not None:
-            files["cls"] = str(source.labels[index]).encode()
-        written.append(index)
-        yield {"__key__": f"s{place:09d}", **files}
-
-
-def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> None:
-    """Writes a tar file whose bytes depend on the samples alone, and are those that webdataset's writer makes.
-
-    By our own means, because webdataset imports torch: a worker would take seconds to start.
-    """
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in samples:
-            for suffix in sorted(sample.keys() - {"__key__"}):
-                member = tarfile.TarInfo(f"{sample['__key__']}.{suffix}")
-                member.size, member.mode = len(sample[suffix]), 0o444
-                member.uname = member.gname = "root"
-                tar.addfile(member, io.BytesIO(sample[suffix]))
-
-
-def _prepare(files: dict[str, bytes], resize: int | None, where: str) -> dict[str, bytes]:
-    """Checks that every picture can be decoded, and makes it smaller where that is asked for."""
-    return {
-        suffix: _prepare_picture(content, suffix.rpartition(".")[2], resize, where) if is_picture(suffix) else content
-        for suffix, content in files.items()
-    }
-
-
-def _prepare_picture(content: bytes, kind: str, resize: int | None, where: str) -> bytes:
-    picture = decode_picture(content, where)
-    if resize is None or min(picture.size) <= resize:
-        return content
-    scale = resize / min(picture.size)
-    size = tuple(max(resize, round(side * scale)) for side in picture.size)
-    buffer = io.BytesIO()
-    smaller = picture.resize(size, Image.Resampling.BICUBIC)
-    if kind == "jpg":
-        smaller.save(buffer, "JPEG", quality=95)
-    else:
-        smaller.save(buffer, "PNG" if kind == "png" else "WEBP", **({"lossless": True} if kind == "webp" else {}))
-    return buffer.getvalue()
+def _work(job: _Job) -> LeftOut:
+    return write_shard_of(*_worker, *job)
 
 
 def write_stream(output: Path, name: str, metric: str | None) -> None:
@@ -331,9 +347,9 @@ def write_stream(output: Path, name: str, metric: str | None) -> None:
             sizes[split] = index["samples"]
     if not {"train", "test"} <= sizes.keys():
         return
-    entry |= {"class_names": "classnames.txt", "templates": TEMPLATES} if metric is None else {"metric": metric}
+    entry |= {"class_names": CLASS_NAMES, "templates": TEMPLATES} if metric is None else {"metric": metric}
     entry["sizes"] = sizes
     content = {"name": name, "tasks": [entry]}
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-    write_atomically(output / "stream.yaml", text)
+    write_atomically(output / _STREAM, text)
     Stream.load(output)
