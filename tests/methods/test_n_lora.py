@@ -51,7 +51,7 @@ def learn(adapter: LoRALinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 
 
 def collisions(make: Callable[[list[torch.Tensor]], LoRALinear]) -> float:
-    """The share of weights that both of two tasks change by more than 0.02; each task's answers need two inputs alone."""
+    """The share of weights that both of two tasks change by more than 0.02; a task needs two inputs alone."""
     updates, rows = [], []
     for task in range(2):
         generator = torch.Generator().manual_seed(task)
