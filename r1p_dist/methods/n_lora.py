@@ -63,7 +63,7 @@ class NLora(LowRankMethod):
 
     paper = "arXiv 2410.10179"
     stores = "A and B of each task"
-    tiny = {"rank": 4, "weight": 0.01}
+    tiny = {"rank": 4, "weight": 0.01, "dropout": 0.0}
     adapters: list[SparseLinear]
 
     class Options(LowRankOptions):
