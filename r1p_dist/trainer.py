@@ -39,7 +39,7 @@ class TaskTrainer:
         self._parameters = method.trainable_parameters()
         self._further: dict[str, Iterator[list[Batch]]] = {}
         self._loaders: dict[str, TrainLoader] = {}
-        self.step_number = 0
+        self.step_number, self.lr = 0, model.lr
         if method.columns and "nvme" in str(model.engine.config):
             raise InputError(
                 f"method={method.config.method} keeps {', '.join(method.columns)}, which cannot go to NVMe"
@@ -77,6 +77,7 @@ class TaskTrainer:
         self._meter.note(loss, terms)
 
     def update(self) -> None:
+        self.lr = self._model.lr  # the schedule moves on with the step
         self._model.update()
         self._agreement.end_step()
 

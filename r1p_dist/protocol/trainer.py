@@ -36,6 +36,7 @@ class Trainer(Protocol):
     """The engine of one stage, as a method sees it. Names are those of `Method.trainable_parameters`."""
 
     step_number: int  # optimizer steps done in the stage
+    lr: float  # the learning rate of the last step
 
     def backward(self, batch: Batch) -> None:
         """Runs the method's loss of one micro batch and its backward; each term is logged."""
