@@ -44,13 +44,16 @@ class BoostedLinear(LoRALinear):
     def boost(self) -> None:
         """Merges the booster in training; whoever calls this makes A and B anew. A collective under ZeRO-3."""
         if self.is_chosen:
-            self.set_boosters(self.update())
+            self._set_boosters(self.update())
 
-    def set_boosters(self, boosters: Factors | None) -> None:
+    def _set_boosters(self, boosters: Factors) -> None:
         """Makes these what the weight has beside finished tasks' updates."""
-        if boosters is not None or self.boosters is not None:
-            self.boosters = boosters
-            self.set_weight(self.merged if boosters is None else [*self.merged, boosters])
+        self.boosters = boosters
+        self.set_weight([*self.merged, boosters])
+
+    def set_merged(self, updates: Sequence[Factors]) -> None:
+        self.boosters = None  # those of a finished task are among the updates
+        super().set_merged(updates)
 
     def state(self) -> dict[str, torch.Tensor]:
         if self.boosters is None:
@@ -59,7 +62,8 @@ class BoostedLinear(LoRALinear):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         A, B = (state[f"boosters.{name}"].to(self.past_B.device) for name in "AB")
-        self.set_boosters(Factors(A, B, self.scaling) if len(A) else None)
+        if len(A):
+            self._set_boosters(Factors(A, B, self.scaling))
 
 
 class XgbLora(LowRankMethod):
@@ -93,8 +97,6 @@ class XgbLora(LowRankMethod):
     def prepare(self, index: int) -> None:
         super().prepare(index)
         self._index = index
-        for adapter in self.adapters:
-            adapter.set_boosters(None)
         self._choose(0)
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
