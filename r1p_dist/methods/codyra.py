@@ -30,7 +30,7 @@ class Codyra(LowRankMethod):
 
         rank: Count = 16
         """Rank of the update of each linear before gates close."""
-        dense: Probability = 0.5
+        dense_share: Probability = 0.5
         """Share of a task's steps before the first threshold."""
         threshold: NotNegative = 0.005
         """The last level; the first is 0. Not times the learning rate."""
@@ -50,7 +50,7 @@ class Codyra(LowRankMethod):
 
     def threshold(self, step: int) -> float:
         """Returns the threshold after step `step` (from 0)."""
-        options, dense = self.options, self.options.dense * self._iterations
+        options, dense = self.options, self.options.dense_share * self._iterations
         if step < dense or options.levels == 1:
             return 0.0 if step < dense else options.threshold
         level = int((step - dense) * options.levels / (self._iterations - dense))
