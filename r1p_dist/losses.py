@@ -1,4 +1,5 @@
-"""The losses: contrastive with label-equality targets, and the activation-guided orthogonal (AGO) loss."""
+"""The losses: contrastive with label-equality targets, a teacher's similarities, and the activation-guided orthogonal
+(AGO) loss."""
 
 from collections.abc import Sequence
 
@@ -32,6 +33,32 @@ def contrastive_loss(
     all_image = gather_with_gradient(image, image_gather)
     text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets)
     return (image_to_text + text_to_image) / 2
+
+
+def distillation_loss(
+    image: torch.Tensor,
+    teacher_image: torch.Tensor,
+    teacher_text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    temperature: float,
+) -> torch.Tensor:
+    """Returns this rank's part of ZSCL's distillation over the global batch: T^2 times the cross entropy between the
+    teacher's similarities, softened by T, and the model's, over all texts for each image and over all images for each
+    text.
+
+    image (n, d): unit-norm features with gradient; teacher_image, teacher_text (n, d): the teacher's, of this rank's
+    samples. The mean over ranks is the loss of the global batch.
+    Source: ZSCL's released code, where the model's images too are compared with the teacher's texts.
+    """
+
+    def soft_cross_entropy(taught: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        scale = logit_scale / temperature
+        return temperature**2 * F.cross_entropy(scale * found, (scale * taught).softmax(1))
+
+    all_text, all_teacher_image = gather(teacher_text), gather(teacher_image)
+    of_images = soft_cross_entropy(teacher_image @ all_text.T, image @ all_text.T)
+    all_image = gather_with_gradient(image)
+    return of_images + soft_cross_entropy(teacher_text @ all_teacher_image.T, teacher_text @ all_image.T)
 
 
 def ago_term(current: torch.Tensor, past: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ def stage_data(
     """Returns the data of stage `index`. reference: tasks of the stream `data.reference`."""
     stage, past = stages[index], [task for before in stages[:index] for task in before.tasks]
     further = {
-        name: train_loader(config, request.tasks, stage.iterations, encoder)
+        name: train_loader(config, request.tasks, stage.iterations, encoder, kept=request.kept)
         for name, request in method.further_data(stage, past).items()
     }
     train = train_loader(config, stage.tasks, stage.iterations, encoder, past=past, reference=reference)

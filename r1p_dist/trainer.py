@@ -1,10 +1,11 @@
 """The training of one stage as a method sees it (protocol/trainer.py), on a DeepSpeed engine at any ZeRO stage."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from r1p_dist.backbones.backbone import Batch
 from r1p_dist.checkpoint import TensorFile, write_stored
@@ -38,7 +39,7 @@ class TaskTrainer:
         self._parameters = method.trainable_parameters()
         self._further: dict[str, Iterator[list[Batch]]] = {}
         self._loaders: dict[str, TrainLoader] = {}
-        self.step_number = 0
+        self.step_number, self.lr = 0, model.lr
         if method.columns and "nvme" in str(model.engine.config):
             raise InputError(
                 f"method={method.config.method} keeps {', '.join(method.columns)}, which cannot go to NVMe"
@@ -76,13 +77,14 @@ class TaskTrainer:
         self._meter.note(loss, terms)
 
     def update(self) -> None:
+        self.lr = self._model.lr  # the schedule moves on with the step
         self._model.update()
         self._agreement.end_step()
 
-    def edit(self, function: Callable[..., torch.Tensor], *columns: str) -> None:
-        for part in self._parts("value", *columns):
+    def edit(self, function: Callable[..., torch.Tensor], *columns: str, only: Collection[str] | None = None) -> None:
+        for part in self._parts("value", *columns, only=only):
             part["value"].copy_(function(part["value"], *(part[name] for name in columns)))
-        self._write_back("value")
+        self._write_back("value", only)
 
     def edit_column(self, column: str, function: Callable[..., torch.Tensor], *columns: str) -> None:
         for part in self._parts(column, "value", *columns):
@@ -97,10 +99,14 @@ class TaskTrainer:
 
     @contextmanager
     def weights(self, column: str) -> Iterator[None]:
+        # at stage 0 in fp32 a parameter is the optimizer's own value, which would be lost
+        own = [(value, value.clone()) for value in self._shared_values()]
         self._write_back(column)
         try:
             yield
         finally:
+            for value, kept in own:
+                value.copy_(kept)
             self._write_back("value")
 
     def restart_moments(self) -> None:
@@ -110,18 +116,28 @@ class TaskTrainer:
         set_adam_steps(self._model.engine, 0)
 
     @torch.no_grad()
-    def _parts(self, *columns: str) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields this rank's parts of each parameter by column; none twice."""
-        for parameter in self._parameters.values():
+    def _parts(self, *columns: str, only: Collection[str] | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields this rank's parts of each parameter, or of some, by column; none twice."""
+        for parameter in self._chosen(only):
             part = part_of(self._model.engine, parameter, columns)
             if part is not None:
                 yield part.columns
 
+    def _chosen(self, only: Collection[str] | None) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self._parameters.items() if only is None or name in only]
+
+    def _shared_values(self) -> Iterator[torch.Tensor]:
+        """Yields the optimizer's values that are the model's own parameters."""
+        for parameter in self._parameters.values():
+            part = part_of(self._model.engine, parameter, ("value",))
+            if part is not None and part.columns["value"].data_ptr() == parameter.data_ptr():
+                yield part.columns["value"]
+
     @torch.no_grad()
-    def _write_back(self, column: str) -> None:
+    def _write_back(self, column: str, only: Collection[str] | None = None) -> None:
         """Gives the model the numbers of a column, of all ranks' parts; one sum over ranks for each parameter."""
         is_shared = self._model.engine.zero_optimization_stage() > 0
-        for parameter in self._parameters.values():
+        for parameter in self._chosen(only):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             part = part_of(self._model.engine, parameter, (column,))
             if is_shared:

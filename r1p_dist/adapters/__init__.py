@@ -1,5 +1,7 @@
 """Adapters: frozen linears with a trainable low-rank update that is merged into the weight."""
 
+from r1p_dist.adapters.gated import GatedLinear as GatedLinear
+from r1p_dist.adapters.gated import shrink as shrink
 from r1p_dist.adapters.lora import LoRALinear as LoRALinear
 from r1p_dist.adapters.low_rank import FusedProjection as FusedProjection
 from r1p_dist.adapters.low_rank import LayerPlan as LayerPlan

@@ -240,13 +240,18 @@ def train_loader(
     encoder: Encoder,
     past: Sequence[Task] = (),
     reference: Sequence[Task] = (),
+    kept: int | None = None,
 ) -> TrainLoader:
     """Return this rank's training loader; a run that is scored on the test split trains on the validation split too.
 
     iterations: None for those of an epoch. past: the tasks that were trained before, for data.replay_share. reference:
-    those of data.reference.
+    those of data.reference. kept: samples of each class, or of each task of conversations, in place of data.shots and
+    data.samples.
     """
     data = config.data
+    shots, samples = data.shots, data.samples
+    if kept is not None:
+        shots, samples = (None, kept) if tasks[0].is_instruction else (kept, None)
     extras = [Extra("replay", past, data.replay_share), Extra("reference", reference, data.reference_share)]
     return TrainLoader(
         tasks,
@@ -257,8 +262,8 @@ def train_loader(
         world_size=world_size(),
         encoder=encoder,
         seed=config.seed,
-        shots=data.shots,
-        samples=data.samples,
+        shots=shots,
+        samples=samples,
         include_validation=data.evaluate_on == "test",
         workers=data.workers,
         extras=[extra for extra in extras if extra.tasks and extra.share],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import model_validator
 
-from r1p_dist.adapters import LoRALinear, Routing
+from r1p_dist.adapters import LoRALinear
 from r1p_dist.config import Count, Probability, Section
 from r1p_dist.distributed import gathered, owner, rank
 from r1p_dist.protocol import InputMoments, LowRankMethod, Stage, Trainer
@@ -49,15 +49,10 @@ class InfLora(LowRankMethod):
 
     options: Options
 
-    def build(self) -> None:
-        options, targets = self.options, self.config.targets
-
-        def make(slot: Slot, routing: Routing) -> LoRALinear:
-            return LoRALinear(slot.linear, options.rank, alpha=options.rank, rows=slot.rows)
-
-        self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
-        for adapter in self.adapters:
-            adapter.A.requires_grad_(False)
+    def make_adapter(self, slot: Slot) -> LoRALinear:
+        adapter = LoRALinear(slot.linear, self.options.rank, alpha=self.options.rank, rows=slot.rows)
+        adapter.A.requires_grad_(False)
+        return adapter
 
     def stages(self, stream) -> list[Stage]:
         stages = super().stages(stream)

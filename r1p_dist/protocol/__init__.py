@@ -1,5 +1,8 @@
 """What a method is, and what it may ask of the training: see docs/add_a_method.md."""
 
+from r1p_dist.protocol.distilled import DistilledMethod as DistilledMethod
+from r1p_dist.protocol.distilled import DistilledOptions as DistilledOptions
+from r1p_dist.protocol.full import FullMethod as FullMethod
 from r1p_dist.protocol.low_rank import LowRankMethod as LowRankMethod
 from r1p_dist.protocol.low_rank import LowRankOptions as LowRankOptions
 from r1p_dist.protocol.method import DataRequest as DataRequest

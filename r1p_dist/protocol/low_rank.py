@@ -35,12 +35,17 @@ class LowRankMethod(Method):
     adapters: list[LoRALinear]
 
     def build(self) -> None:
-        options, targets = self.options, self.config.targets
+        targets = self.config.targets
 
         def make(slot: Slot, routing: Routing) -> LoRALinear:
-            return self.layer(slot.linear, options.rank, options.alpha, options.dropout, rows=slot.rows)
+            return self.make_adapter(slot)
 
         self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
+
+    def make_adapter(self, slot: Slot) -> LoRALinear:
+        """Returns what is put in a slot."""
+        options = self.options
+        return self.layer(slot.linear, options.rank, options.alpha, options.dropout, rows=slot.rows)
 
     def trained(self) -> dict[str, Update]:
         return {adapter.name: adapter.update() for adapter in self.adapters}

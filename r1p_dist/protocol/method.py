@@ -32,9 +32,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class DataRequest:
-    """A stream of batches beside the stage's own: of these tasks, with as many samples per step as a step has."""
+    """A stream of batches beside the stage's own: of these tasks, with as many samples per step as a step has.
+
+    kept: how many samples of each class, or of each task of conversations; None: those that a task trains on.
+    """
 
     tasks: tuple[Task, ...]
+    kept: int | None = None
 
 
 class NoOptions(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -36,6 +36,7 @@ class Trainer(Protocol):
     """The engine of one stage, as a method sees it. Names are those of `Method.trainable_parameters`."""
 
     step_number: int  # optimizer steps done in the stage
+    lr: float  # the learning rate of the last step
 
     def backward(self, batch: Batch) -> None:
         """Runs the method's loss of one micro batch and its backward; each term is logged."""
@@ -51,8 +52,9 @@ class Trainer(Protocol):
     def update(self) -> None:
         """Makes the optimizer step, after one `backward` for each micro batch or one `backward_gradients`."""
 
-    def edit(self, function: Callable[..., torch.Tensor], *columns: str) -> None:
-        """Replaces every trained value by function(value, *columns), elementwise; each rank does its parts.
+    def edit(self, function: Callable[..., torch.Tensor], *columns: str, only: Collection[str] | None = None) -> None:
+        """Replaces every trained value, or those of the parameters named by `only`, by function(value, *columns),
+        elementwise; each rank does its parts.
 
         The optimizer's own fp32 values are edited, so that the next step goes on from them.
         """

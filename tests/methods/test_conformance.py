@@ -92,7 +92,7 @@ def train(name: str, overrides: list[str]) -> dict[str, Any]:
     for task in range(TASKS):
         tasks = tuple(SimpleNamespace(name=f"t{number}") for number in range(TASKS))
         trainer = stages.begin(task, tasks)
-        for number, request in enumerate(method.further_data(stages.stage, ())):
+        for number, request in enumerate(method.further_data(stages.stage, tasks[:task])):
             trainer.add_stream(request, Loader(7 + number, STEPS[task], accumulation))
         prepare = backbone.preparer(PROMPTS)
         for step, batches in enumerate(Loader(task, STEPS[task], accumulation).steps()):
