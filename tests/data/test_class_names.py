@@ -11,6 +11,7 @@ import pytest
 from r1p_dist.data.convert.class_names import class_name, classes_among, named_classes
 from r1p_dist.data.convert.records import Files, Source
 from r1p_dist.data.convert.sources import SourceOptions, open_source
+from r1p_dist.data.pictures import decode_picture
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.data.stream import read_class_names
 from r1p_dist.errors import InputError
@@ -37,19 +38,9 @@ def convert_table(root: Path, values: list[str]) -> tuple[dict[int, str], Source
     source = open_source(str(root / "t.csv"), None, SourceOptions())
     run(source, root / "out")
     found = labels_in(root / "out")
-    images = [ShardDataset([root / "out/train/000000.tar"], source.class_names).read(i) for i in range(len(values))]
-    assert len(found) == len(images) == len(values)
-    by_number = {}
-    for number in range(len(values)):
-        put(root / "one/x/1.png", picture(number, "PNG"))
-        by_number[number] = found[_decoded(picture(number, "PNG"))]
-    return by_number, source
-
-
-def _decoded(content: bytes) -> bytes:
-    from r1p_dist.data.pictures import decode_picture
-
-    return decode_picture(content, "k").tobytes()
+    return {
+        number: found[decode_picture(picture(number, "PNG"), "k").tobytes()] for number in range(len(values))
+    }, source
 
 
 @pytest.mark.parametrize("space", ["\r", "\r\n", "\n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u00a0", "  "])

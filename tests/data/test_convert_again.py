@@ -112,7 +112,7 @@ def test_a_picture_of_the_same_size_and_another_time_is_read_again(pictures: Pat
     index = convert(photos, pictures / "out")
     convert(photos, pictures / "fresh")
     assert contents(pictures / "out") == contents(pictures / "fresh")
-    assert index["skipped"] == [] or index["samples"] == 17
+    assert index["samples"] + len(index["skipped"]) == 18
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-512])])

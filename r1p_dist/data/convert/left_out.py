@@ -41,10 +41,12 @@ class LeftOut:
         reasons = sorted(self._counts)
         return {reason: {"count": self._counts[reason], "examples": self._examples[reason]} for reason in reasons}
 
-    def lines(self) -> list[str]:
-        """Return a line per reason, the most frequent first."""
+    def lines(self, are_losses: bool = False) -> list[str]:
+        """Return a line per reason, the most frequent first; are_losses: of those alone that count as a loss."""
         texts = []
         for reason, count in sorted(self._counts.items(), key=lambda entry: -entry[1]):
+            if are_losses and reason in _NO_LOSS:
+                continue
             examples = self._examples[reason]
             texts.append(f"{count} {reason}: {', '.join(examples)}{', ...' if count > len(examples) else ''}")
         return texts

@@ -142,7 +142,7 @@ def _metric_of(source: Source, output: Path, metric: str | None) -> str | None:
 
 def _refuse_losses(left_out: LeftOut, is_strict: bool) -> None:
     if is_strict and left_out.losses:
-        lines = "; ".join(line for line in left_out.lines())
+        lines = "; ".join(left_out.lines(are_losses=True))
         raise InputError(
             f"--strict: {left_out.losses} would be left out: {lines}; mend them or convert without --strict"
         )
