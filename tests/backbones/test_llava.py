@@ -12,11 +12,11 @@ from transformers import AutoModelForImageTextToText, LlavaImageProcessorPil
 
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_backbone, load_llava
+from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
-from r1p_dist.kinds.llava.conversations import IGNORED, ConversationEncoder
 from r1p_dist.kinds.llava.weights import read_config
 from r1p_dist.methods import make_method
 from r1p_dist.protocol import InputMoments

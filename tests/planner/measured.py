@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from r1p_dist.backbones import Backbone, ClipBackbone, LlavaBackbone
+from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.checkpoint import save_memory, save_updates
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import world_size
 from r1p_dist.fit import train_step
-from r1p_dist.kinds.llava.conversations import IGNORED
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
 from tests import small_clip, small_llava

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.adapters.pool import vote_ahead
 from r1p_dist.backbones.compiling import compile_blocks
+from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
@@ -29,7 +30,6 @@ from r1p_dist.data import Stream
 from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
-from r1p_dist.kinds.llava.conversations import IGNORED, ConversationEncoder
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 
 from r1p_dist.backbones import LlavaBackbone
+from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
-from r1p_dist.kinds.llava.conversations import IGNORED
 from r1p_dist.kinds.llava.shapes import SHAPES
 from r1p_dist.kinds.llava.weights import build_on_meta, read_config, read_processor
 from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape

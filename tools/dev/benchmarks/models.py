@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
-from r1p_dist.kinds.llava.conversations import IGNORED
+from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.kinds.llava.shapes import SHAPES
 from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source

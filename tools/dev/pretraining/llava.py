@@ -44,7 +44,7 @@ from pretraining.clip import MODEL_CONFIG
 from pretraining.conversations import Facts, Questioner, Turn, read_facts
 from pretraining.log import open_log
 from pretraining.pairs import IMAGE_SIZE, normalise, read_held_out_pairs, read_training_pairs
-from r1p_dist.kinds.llava.conversations import IGNORED
+from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.kinds.open_clip.hf import BLOCK_NAMES, OUTSIDE_NAMES
 
 VOCABULARY = 5120
