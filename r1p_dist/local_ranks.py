@@ -75,18 +75,22 @@ def _wait(processes: Sequence[subprocess.Popen], asked: Sequence[int]) -> int:
             return EXIT_CTRL_C
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None:
-            return _end(processes, failed)
+            return _end(processes, failed, asked)
         if None not in codes:
             return 0
         time.sleep(_LOOK_S)
 
 
-def _end(processes: Sequence[subprocess.Popen], failed: int) -> int:
+def _end(processes: Sequence[subprocess.Popen], failed: int, asked: Sequence[int]) -> int:
     code = processes[failed].returncode
-    if code == EXIT_INTERRUPTED:
+    was_leaving = -code in asked  # its part was done, and it no longer listened
+    if code == EXIT_INTERRUPTED or was_leaving:
         until = time.monotonic() + _SAVING_S
         while any(process.poll() is None for process in processes) and time.monotonic() < until:
             time.sleep(_LOOK_S)
+    if was_leaving:
+        codes = [process.returncode for rank, process in enumerate(processes) if rank != failed]
+        return next((each for each in codes if each), 0)
     if code > 0:
         return code
     reason = signal.Signals(-code).name

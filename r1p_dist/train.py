@@ -119,10 +119,10 @@ def train_stages(
         log.say(summary(index, stage, session.stages, scores.write()))
     session.checkpoints.wait()
     metrics = scores.write()
-    log.status("finished", steps_left=0)
     if rank() == 0:
         from r1p_dist.report import write_report  # which draws: its library is for this rank and moment alone
 
         write_report(config.run_dir)
+    log.status("finished", steps_left=0)  # not before: a run that is ended while it draws is to draw again
     log.say(ending(metrics, config.run_dir / REPORT_FILE))
     return metrics

@@ -131,7 +131,10 @@ if what == "wrong" and rank == 0:
     sys.exit(2)
 if what == "deaf":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-if what != "done":
+if what == "leaves":
+    signal.signal(signal.SIGINT, signal.SIG_DFL if rank else lambda *_: None)
+    time.sleep(60 if rank else 2)
+elif what != "done":
     time.sleep(60)
 """
 
@@ -143,6 +146,7 @@ if what != "done":
         ("wrong", 0, 2, ""),
         ("killed", 0, EXIT_INPUT, "error: rank 1 was ended by SIGKILL; so the kernel ends what takes too much memory"),
         ("waits", 1, EXIT_INTERRUPTED, ""),
+        ("leaves", 1, 0, ""),  # rank 1 has done its part, rank 0 ends the run
         ("deaf", 2, EXIT_CTRL_C, "interrupted: ended at once; the last checkpoint stays"),
     ],
 )
