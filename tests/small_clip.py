@@ -11,9 +11,10 @@ TEXT = {"context_length": 10, "vocab_size": 60, "width": 32, "heads": 2, "layers
 CONFIG = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
 
 
-def make_clip(seed: int = 0) -> open_clip.model.CustomTextCLIP:
+def make_clip(seed: int = 0, layers: int = 2) -> open_clip.model.CustomTextCLIP:
     torch.manual_seed(seed)
-    model = open_clip.model.CustomTextCLIP(**CONFIG, nonscalar_logit_scale=True)
+    towers = {"vision_cfg": VISION | {"layers": layers}, "text_cfg": TEXT | {"layers": layers}}
+    model = open_clip.model.CustomTextCLIP(**CONFIG | towers, nonscalar_logit_scale=True)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -29,5 +30,5 @@ def tokenize(prompts: list[str]) -> torch.Tensor:
     return tokens
 
 
-def make_backbone(seed: int = 0) -> ClipBackbone:
-    return ClipBackbone(make_clip(seed), tokenize, {"size": 16})
+def make_backbone(seed: int = 0, layers: int = 2) -> ClipBackbone:
+    return ClipBackbone(make_clip(seed, layers), tokenize, {"size": 16})
