@@ -52,6 +52,7 @@ def run(config: RunConfig, lock_patience_s: float = 0) -> dict:
     agreement = StepAgreement(device)
     stop = partial(stop_if_asked, agreement, session)
     evaluator = make_evaluator(config.evaluation, backbone, test_loaders, stop, watchdog.moved)
+    evaluator.select = method.select
     try:
         session.log.say(f"{config.method} on {stream.name}: {len(stream.tasks)} tasks, {world_size()} ranks")
         return train_stages(data, session, Scores(stream, evaluator, session), agreement, watchdog)
