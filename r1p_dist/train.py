@@ -66,6 +66,7 @@ def _run(config: RunConfig, lock_patience_s: float) -> dict:
         session.log.advance()
 
     evaluator = make_evaluator(config.evaluation, backbone, test_loaders, stop, on_batch)
+    evaluator.select = method.select
     try:
         session.log.say(f"{config.method} on {stream.name}: tasks: {len(stream.tasks)}, ranks: {world_size()}")
         return train_stages(data, session, Scores(stream, evaluator, session), agreement, watchdog)

@@ -45,7 +45,9 @@ class Stages:
             pass
         self.method.end(self.stage, self.trainer)
         self.updates.append(self.method.updates())
-        self.memory.append(self.method.memory())
+        parts: list[dict] = [{}] * world_size()
+        torch.distributed.all_gather_object(parts, self.method.memory())
+        self.memory.append({name: value for part in parts for name, value in part.items()})  # as from a run's files
         self.deploy(self.method.deployed(len(self.updates)))
 
     def deploy(self, stages: list[int]) -> None:

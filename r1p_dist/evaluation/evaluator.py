@@ -1,6 +1,7 @@
 """What every evaluation shares: whole tasks, one after another, each with its loader."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,6 +15,7 @@ class Evaluator:
 
     loaders: one per task name; they have the same number of batches on every rank, because ZeRO-3 gathers weights in
     each forward. before_task and on_batch are called before every task and after every batch: a place to look up.
+    select: gives a context in which the model is the one for a task, where a method has one for each.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class Evaluator:
     ):
         self.backbone, self.loaders = backbone, loaders
         self.before_task, self.on_batch = before_task, on_batch
+        self.select: Callable[[Task], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
     def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
@@ -33,7 +36,8 @@ class Evaluator:
         results = []
         for task in tasks:
             self.before_task()
-            results.append(self.evaluate_task(model, task, self.loaders[task.name]))
+            with self.select(task):
+                results.append(self.evaluate_task(model, task, self.loaders[task.name]))
         self.backbone.train()
         return results
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from r1p_dist.adapters import Factors, LoRALinear, Update
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.config import Count, NotNegative, Section
+from r1p_dist.config import Count, NotNegative, Positive, Section
 from r1p_dist.distributed import gathered
 from r1p_dist.protocol import InputMoments, LowRankMethod, Stage, Trainer
 
@@ -64,13 +64,14 @@ class Loda(LowRankMethod):
 
     Deviations: on the linears that `targets` names and both towers, where the paper has a ViT's fused qkv; the
     contrastive loss, not cosine heads with margins; AdamW, not SGD. Gradient-aligned optimisation, whose halves of a
-    batch have disjoint classes and a step each, is left out: the contrastive loss does not split so. The ridge that
-    M_past needs begins at what fp32 resolves, not at 1e-12. A linear has at most half as many ranks as it is wide.
+    batch have disjoint classes and a step each, is left out: the contrastive loss does not split so. The ridge on
+    M_past is an option, where the code takes what a Cholesky factor needs. A branch has at most half as many ranks as
+    a linear is wide.
     """
 
     paper = "arXiv 2603.00191"
     stores = "a second moment (in, in) per layer input"
-    tiny = {"rank": 3, "batches": 2}
+    tiny = {"rank": 3, "batches": 2, "ridge": 0.1}
     adapters: list[BranchesLinear]
 
     class Options(Section):
@@ -84,6 +85,8 @@ class Loda(LowRankMethod):
         """Weight of the isolation branch."""
         gamma: NotNegative = 3.0
         """Weight of the new task's inputs in the merge."""
+        ridge: Positive = 1e-3
+        """In units of past inputs' mean square, what a direction that they lack counts as; else noise would decide."""
         passes: Literal[1, 2] = 1
         """Moments that a task leaves: those before its merge, or as in the released code those after it too."""
         batches: Count | None = None
@@ -104,7 +107,8 @@ class Loda(LowRankMethod):
         by_name = {adapter.name: adapter for adapter in self.adapters}
 
         def design(layer: str) -> torch.Tensor:
-            return designed_rows(inputs.moments[layer], self._past_moment(layer), by_name[layer].branch_rank)
+            rank, ridge = by_name[layer].branch_rank, self.options.ridge
+            return designed_rows(inputs.moments[layer], self._past_moment(layer), rank, ridge)
 
         for layer, rows in trainer.by_layer(inputs.layers, design).items():
             for name in inputs.layers[layer]:
@@ -161,23 +165,22 @@ class Loda(LowRankMethod):
         return None if self._past is None else self._past[f"{layer}.moment"].to(self.backbone.device)
 
 
-def designed_rows(current: torch.Tensor, past: torch.Tensor | None, count: int) -> torch.Tensor:
+def designed_rows(current: torch.Tensor, past: torch.Tensor | None, count: int, ridge: float) -> torch.Tensor:
     """Returns `count` general rows above as many isolation rows, (2 count, in); zeros for those without a past."""
     total = current if past is None else current + past
     general = _leading(total.double(), count)
-    isolated = torch.zeros_like(general) if past is None else isolation_columns(current, past, count)
+    isolated = torch.zeros_like(general) if past is None else isolation_columns(current, past, count, ridge)
     return torch.cat([general, isolated], dim=1).T.float() / 3**0.5
 
 
-def isolation_columns(current: torch.Tensor, past: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns an orthonormal basis (in, count), fp64, of what maximises x current x / x past x."""
+def isolation_columns(current: torch.Tensor, past: torch.Tensor, count: int, ridge: float) -> torch.Tensor:
+    """Returns an orthonormal basis (in, count), fp64, of what maximises x current x / x past x.
+
+    ridge: added to past's diagonal, in units of its mean.
+    """
     current, past = current.double(), past.double()
-    ridge = 1e-6 * past.diagonal().mean().clamp(min=1e-6)
-    eye = torch.eye(len(past), dtype=past.dtype, device=past.device)
-    L, failed = torch.linalg.cholesky_ex(past + ridge * eye)
-    while failed:
-        ridge = 10 * ridge
-        L, failed = torch.linalg.cholesky_ex(past + ridge * eye)
+    floor = ridge * past.diagonal().mean().clamp(min=1e-12) * torch.eye(len(past), dtype=past.dtype, device=past.device)
+    L = torch.linalg.cholesky(past + floor)
     half = torch.linalg.solve_triangular(L, current, upper=False)
     white = torch.linalg.solve_triangular(L, half.T, upper=False)
     columns = torch.linalg.solve_triangular(L.T, _leading((white + white.T) / 2, count), upper=True)

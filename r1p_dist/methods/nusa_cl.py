@@ -24,18 +24,18 @@ class NullSpaceLinear(LoRALinear):
 
     def __init__(self, linear: nn.Linear, rank: int, rows: slice | None) -> None:
         super().__init__(linear, rank, alpha=rank, rows=rows)
+        self.directions = rank
         self.A.requires_grad_(False)
         self.B.requires_grad_(False)
         self.M = nn.Parameter(linear.weight.new_zeros(rank, rank))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Begins anew: M zero; `set_directions` follows. A collective under ZeRO-3."""
-        if not hasattr(self, "M"):  # where LoRALinear is made
-            super().reset(generator)
-            return
-        with gathered([self.M], modify=True):
-            self.M.zero_()
+        """Begins anew: B and M zero; `set_directions` follows. A collective under ZeRO-3."""
+        super().reset(generator)
+        if hasattr(self, "M"):  # not yet where LoRALinear is made
+            with gathered([self.M], modify=True):
+                self.M.zero_()
 
     @torch.no_grad()
     def set_directions(self, both: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ class NusaCl(LowRankMethod):
             with gathered([adapter.linear.weight]):
                 if rank() == owner(number):
                     weight = adapter.linear.weight[adapter.rows].detach().float()
-                    own[adapter.name] = trailing(weight, len(adapter.M), self.options.energy)
+                    own[adapter.name] = trailing(weight, adapter.directions, self.options.energy)
         directions = trainer.by_layer([adapter.name for adapter in self.adapters], own.__getitem__)
         for adapter in self.adapters:
             adapter.set_directions(directions[adapter.name])

@@ -1,6 +1,8 @@
 """Classification of a split: by the weights alone, of pictures as they are, against plain open_clip."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import nn
 from r1p_dist import attach_pool
 from r1p_dist.backbones import ClipBackbone
 from r1p_dist.config import DataConfig
-from r1p_dist.data import evaluation_loaders
+from r1p_dist.data import Task, evaluation_loaders
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.recipes import load_config
@@ -70,6 +72,26 @@ def test_a_split_is_scored_by_the_weights_alone_on_whole_pictures(tmp_path: Path
     # in training it would be another model
     evaluator.backbone.eval = lambda: None
     assert evaluator.evaluate(backbone, [task])[0].scores.tolist() != result.scores.tolist()
+
+
+def test_each_task_is_evaluated_with_the_model_that_is_selected_for_it(tmp_path: Path) -> None:
+    tasks = [make_task(tmp_path, name, [0, 1], ["apple", "fig"]) for name in ("one", "other")]
+    backbone, selected, seen = make_backbone(), [], []
+    config = load_config("mini_mtil", [])
+    tasks = [replace(task, test=task.train, sizes={}) for task in tasks]
+    loaders = evaluation_loaders(config, tasks, backbone.encoder(config.data))
+    evaluator = make_evaluator(config.evaluation, backbone, loaders)
+
+    @contextmanager
+    def select(task: Task) -> Iterator[None]:
+        selected.append(task.name)
+        yield
+        selected.pop()
+
+    evaluator.select = select
+    evaluator.evaluate_task = lambda model, task, loader: seen.append((task.name, [*selected]))
+    evaluator.evaluate(backbone, tasks)
+    assert seen == [("one", ["one"]), ("other", ["other"])] and not selected
 
 
 def test_training_pictures_are_cropped_only_where_that_is_asked_for(tmp_path: Path) -> None:

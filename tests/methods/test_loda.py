@@ -14,7 +14,7 @@ def moment(seed: int, size: int = 8) -> torch.Tensor:
 
 def test_general_rows_lead_the_summed_moments_and_isolation_rows_the_ratio() -> None:
     current, past = moment(1), moment(2)
-    rows = designed_rows(current, past, 3)
+    rows = designed_rows(current, past, 3, 1e-9)
     general, isolated = 3**0.5 * rows[:3], 3**0.5 * rows[3:]
     top = torch.linalg.svd(current + past)[0][:, :3]
     torch.testing.assert_close((general @ top).abs(), torch.eye(3), atol=1e-4, rtol=0)
@@ -25,10 +25,10 @@ def test_general_rows_lead_the_summed_moments_and_isolation_rows_the_ratio() -> 
     best = torch.linalg.qr(best)[0]
     torch.testing.assert_close(isolated.T @ isolated, best @ best.T, atol=1e-3, rtol=0)
     ratio = lambda x: float(x @ current @ x / (x @ past @ x))  # noqa: E731
-    first = isolation_columns(current, past, 1)[:, 0].float()
+    first = isolation_columns(current, past, 1, 1e-9)[:, 0].float()
     assert ratio(first) == pytest.approx(float(values.real.max()), rel=1e-3)
     assert all(ratio(x) <= ratio(first) * 1.001 for x in torch.randn(200, 8))
-    alone = designed_rows(current, None, 3)
+    alone = designed_rows(current, None, 3, 1e-9)
     assert not alone[3:].any()
     torch.testing.assert_close(
         (3**0.5 * alone[:3] @ torch.linalg.svd(current)[0][:, :3]).abs(), torch.eye(3), atol=1e-4, rtol=0
