@@ -42,8 +42,9 @@ def test_two_nodes_train_what_one_process_trains_and_can_be_watched(toy: list[st
     submit(*SHORT, *toy, *TWO_NODES, f"run_dir={two.folder}")
     wait_until("rank 0 is at work", lambda: two.status.get("state") == "evaluating")
     states = submit("status", str(tmp_path)).stdout.splitlines()
-    assert len(states) == 2 and states[1].split()[:3] == [str(two.folder), "evaluating", "dac"]
-    assert states[1].split()[-1] == two.job
+    folder, state, method, *_, job = states[1].split()
+    assert len(states) == 2 and (folder, method, job) == (str(two.folder), "dac", two.job)
+    assert state in ("evaluating", "training"), "to ask takes longer than to evaluate so few pictures"
     followed = submit("logs", str(two.folder), "-f").stdout
     assert followed == submit("logs", str(two.folder)).stdout and "[2/2] playing_cards" in followed
     assert submit("status", str(tmp_path)).stdout.splitlines()[1].split()[1] == "finished"
