@@ -100,7 +100,7 @@ class Lilora(LowRankMethod):
     paper = "arXiv 2508.06202"
     stores = "B, and of each task a small LoRA of it and a fusion number per linear"
     inference = "task_id"
-    tiny = {"rank": 4, "sub_rank": 2}
+    tiny = {"rank": 4, "sub_rank": 2, "alpha": 4.0}
     adapters: list[NestedLinear]
 
     class Options(LowRankOptions):
