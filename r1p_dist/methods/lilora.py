@@ -82,10 +82,11 @@ class NestedLinear(LoRALinear):
         return {"base": self.weight_of_penalty * (1 - alike) * moved}
 
     def own(self) -> Own:
-        return Own(*full_values(self.Ea, self.Eb, self.fusion))
+        return Own._make(full_values(self.Ea, self.Eb, self.fusion))
 
     def update(self) -> Factors:
-        return self.whole(*full_values(self.A, self.B), self.own())
+        A, B = full_values(self.A, self.B)
+        return self.whole(A, B, self.own())
 
 
 class Lilora(LowRankMethod):
@@ -158,7 +159,7 @@ class Lilora(LowRankMethod):
             adapter.start = self._past[-1][f"{adapter.name}.base"].to(self.backbone.device)
 
     def _own(self, memory: Mapping[str, torch.Tensor], adapter: NestedLinear) -> Own:
-        return Own(*(memory[f"{adapter.name}.{part}"].to(self.backbone.device) for part in Own._fields))
+        return Own._make(memory[f"{adapter.name}.{part}"].to(self.backbone.device) for part in Own._fields)
 
     def memory(self) -> dict[str, torch.Tensor]:
         found = {}
@@ -191,4 +192,5 @@ class Lilora(LowRankMethod):
             return []
         if number == len(self._past):
             return [adapter.update()]
-        return [adapter.whole(*full_values(adapter.A, adapter.B), self._own(self._past[number], adapter))]
+        A, B = full_values(adapter.A, adapter.B)
+        return [adapter.whole(A, B, self._own(self._past[number], adapter))]

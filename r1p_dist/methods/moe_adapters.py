@@ -55,10 +55,11 @@ class Experts(nn.Module):
         return parameter.index_copy(0, self.frozen, self.kept[name].to(parameter.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and self.selected is None:
+        router = self.router if self.training else self.selected
+        if router is None:
             return x.new_zeros(())
         first = x[:, 0]
-        scores = first @ (self.router if self.training else self.selected.to(x.dtype))
+        scores = first @ router.to(x.dtype)
         if self.training and self.options.noisy:
             spread = F.softplus(first @ self.noise) + 1e-2
             scores = scores + spread * torch.randn_like(scores)
