@@ -2,7 +2,7 @@
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,10 +98,10 @@ def _describe(name: str, module: str, attribute: str | None) -> Description:
             if key in ("paper", "stores", "inference") and isinstance(value, ast.Constant):
                 setattr(description, key, value.value)
             if key == "Options" and isinstance(value, ast.Name) and (found := owner.find(value.id)):
-                description.options = list(_options(*found, ""))
+                description.options = _last_of_each(_options(*found, ""))
         for inner in base.body:
             if isinstance(inner, ast.ClassDef) and inner.name == "Options":
-                description.options = list(_options(owner, inner, ""))
+                description.options = _last_of_each(_options(owner, inner, ""))
     return description
 
 
@@ -118,6 +118,11 @@ def _assignments(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
             yield statement.targets[0].id, statement.value
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
             yield statement.target.id, statement.value
+
+
+def _last_of_each(options: Iterable[Option]) -> list[Option]:
+    """Returns the options without those that a later one of the same name, of a class derived, takes the place of."""
+    return list({option.name: option for option in options}.values())
 
 
 def _options(source: _Source, node: ast.ClassDef, prefix: str) -> Iterator[Option]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from r1p_dist.config import RunConfig
 from r1p_dist.distributed import world_size
@@ -45,12 +46,19 @@ class Stages:
             pass
         self.method.end(self.stage, self.trainer)
         self.updates.append(self.method.updates())
-        parts: list[dict] = [{}] * world_size()
-        torch.distributed.all_gather_object(parts, self.method.memory())
-        self.memory.append({name: value for part in parts for name, value in part.items()})  # as from a run's files
+        self.memory.append(of_all_ranks(self.method.memory()))
         self.deploy(self.method.deployed(len(self.updates)))
 
     def deploy(self, stages: list[int]) -> None:
         held = self.method.set_merged([self.updates[index] for index in stages])
         for index, updates in zip(stages, held, strict=True):
             self.updates[index] = updates
+
+
+def of_all_ranks(memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns what any rank gives, as a run's folder has it."""
+    if world_size() == 1:
+        return memory
+    found: list[dict[str, torch.Tensor]] = [{}] * world_size()
+    dist.all_gather_object(found, memory)
+    return {name: tensor for given in reversed(found) for name, tensor in given.items()}

@@ -45,6 +45,7 @@ class Block(nn.Module):
         self.ln_1, self.ls_1, self.ln_2, self.ls_2 = source.ln_1, source.ls_1, source.ln_2, source.ls_2
         self.attn, self.mlp = Attention(source.attn), source.mlp
         set_recompute(self.attn.in_proj, self.ln_1)
+        self.beside: nn.Module | None = None  # of the MLP: what it makes of the same residual is added too
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.mlp.c_fc.weight.dtype
@@ -53,7 +54,8 @@ class Block(nn.Module):
         """Returns (batch, tokens, width) for q_x of that shape; attn_mask: additive (>= tokens)^2."""
         x = q_x + self.ls_1(self.attn(self.ln_1(q_x), q_x.detach(), attn_mask))
         h = _apply(self.mlp.c_fc, self.ln_2(x), x)
-        return x + self.ls_2(_apply(self.mlp.c_proj, self.mlp.gelu(h), h))
+        y = x + self.ls_2(_apply(self.mlp.c_proj, self.mlp.gelu(h), h))
+        return y if self.beside is None else y + self.beside(x)
 
 
 def _apply(layer: nn.Module, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

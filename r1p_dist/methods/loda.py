@@ -120,7 +120,7 @@ class Loda(LowRankMethod):
 
         def kept(layer: str) -> torch.Tensor:
             rows, past = by_name[layer].designed, self._past_moment(layer)
-            assert rows is not None  # `begin` set them
+            assert rows is not None  # `begin` has set them
             if past is None:
                 return rows.new_ones(len(rows))
             return kept_shares(rows, inputs.moments[layer], past, self.options.gamma)

@@ -96,8 +96,8 @@ class SdLora(LowRankMethod):
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         device, past = self.backbone.device, trainer.past_memory()
         for adapter in self.adapters:
-            name = adapter.name
-            adapter.past = [(memory[f"{name}.A"].to(device), memory[f"{name}.B"].to(device)) for memory in past]
+            A, B = f"{adapter.name}.A", f"{adapter.name}.B"
+            adapter.past = [(memory[A].to(device), memory[B].to(device)) for memory in past]
 
     def step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         if not self.options.shared:

@@ -160,6 +160,19 @@ class ClipBackbone(nn.Module):
         """Puts `make(slot, routing)` on its linears; returns the adapters, as the function `attach` does."""
         return attach(self, make, towers, layers)
 
+    def put_beside(self, make: Callable[[int, Routing], nn.Module], towers: Sequence[str]) -> dict[str, nn.Module]:
+        """Puts `make(width, the tower's routing)` beside the MLP of every block; returns them by tower.block.
+
+        They get what the MLP's LayerNorm gets, (batch, tokens, width), and what they return is added to the block's.
+        """
+        found = {}
+        for tower in towers:
+            transformer = self.model.visual.transformer if tower == "image" else self.model.text.transformer
+            for number, block in enumerate(transformer.resblocks):
+                block.beside = make(block.attn.out_proj.in_features, self.routing[tower]).to(self.device)
+                found[f"{tower}.{number}"] = block.beside
+        return found
+
     def forward(
         self,
         image: torch.Tensor | None = None,
