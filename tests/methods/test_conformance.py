@@ -147,7 +147,7 @@ def test_ranks_stages_accumulation_and_checkpointing_change_nothing(trained, nam
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_go_round_and_others_are_named(name: str, tmp_path: Path) -> None:
-    config = load_config("mini_mtil", options_of(name))
+    config = load_config("mini_mtil", [f"run_dir={tmp_path}/run", *options_of(name)])
     (tmp_path / "config.yaml").write_text(config.dump())
     assert load_config(tmp_path / "config.yaml") == config
     assert set(config.options) == set(method_class(name).Options.model_fields)
