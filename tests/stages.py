@@ -46,7 +46,8 @@ class Stages:
             pass
         self.method.end(self.stage, self.trainer)
         self.updates.append(self.method.updates())
-        self.memory.append(of_all_ranks(self.method.memory()))
+        remembers = type(self.method).memory is not Method.memory  # else no collective that a run does not have
+        self.memory.append(of_all_ranks(self.method.memory()) if remembers else {})
         self.deploy(self.method.deployed(len(self.updates)))
 
     def deploy(self, stages: list[int]) -> None:
