@@ -25,6 +25,8 @@ class Stages:
         self.updates: list[dict] = []
         self.memory: list[dict] = []
 
+    shares_memory = True  # by a collective that a run does not have
+
     def begin(self, index: int, tasks: tuple = (), engine: type[TaskEngine] = TaskEngine) -> TaskTrainer:
         self.index = index
         self.deploy(self.method.merged(index))
@@ -46,8 +48,8 @@ class Stages:
             pass
         self.method.end(self.stage, self.trainer)
         self.updates.append(self.method.updates())
-        remembers = type(self.method).memory is not Method.memory  # else no collective that a run does not have
-        self.memory.append(of_all_ranks(self.method.memory()) if remembers else {})
+        memory = self.method.memory()
+        self.memory.append(of_all_ranks(memory) if self.shares_memory else memory)
         self.deploy(self.method.deployed(len(self.updates)))
 
     def deploy(self, stages: list[int]) -> None:

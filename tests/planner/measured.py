@@ -172,6 +172,7 @@ class _Run:
         self.prepare = self.backbone.preparer(PROMPTS)
         self.generator = torch.Generator().manual_seed(rank)
         self.stages = Stages(self.method, self.config)
+        self.stages.shares_memory = False
         self.stages.begin(0)
 
     def step(self) -> None:
