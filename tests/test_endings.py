@@ -174,7 +174,15 @@ def test_ranks_of_this_machine_end_together(
     assert not [child for child in psutil.Process().children() if RANK in child.cmdline()]
 
 
-def test_ctrl_c_before_there_is_anything_to_save(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A worker of pytest-xdist does not listen to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_before_there_is_anything_to_save(ctrl_c_is_heard: None, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
