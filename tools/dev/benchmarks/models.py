@@ -29,8 +29,8 @@ def build(name: str, device: torch.device, dtype: torch.dtype, weights: Weights 
     """
     if name in LLAVAS:
         own = "tiny" if name == TINY_LLAVA else name
-        model = weights.build_on_meta(weights.read_config(own))
-        backbone = LlavaBackbone(model, weights.read_processor(own))
+        model = llava_weights.build_on_meta(llava_weights.read_config(own))
+        backbone = LlavaBackbone(model, llava_weights.read_processor(own))
     else:
         source = model_source(name)
         model = build_on_meta(source, None, False)
