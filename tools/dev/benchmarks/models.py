@@ -8,6 +8,7 @@ from torch import nn
 
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.kinds.llava import weights as llava_weights
 from r1p_dist.kinds.llava.shapes import SHAPES
 from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source
