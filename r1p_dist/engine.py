@@ -66,10 +66,10 @@ def _why_no_group(error: Exception) -> str | None:
             "that is free: deepspeed --master_port N"
         )
     if any(words in text for words in ("Ninja is required", "Error building extension")):
-        compiler = os.environ.get("CXX", "c++")
-        lack = "fails, see launch.log of the run" if shutil.which(compiler) else "is missing: apt install g++"
+        program = os.environ.get("CXX", "c++")
+        lack = "fails, see launch.log of the run" if shutil.which(program) else "is missing: apt install g++"
         return (
-            f"{compiler}: the C++ compiler {lack}; DeepSpeed builds with it what several ranks on CPUs exchange "
+            f"{program}: the C++ compiler {lack}; DeepSpeed builds with it what several ranks on CPUs exchange "
             "through (one rank needs none; `r1p doctor` says more)"
         )
     return None

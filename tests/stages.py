@@ -18,14 +18,14 @@ from r1p_dist.trainer import TaskTrainer
 class Stages:
     """Begins and ends one stage after another, in the loop's order; what finished ones left stays in memory."""
 
+    shares_memory = True  # by a collective that a run does not have
+
     def __init__(
         self, method: Method, config: RunConfig, scan_loader: Callable[[int | None], Any] | None = None
     ) -> None:
         self.method, self.config, self.scan_loader = method, config, scan_loader
         self.updates: list[dict] = []
         self.memory: list[dict] = []
-
-    shares_memory = True  # by a collective that a run does not have
 
     def begin(self, index: int, tasks: tuple = (), engine: type[TaskEngine] = TaskEngine) -> TaskTrainer:
         self.index = index
