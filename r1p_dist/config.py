@@ -1,18 +1,21 @@
 """The run configuration: one typed tree of values.
 
-The same words stand in YAML, in code, on the command line and in the run folder's config.yaml; recipes.py reads them.
+The same words stand in YAML, in code, on the command line and in the run folder's config.yaml.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from r1p_dist.ds_config import load_deepspeed_config
 from r1p_dist.errors import InputError
 from r1p_dist.kinds import kind_names, kind_of
+from r1p_dist.places import ModelPlace, Place
+from r1p_dist.recipe_files import read_recipe
 from r1p_dist.safe_yaml import write_yaml
 
 
@@ -35,16 +38,6 @@ def _writable_path(path: Path) -> Path:
     except UnicodeEncodeError:
         raise ValueError("must be a name in UTF-8") from None
     return path.expanduser()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Marks a text that is a name or a path; a path is resolved where it is written (places.py).
-
-    holds: the file that makes a folder such a place; where it is empty, the place is a file.
-    """
-
-    holds: str = ""
 
 
 def _known_kind(name: str) -> str:
@@ -82,7 +75,7 @@ class BackboneConfig(Section):
     """
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
-    name: Annotated[str, Place("")] = "tiny"
+    name: Annotated[str, ModelPlace()] = "tiny"
     pretrained: FilePlace | None = None
     force_quick_gelu: bool = False
     feature_cache_gb: NotNegative = 1.0
@@ -238,6 +231,11 @@ class DeepSpeedConfig(Section):
     config: FilePlace = "zero2"
     overrides: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _check_keys(self) -> DeepSpeedConfig:
+        load_deepspeed_config(self.config, self.overrides)
+        return self
+
 
 class LogConfig(Section):
     """How often the log gets a line (in steps), and whether TensorBoard files are written too."""
@@ -291,6 +289,15 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+
+    @classmethod
+    def load(cls, recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+        """Return the configuration of a recipe (a shipped name or a YAML file) with `key.sub=value` overrides.
+
+        The method's options are taken as they are written, for they are its class's, which needs torch;
+        `r1p_dist.load_config` checks them as well. InputError: one line that names file, key, value and remedy.
+        """
+        return read_recipe(cls, recipe, overrides)[0]
 
     @model_validator(mode="after")
     def _check_blindness(self) -> RunConfig:

@@ -8,16 +8,30 @@ that are no path there (of shipped streams, tags, models of a hub) stay as they 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from r1p_dist.config import BackboneConfig, Place
 from r1p_dist.kinds import kind_names, kind_of
 
 _LOCAL = "local-dir:"  # open_clip's word before a folder
 Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Marks a text that is a name or a path.
+
+    holds: the file that makes a folder such a place; where it is empty, the place is a file.
+    """
+
+    holds: str = ""
+
+
+class ModelPlace(Place):
+    """Marks the name of a model; whether it may be a folder, its section's `kind` says."""
 
 
 def resolve_places(
@@ -30,8 +44,8 @@ def resolve_places(
         if inner is not None and isinstance(value, dict):
             resolve_places(inner, value, here, folders_of)
         place = next((mark for mark in (*field.metadata, *_parts(field.annotation)) if isinstance(mark, Place)), None)
-        if place is not None and model is BackboneConfig and name == "name":
-            place = _of_model(section, value)
+        if isinstance(place, ModelPlace):
+            place = _of_model(section.get("kind", model.model_fields["kind"].default), value)
         if place is None:
             continue
         if isinstance(value, str):
@@ -55,9 +69,8 @@ def _resolved(text: str, place: Place, folders: Sequence[Path]) -> str:
     return text
 
 
-def _of_model(section: dict[str, Any], name: Any) -> Place | None:
+def _of_model(kind: Any, name: Any) -> Place | None:
     """Returns what a model's folder holds; None where its kind's names are names, whatever folder is there."""
-    kind = section.get("kind", BackboneConfig.model_fields["kind"].default)
     holds = kind_of(kind).model_file if kind in kind_names() else None
     return Place(holds or "") if holds or _is_local(name) else None
 

@@ -44,10 +44,11 @@ def train_recipe(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # LOCAL_RANK says the same
     arguments, words = parse_with_overrides(parser, argv)
     ranks = _ranks(arguments.ranks)
-    from r1p_dist.recipes import load_config, read_config
+    from r1p_dist.config import RunConfig
+    from r1p_dist.recipes import load_config
 
     if ranks > 1 and "RANK" not in os.environ and not arguments.print_config:
-        _check(read_config(arguments.recipe, words), ranks)
+        _check(RunConfig.load(arguments.recipe, words), ranks)
         from r1p_dist.local_ranks import run_ranks
 
         flags = ["-v"] if arguments.verbose else []

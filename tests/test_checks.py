@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from r1p_dist.checks import check_run
+from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
-from r1p_dist.recipes import read_config
 from tests.data.toy_task import write_tar
 
 ROOT = Path(__file__).parents[1]
@@ -18,10 +18,10 @@ SCRIPT = """
 import json, sys
 from r1p_dist.checks import check_run
 from r1p_dist.errors import InputError
-from r1p_dist.recipes import read_config
+from r1p_dist.config import RunConfig
 for recipe, words, ranks in json.load(sys.stdin):
     try:
-        check_run(read_config(recipe, words), ranks)
+        check_run(RunConfig.load(recipe, words), ranks)
         print("fine")
     except InputError as error:
         print(error)
@@ -103,4 +103,4 @@ def test_a_disk_without_room_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     usage = checks.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: usage._replace(free=99 << 20))
     with pytest.raises(InputError, match=r"only 99 MB are free in .*; make room"):
-        check_run(read_config("mini_mtil", [f"run_dir={tmp_path}/run"]))
+        check_run(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}/run"]))
