@@ -14,7 +14,11 @@ EXIT_CTRL_C = 130  # as shells say it: nothing was saved
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_DISK_REMEDIES = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EROFS: "mount it for writing",
+}
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
@@ -54,8 +58,9 @@ def known_fault(error: BaseException) -> tuple[str, int] | None:
         return "interrupted: Ctrl-C, before there was anything to save", EXIT_CTRL_C
     if isinstance(error, InputError):
         return f"{prefix}: {error}", EXIT_INPUT
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return f"{prefix}: {error}; make room there, the same command then resumes from the last checkpoint", EXIT_INPUT
+    if isinstance(error, OSError) and error.errno in _DISK_REMEDIES:
+        remedy = _DISK_REMEDIES[error.errno]
+        return f"{prefix}: {error}; {remedy}, the same command then resumes from the last checkpoint", EXIT_INPUT
     # gloo's and NCCL's words; the rank that ended has said why.
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_RANK):
         return f"error (rank {rank}): another rank ended or cannot be reached any more", 1

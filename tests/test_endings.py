@@ -299,7 +299,7 @@ def test_the_last_lines_are_shown_for_what_nobody_expects(
 
 @pytest.mark.slow
 def test_a_first_hour(toy: list[str], tmp_path: Path) -> None:
-    """Train on two ranks, Ctrl-C, the same command from another directory, again: what is printed, where, and when."""
+    """Train on two ranks, Ctrl-C, the same command from another directory, export: what is printed, where, and when."""
     run = tmp_path / "run"
     words = [*toy, f"run_dir={run}", "tasks=[country_flags]", "train.global_batch_size=8", "log.every_steps=2"]
     command = [sys.executable, "-m", "r1p_dist", "train", "--ranks", "2", "--recipe", "mini_mtil", *words]
@@ -359,6 +359,10 @@ def test_a_first_hour(toy: list[str], tmp_path: Path) -> None:
     )
     assert f"report: {run / 'report.html'}" in shown and (run / "report.html").is_file()
     assert "DeepSpeed" not in shown and "WARNING" not in shown
+
+    export = [sys.executable, "-m", "r1p_dist", "export", str(run), "--to", "open_clip"]
+    exported = subprocess.run(export, capture_output=True, text=True, timeout=500, env=environment)
+    assert (exported.stdout, exported.stderr) == (f"{run / 'export/open_clip'}\n", "")
 
 
 def _text_of(path: Path) -> str:

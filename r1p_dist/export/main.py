@@ -16,6 +16,8 @@ from pathlib import Path
 
 from r1p_dist.arguments import documented_parser
 from r1p_dist.export.formats import FORMATS, TYPE_NAMES
+from r1p_dist.output import noise_in
+from r1p_dist.run_files import LAUNCH_LOG
 
 
 def main(prog: str, argv: Sequence[str]) -> int:
@@ -32,15 +34,16 @@ def main(prog: str, argv: Sequence[str]) -> int:
     )
     parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
     arguments = parser.parse_args(argv)
-    from r1p_dist.export.run import export_run
+    with noise_in(arguments.run_dir / LAUNCH_LOG):
+        from r1p_dist.export.run import export_run
 
-    folder = export_run(
-        arguments.run_dir,
-        arguments.to,
-        arguments.output,
-        tasks=None if arguments.tasks is None else arguments.tasks.split(","),
-        dtype=arguments.dtype,
-        with_base=arguments.with_base,
-    )
+        folder = export_run(
+            arguments.run_dir,
+            arguments.to,
+            arguments.output,
+            tasks=None if arguments.tasks is None else arguments.tasks.split(","),
+            dtype=arguments.dtype,
+            with_base=arguments.with_base,
+        )
     print(folder)
     return 0

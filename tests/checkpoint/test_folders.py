@@ -17,8 +17,9 @@ from safetensors.torch import load, save
 
 from r1p_dist.checkpoint.checkpoints import Checkpoint, Checkpoints, checkpoint_folders, config_differences
 from r1p_dist.checkpoint.folders import fault_of, read_json, tensor_file, write_folder
+from r1p_dist.checks import check_run
 from r1p_dist.config import RunConfig
-from r1p_dist.errors import InputError
+from r1p_dist.errors import EXIT_INPUT, InputError, report_errors
 from r1p_dist.recipes import load_config
 
 CONTENT = {
@@ -81,7 +82,9 @@ def test_a_failed_write_leaves_nothing_and_the_one_before(whole: Path, monkeypat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
-def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_or_read_only_disk_is_noticed_before_and_while_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]).returncode:
@@ -96,6 +99,13 @@ def test_a_full_disk_is_noticed_before_and_while_writing(tmp_path: Path, monkeyp
         assert list(disk.iterdir()) == [], "nothing half-written stays"
         write_folder(disk / "step-2", CONTENT, {})
         assert fault_of(disk / "step-2") is None
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert report_errors(lambda: write_folder(disk / "step-3", CONTENT, {}) and 0) == EXIT_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: [Errno 30] Read-only file system") and "mount it for writing" in line
+        assert fault_of(disk / "step-2") is None
+        with pytest.raises(InputError, match=f"run_dir={disk}: cannot write in .*; name another run_dir"):
+            check_run(RunConfig.load("mini_mtil", [f"run_dir={disk}"]))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
