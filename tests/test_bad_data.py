@@ -59,12 +59,19 @@ def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, 
 
 
 @pytest.mark.slow
-def test_too_many_bad_pictures_end_all_ranks_with_code_2(
-    stream: Path, toy: list[str], tmp_path: Path, free_port: int
-) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    launcher += ["--master_port", str(free_port), "launchers/train.py"]
-    command = [*launcher, "--recipe", "mini_mtil", *overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0"]
+def test_too_many_bad_pictures_end_all_ranks_with_code_2(stream: Path, toy: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "r1p_dist",
+        "train",
+        "--ranks",
+        "2",
+        "--recipe",
+        "mini_mtil",
+        *overrides(stream, tmp_path / "run", toy),
+        "data.max_bad_fraction=0",
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 2
     assert "task animal_silhouettes: 1 of " in result.stderr and "and 0 may; mend them or set" in result.stderr

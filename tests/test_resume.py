@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,35 +27,48 @@ def without_reports() -> None:
     r1p_dist.report.write_report = lambda run_dir: None
 
 
-def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], signals: list[int]) -> list[str]:
+def run_in_parts(
+    rank: int, world_size: int, folder: str, overrides: list[str], signals: list[int] | None = None
+) -> list[str]:
     """Runs undisturbed in FOLDER/calm, then in FOLDER/stopped with a signal to the last rank after so many moves.
 
-    A move is a micro step or a batch of an evaluation. Returns what ended each part of the second run.
+    A move is a micro step or a batch of an evaluation; by default there is one signal, in the second step of the last
+    stage. Returns what ended each part of the second run.
     """
+    import r1p_dist.fit
     from r1p_dist.interrupts import Watchdog
     from r1p_dist.train import run
 
     without_reports()
+    moved, train_step, moves, begun = Watchdog.moved, r1p_dist.fit.train_step, [], {}
 
-    moved, left = Watchdog.moved, []
+    def count(watchdog: Watchdog) -> None:
+        moved(watchdog)
+        moves.append(None)
 
-    def at_step(watchdog: Watchdog) -> None:
+    def note_stage(method: Any, trainer: Any, *rest: Any) -> None:
+        begun.setdefault(trainer, len(moves))
+        train_step(method, trainer, *rest)
+
+    def stop(watchdog: Watchdog) -> None:
         moved(watchdog)
         if left:
             left.pop()
             if not left and rank == world_size - 1:
                 os.kill(os.getpid(), next(kinds))
 
+    Watchdog.moved, r1p_dist.fit.train_step = count, note_stage
     run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/calm"]))
-    Watchdog.moved = at_step
+    Watchdog.moved, r1p_dist.fit.train_step = stop, train_step
     endings, kinds = [], itertools.cycle([signal.SIGUSR2, signal.SIGINT])
-    for wanted in [*signals, 0]:
-        left[:] = [None] * wanted
+    for wanted in [*(signals or [max(begun.values()) + 2]), 0]:
+        left = [None] * wanted
         try:
             run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/stopped"]))
             endings.append("finished")
         except Interrupted as error:
             endings.append(str(error))
+    Watchdog.moved = moved
     return endings
 
 

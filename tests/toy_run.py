@@ -21,11 +21,11 @@ PICTURES = {"train": 40, "validation": 16, "test": 12}
 TASKS = ("playing_cards", "animal_silhouettes", "country_flags")
 
 
-def write_toy(folder: Path) -> list[str]:
-    """Writes both and returns the overrides of `mini_mtil` that choose them."""
+def write_toy(folder: Path, blocks: dict[str, tuple[int, ...]] = BLOCKS) -> list[str]:
+    """Writes both and returns the overrides of `mini_mtil` that choose them. blocks: which of the towers' are kept."""
     stream = [write_task(folder / "stream" / name, name) for name in TASKS]
     (folder / "stream/stream.yaml").write_text(yaml.safe_dump({"name": "toy", "tasks": stream}))
-    write_model(folder / "model")
+    write_model(folder / "model", blocks)
     return [f"stream={folder / 'stream'}", f"backbone.name=local-dir:{folder / 'model'}"]
 
 
@@ -53,23 +53,23 @@ def write_task(folder: Path, name: str) -> dict:
     return entry
 
 
-def write_model(folder: Path) -> None:
-    """Writes the small CLIP with the first blocks of its towers."""
+def write_model(folder: Path, blocks: dict[str, tuple[int, ...]]) -> None:
+    """Writes the small CLIP with these blocks of its towers."""
     source = ASSETS / "tiny"
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder)
     config = json.loads((source / "open_clip_config.json").read_text())
-    for tower, blocks in zip(("vision_cfg", "text_cfg"), BLOCKS.values(), strict=True):
-        config["model_cfg"][tower]["layers"] = len(blocks)
+    for tower, kept in zip(("vision_cfg", "text_cfg"), blocks.values(), strict=True):
+        config["model_cfg"][tower]["layers"] = len(kept)
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     weights = {}
     for name, tensor in load_file(source / "open_clip_model.safetensors").items():
-        prefix = next((prefix for prefix in BLOCKS if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in blocks if name.startswith(prefix)), None)
         if prefix is None:
             weights[name] = tensor
         else:
             block, _, rest = name.removeprefix(prefix).partition(".")
-            if int(block) in BLOCKS[prefix]:
-                weights[f"{prefix}{BLOCKS[prefix].index(int(block))}.{rest}"] = tensor
+            if int(block) in blocks[prefix]:
+                weights[f"{prefix}{blocks[prefix].index(int(block))}.{rest}"] = tensor
     save_file(weights, folder / "open_clip_model.safetensors")

@@ -179,7 +179,7 @@ def test_checkpointed_blocks_run_again_in_the_backward_and_keep_nothing_but_thei
 @torch._inductor.config.patch(fallback_random=True)
 def test_a_compiled_model_gives_the_same_losses_gradients_votes_and_features(backend, vote, dropout) -> None:
     torch._dynamo.reset()
-    plain = make_backbone()
+    plain = make_backbone(layers=1)
     for adapter in attach_pool(plain, rank=6, active=3, merged=2, vote=vote, dropout=dropout):
         nn.init.normal_(adapter.B, std=0.1)
     ours = copy.deepcopy(plain)

@@ -28,6 +28,7 @@ from tests.small_clip import make_backbone
 from tests.stages import Stages
 from tests.test_parity import PROMPTS, global_batch
 from tests.test_resume import assert_equal, run_in_parts
+from tests.toy_run import BLOCKS, write_toy
 
 ROOT = Path(__file__).parents[2]
 METHODS = [name for name in shipped_methods() if method_class(name).trains]
@@ -238,13 +239,14 @@ def run_stopped(rank: int, world_size: int, folder: str, toy: list[str], names: 
         seen: dict[str, list[str]] = {}
         note_weights(name, seen)
         overrides = [*toy, "train.global_batch_size=4", "deepspeed.config=zero2", *options_of(name)]
-        found[name] = {"endings": run_in_parts(rank, world_size, f"{folder}/{name}", overrides, [3, 9]), "seen": seen}
+        found[name] = {"endings": run_in_parts(rank, world_size, f"{folder}/{name}", overrides), "seen": seen}
     return found
 
 
 @pytest.fixture(scope="module")
-def runs(run_distributed, tmp_path_factory, toy: list[str]) -> tuple[Path, dict[str, Any]]:
+def runs(run_distributed, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("runs")
+    toy = write_toy(folder / "toy", dict.fromkeys(BLOCKS, (0,)))
     return folder, run_distributed(run_stopped, 2, str(folder), toy, METHODS, timeout_s=1100)[0]
 
 
@@ -253,7 +255,7 @@ def runs(run_distributed, tmp_path_factory, toy: list[str]) -> tuple[Path, dict[
 def test_a_stopped_run_ends_as_an_undisturbed_one(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, found = runs
     endings = found[name]["endings"]
-    assert endings[-1] == "finished" and len(endings) == 3
+    assert re.search(r"at task \S+ step \d: saved", endings[0]) and endings[1:] == ["finished"]
     assert_equal(folder / name / "calm", folder / name / "stopped")
 
 

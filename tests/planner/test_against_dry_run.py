@@ -49,7 +49,7 @@ def test_tiny_sharded_on_many_ranks(ranks: int, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     "ranks, overrides",
     [
-        (512, ["deepspeed.config=zero3", f"{ZERO}.stage3_prefetch_bucket_size=0"]),
+        campaign(512, ["deepspeed.config=zero3", f"{ZERO}.stage3_prefetch_bucket_size=0"]),
         campaign(4096, ["deepspeed.config=zero1", "train.precision=bf16"]),
         campaign(64, ["deepspeed.config=zero3", "backbone.gradient_checkpointing=true", *TIGHT]),
         campaign(64, ["deepspeed.config=zero2", "train.gradient_accumulation_steps=2", "options.vote=local"]),
