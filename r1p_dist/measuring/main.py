@@ -15,6 +15,8 @@ With options.anchor=FILE the moments count as tasks before the first one. The fi
 layers in `targets`, and no picture or text.
 """
 
+_PAIRS = 1280
+
 
 def main(prog: str, argv: Sequence[str]) -> int:
     """Measures moments on pairs or on a stream and writes them to a file."""
@@ -23,7 +25,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, nargs="+", metavar="TAR", help="shards of pictures with a .txt each")
     source.add_argument("--stream", help="a stream's training samples with their prompts")
-    parser.add_argument("--samples", type=int, default=1280, metavar="N", help="pairs, evenly of all shards (1280)")
+    parser.add_argument("--samples", type=int, metavar="N", help="pairs, evenly of all shards (1280)")
     parser.add_argument("--keep", type=int, default=128, metavar="K", help="directions of each layer's input (128)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     arguments, words = parse_with_overrides(parser, argv)
@@ -31,8 +33,11 @@ def main(prog: str, argv: Sequence[str]) -> int:
     shards = [path for path in arguments.pairs or () if path.is_file() or "=" not in str(path)]
     words += [str(path) for path in arguments.pairs or () if path not in shards]
     for name in ("samples", "keep"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: must be from 1")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be from 1")
+    if arguments.stream is not None and arguments.samples is not None:
+        raise InputError(f"--samples {arguments.samples}: --stream measures an epoch of its tasks; leave it out")
     from r1p_dist.recipes import load_config
 
     own = ["method=steady", "deepspeed.config=zero0"]
@@ -41,7 +46,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
     from r1p_dist.measuring.moments import measure_pairs, measure_stream
 
     if arguments.stream is None:
-        seen = measure_pairs(config, shards, arguments.samples, arguments.keep, arguments.out)
+        seen = measure_pairs(config, shards, arguments.samples or _PAIRS, arguments.keep, arguments.out)
     else:
         seen = measure_stream(config, arguments.keep, arguments.out)
     print(f"{arguments.out}: moments of {seen} samples")

@@ -161,6 +161,7 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
     [
         (["--pairs", "nowhere.tar"], "--pairs nowhere.tar: cannot be read: "),
         (["--pairs", "{pairs}", "--samples", "0"], "--samples 0: must be from 1"),
+        (["--stream", "mini_mtil", "--samples", "9"], "--samples 9: --stream measures an epoch of its tasks"),
         (["--pairs", "{pairs}", "backbone.kind=llava", "backbone.name=tiny_llava"], "a text are no input of backbone"),
         (["--pairs", "{labels}"], "labels.tar: key a: has no .txt"),
         (["--pairs", "{text}"], "text: cannot be read: "),
