@@ -13,6 +13,7 @@ import torch
 from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
+from r1p_dist.data.task_list import write_tasks
 from r1p_dist.distributed import agree, rank, world_size
 from r1p_dist.engine import TaskEngine, start_process_group, weights_placement
 from r1p_dist.errors import Interrupted
@@ -59,6 +60,8 @@ def _run(config: RunConfig, lock_patience_s: float) -> dict:
     limit = config.faults.hang_minutes
     watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
     session = Session(config, method, stages, facts, lock_patience_s)
+    if rank() == 0:
+        write_tasks(config.run_dir, stream.tasks)
     agreement = StepAgreement(device)
     stop = partial(stop_if_asked, agreement, session)
 
