@@ -71,7 +71,7 @@ def make_request(
 
 
 def _chosen(source: Source, names: Sequence[str] | None) -> list[Task]:
-    known = {task.name: task for task in source.tasks()}
+    known = {task.name: task for task in source.tasks}
     for name in names or ():
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

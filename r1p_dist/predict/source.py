@@ -1,6 +1,7 @@
 """What predicts: the folder of a run or of an exported model, as far as it is known without torch."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from r1p_dist.config import BackboneConfig, DataConfig, EvaluationConfig, RunConfig
@@ -26,8 +27,9 @@ class Source:
     def kind(self) -> Kind:
         return kind_of(self.backbone.kind)
 
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """Returns the tasks, without shards. InputError: the folder does not say which."""
+        """The tasks, without shards. InputError: the folder does not say which."""
         if self.run is not None:
             return tasks_of_run(self.folder, self.run)
         if not (self.folder / TASKS_FILE).is_file():

@@ -18,50 +18,20 @@ from safetensors.torch import save_file
 from r1p_dist import cli
 from r1p_dist.backbones import Placement, load_backbone
 from r1p_dist.data import Stream
-from r1p_dist.data.task_list import read_tasks, write_tasks
+from r1p_dist.data.task_list import read_tasks
 from r1p_dist.errors import InputError
-from r1p_dist.export import export_run
 from r1p_dist.methods import make_method
 from r1p_dist.predict.model import PredictingModel
 from r1p_dist.predict.request import make_request
 from r1p_dist.predict.source import open_source
 from r1p_dist.recipes import load_config
-from tests.export.fake_run import SMALL_MODEL, TASKS, write_model, write_run
+from tests.export.fake_run import TASKS, write_run
 
 ROOT = Path(__file__).parents[2]
 STREAM = Stream.load("mini_mtil", tasks=TASKS)
 CANDIDATES = [(task.name, name) for task in STREAM.tasks for name in task.class_names]
 ALL = len(CANDIDATES)
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose stream is gone."""
-    folder = tmp_path_factory.mktemp("predict")
-    base = write_model(folder / "base", SMALL_MODEL)
-    run = write_run(folder / "run", [f"backbone.name=local-dir:{base}", f"tasks=[{','.join(TASKS)}]"])
-    write_tasks(run, STREAM.tasks)
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("stream: mini_mtil", "stream: /gone/stream.yaml"))
-    return run
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path) -> Path:
-    return export_run(run, "open_clip")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two files, of which plain open_clip sees the same: one turned by its metadata, one of no format of shards."""
-    folder = tmp_path_factory.mktemp("pictures")
-    noise = [np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8) for seed in range(2)]
-    turned, exif = Image.fromarray(noise[0]), Image.Exif()
-    exif[274] = 6
-    turned.save(folder / "a.png", exif=exif)
-    Image.fromarray(noise[1]).save(folder / "b.bmp")
-    return [folder / "a.png", folder / "b.bmp"]
 
 
 def seen(path: Path) -> Image.Image:
@@ -241,9 +211,9 @@ def test_a_run_of_before_takes_its_classes_from_the_stream_or_says_that_it_canno
     old = shutil.copytree(run, tmp_path / "old", ignore=shutil.ignore_patterns("tasks.json", "export"))
     config = old / "config.yaml"
     with pytest.raises(InputError, match=r"old: has no tasks.json.*/gone/stream.yaml"):
-        open_source(old).tasks()
+        make_request(open_source(old))
     config.write_text(config.read_text().replace("stream: /gone/stream.yaml", "stream: mini_mtil"))
-    assert [(task.class_names, task.templates) for task in open_source(old).tasks()] == [
+    assert [(task.class_names, task.templates) for task in open_source(old).tasks] == [
         (task.class_names, task.templates) for task in STREAM.tasks
     ]
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from transformers import AutoProcessor
@@ -10,7 +11,10 @@ from r1p_dist import cli
 from r1p_dist.data.stream import Task
 from r1p_dist.data.task_list import read_tasks, write_tasks
 from r1p_dist.export import export_run
+from r1p_dist.predict.model import PredictingModel
+from r1p_dist.predict.source import open_source
 from tests.export.test_llava import ALL_TOWERS, NEW_TOKENS, PICTURE, QUESTION, computed, inputs, load, write_llava_run
+from tests.predict.test_serve import ask, served
 
 
 def answer(folder: Path) -> str:
@@ -39,6 +43,10 @@ def test_a_question_is_answered_as_transformers_answers_it(tmp_path: Path, capfd
     assert cli.main(["predict", str(exported), str(picture), "--ask", QUESTION, "--json"]) == 0
     (entry,) = json.loads(capfd.readouterr().out)["pictures"]
     assert entry == {"picture": str(picture), "after": wanted["after"]}
+
+    with served(PredictingModel(open_source(run))) as port:
+        status, text = ask(port, "POST", f"/predict?ask={quote(QUESTION)}", picture.read_bytes())
+    assert (status, json.loads(text)) == (200, wanted)
 
     for words, message in (
         ([], 'its model answers questions; give --ask "What is this?"'),
