@@ -78,13 +78,8 @@ def _sends(name: str, kind: str) -> Any:
 
 
 def _facts(model: PredictingModel) -> dict[str, Any]:
-    try:
-        tasks = [task.name for task in model.source.tasks]
-    except InputError:
-        tasks = []  # a model alone, for classes of one's own
-    kind = model.source.kind
-    name = model.source.folder.resolve().name
-    return {"name": name, "answers": kind.has_answers, "tasks": tasks, "most_bytes": MOST_BYTES}
+    source = model.source
+    return {"name": source.folder.resolve().name, "answers": source.kind.has_answers, "most_bytes": MOST_BYTES}
 
 
 def _asked(model: PredictingModel, query: Mapping[str, str]) -> Asked:

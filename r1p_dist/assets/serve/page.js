@@ -32,7 +32,6 @@ function drawAnswer(state, text) {
 }
 
 function draw(found) {
-  at("results").replaceChildren();
   if (model.answers) ["before", "after"].filter((state) => state in found).forEach((s) => drawAnswer(s, found[s]));
   else found.tasks.forEach(drawTask);
 }
@@ -54,6 +53,7 @@ async function predict() {
     const response = await fetch(`/predict?${query}`, { method: "POST", headers, body: picture });
     const found = await response.json();
     if (mine !== number) return;  // another one was asked for since
+    at("results").replaceChildren();
     if (response.ok) draw(found);
     else message = found.error;
   } catch {
@@ -68,6 +68,7 @@ function choose(file) {
   picture = file;
   at("preview").src = URL.createObjectURL(file);
   at("preview").hidden = false;
+  at("results").replaceChildren();
   predict();
 }
 
