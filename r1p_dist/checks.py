@@ -1,7 +1,8 @@
 """What can be known of a run before anything heavy is imported: all that it names is there and fits together.
 
-The part `files` of a kind of backbone has check_files(config: BackboneConfig), which raises InputError where the model
-that the section names cannot be there; it imports no library of the kind.
+The part `files` of a kind of backbone imports no library of the kind and has
+- check_files(config: BackboneConfig), which raises InputError where the model that the section names cannot be there;
+- model_in(folder: Path), which returns the `backbone.name` of the model that a folder holds, None for no such model.
 """
 
 import os

@@ -32,6 +32,8 @@ COMMANDS = {
     ),
     "report": Command("write the report of a run again", "r1p_dist.run_commands", "rewrite_report"),
     "export": Command("write a finished run's model, or its tasks' updates as adapters", "r1p_dist.export.main"),
+    "predict": Command("classify pictures, or ask about them, before and after a run", "r1p_dist.predict.main"),
+    "serve": Command("serve a page on this machine that predicts pictures", "r1p_dist.serve.main"),
     "compare": Command("run methods with several seeds and tabulate them", "r1p_dist.compare.main"),
     "convert": Command("convert a data set into shards, or check shards", "r1p_dist.data.convert.main"),
     "plan": Command("predict memory, communication and time of a step on any number of GPUs", "r1p_dist.planner.main"),

@@ -21,6 +21,7 @@ from r1p_dist.errors import InputError, one_line
 from r1p_dist.methods import method_class
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.optimizer_state import set_adam_steps
+from r1p_dist.precision import choose_precision, precision_type
 from r1p_dist.rendezvous import export_rendezvous, is_plain_srun, take_device
 
 _START_TIMEOUT = timedelta(minutes=30)
@@ -75,20 +76,6 @@ def _why_no_group(error: Exception) -> str | None:
     return None
 
 
-def choose_precision(config: RunConfig) -> tuple[str, str]:
-    """Returns `fp32` or `bf16` and the reason for it."""
-    if config.train.precision != "auto":
-        return config.train.precision, "set by train.precision"
-    if torch.accelerator.is_available():
-        return "bf16", "an accelerator is there"
-    return "fp32", "no accelerator; exact, and small models gain nothing from bf16 on CPU"
-
-
-def precision_type(config: RunConfig) -> torch.dtype:
-    """Returns the type that DeepSpeed casts the model to."""
-    return torch.bfloat16 if choose_precision(config)[0] == "bf16" else torch.float32
-
-
 def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
     """Returns the DeepSpeed configuration: the JSON file with overrides, batch sizes, clipping and precision filled in.
 
@@ -106,7 +93,7 @@ def resolve_deepspeed(config: RunConfig, world_size: int) -> dict:
     resolved["train_micro_batch_size_per_gpu"] = micro_batch_size
     resolved["gradient_accumulation_steps"] = train.gradient_accumulation_steps
     resolved["gradient_clipping"] = train.gradient_clipping or 0.0
-    resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(config)[0] == "bf16"}
+    resolved["bf16"] = {**resolved.get("bf16", {}), "enabled": choose_precision(train.precision)[0] == "bf16"}
     # The host would wait for the device at every step, for what GuardedAdamW sees to without it.
     resolved["bf16"].setdefault("check_grad_overflow", False)
     zero = resolved["zero_optimization"]
@@ -119,7 +106,7 @@ def weights_placement(config: RunConfig, device: torch.device) -> Placement:
     """Returns where a run's frozen weights go: sharded under ZeRO-3, whole for a method that trains nothing."""
     resolved = resolve_deepspeed(config, world_size())
     is_sharded = resolved["zero_optimization"]["stage"] == 3 and method_class(config.method).trains
-    return Placement(device, precision_type(config), resolved if is_sharded else None)
+    return Placement(device, precision_type(config.train.precision), resolved if is_sharded else None)
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

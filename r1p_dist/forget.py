@@ -8,11 +8,12 @@ from pathlib import Path
 from r1p_dist.backbones import Placement, load_backbone
 from r1p_dist.checkpoint import load_updates
 from r1p_dist.data import Stream, evaluation_loaders
-from r1p_dist.engine import precision_type, start_process_group
+from r1p_dist.engine import start_process_group
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.files import write_atomically
 from r1p_dist.methods import make_method
+from r1p_dist.precision import precision_type
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import ADAPTERS, CONFIG_FILE, METRICS_FILE, UPDATES_FILE, stage_folder
 
@@ -33,7 +34,7 @@ def forget(run_dir: Path, task: str) -> dict:
     if task not in finished:
         raise InputError(f"{run_dir}: no finished task {task!r}; there are {', '.join(finished) or 'none'}")
     device = start_process_group()
-    backbone = load_backbone(config.backbone, Placement(device, precision_type(config)))
+    backbone = load_backbone(config.backbone, Placement(device, precision_type(config.train.precision)))
     method = make_method(config, backbone)
     if not method.tasks_add_up:
         raise InputError(f"{run_dir}: {config.method} keeps one update for all tasks, so none can be taken out alone")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 CONFIG_FILE = "config.yaml"
+TASKS_FILE = "tasks.json"  # what each task asks of the model, without its data; an export has it too
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 CORRECT_FILE = "correct.jsonl"

@@ -13,14 +13,16 @@ import torch
 from r1p_dist.backbones import load_backbone, weights_identity
 from r1p_dist.config import RunConfig
 from r1p_dist.data import Stream, evaluation_loaders
+from r1p_dist.data.task_list import write_tasks
 from r1p_dist.distributed import agree, rank, world_size
-from r1p_dist.engine import TaskEngine, choose_precision, start_process_group, weights_placement
+from r1p_dist.engine import TaskEngine, start_process_group, weights_placement
 from r1p_dist.errors import Interrupted
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
 from r1p_dist.memory_faults import memory_faults_named
 from r1p_dist.methods import make_method
+from r1p_dist.precision import choose_precision
 from r1p_dist.run_files import REPORT_FILE
 from r1p_dist.scores import Scores, ending, stop_if_asked, summary
 from r1p_dist.session import Session
@@ -58,6 +60,8 @@ def _run(config: RunConfig, lock_patience_s: float) -> dict:
     limit = config.faults.hang_minutes
     watchdog = Watchdog(60 * limit if limit else math.inf, config.run_dir / "stacks")
     session = Session(config, method, stages, facts, lock_patience_s)
+    if rank() == 0:
+        write_tasks(config.run_dir, stream.tasks)
     agreement = StepAgreement(device)
     stop = partial(stop_if_asked, agreement, session)
 
@@ -88,7 +92,7 @@ def train_stages(
 ) -> dict:
     """Trains the stages that the session has yet to do and returns the metrics of all."""
     config, method, log = session.config, session.method, session.log
-    log.say("precision {}: {}".format(*choose_precision(config)))
+    log.say("precision {}: {}".format(*choose_precision(config.train.precision)))
     log.status("starting")
     if session.point:
         log.say(f"resumes from {session.point.folder}")

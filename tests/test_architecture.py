@@ -14,10 +14,11 @@ PACKAGE = ROOT / "r1p_dist"
 # A module imports only from its own room and from rooms before it.
 ROOMS = (
     "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config kinds "
-    "key_words places recipe_files config distributed host_copy interrupts data losses adapters backbones evaluation "
-    "protocol moments memory_faults methods recipes checks optimizer optimizer_state rendezvous engine runlog "
-    "run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export train dry_run "
-    "forget measuring doctor method_list planner local_ranks compare cluster run_commands cli __main__"
+    "key_words places recipe_files config precision distributed host_copy interrupts data losses adapters backbones "
+    "evaluation protocol moments memory_faults methods recipes checks optimizer optimizer_state rendezvous engine "
+    "runlog run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export predict "
+    "serve train dry_run forget measuring doctor method_list planner local_ranks compare cluster run_commands cli "
+    "__main__"
 ).split()
 
 # The rooms of what the folder of a kind of backbone holds; its facts are in `kinds`, before them all.
@@ -28,6 +29,7 @@ PARTS = {
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
     "planner": "planner",
+    "predict": "predict",
 }
 
 SOURCES = PACKAGE / "data/convert/records.py"  # what is converted has kinds of its own

@@ -85,6 +85,7 @@ def test_only_rank_0_prints_the_configuration(
         (["methods", "dac"], "error: unrecognized arguments: dac"),
         (["extend", "runs/a", "--task", "b", "--dry"], "error: unrecognized arguments: --dry"),
         (["export", "runs/a"], "error: the following arguments are required: --to (r1p export --help shows how)"),
+        (["predict", "nowhere", "x.jpg"], "error: nowhere: no such folder; give that of a run or of an export"),
         (["report", "nowhere"], "error: nowhere/metrics.json: "),
         (["convert", "nowhere", "shards"], "error: nowhere: "),
         (["convert", "nowhere", "shards", "--from", "tar"], "error: --from tar: no such kind; there are folder, "),

@@ -55,7 +55,7 @@ def test_wheel_carries_recipes_profiles_and_deepspeed_files(names: set[str]) -> 
     assert _expected("launchers/clusters", "*.yaml", "r1p_dist/clusters") <= names
 
 
-@pytest.mark.parametrize("asset", ["tiny", "moments", "mini_mtil"])
+@pytest.mark.parametrize("asset", ["tiny", "moments", "mini_mtil", "serve"])
 def test_wheel_carries_the_assets(asset: str, names: set[str]) -> None:
     files = [path for path in (ROOT / "r1p_dist/assets" / asset).rglob("*") if path.is_file()]
     assert files

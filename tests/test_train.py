@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from r1p_dist.data import Stream, TrainLoader
 from r1p_dist.data.stream import ASSETS
+from r1p_dist.data.task_list import read_tasks
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
 from tests.data.toy_task import write_tar
@@ -102,6 +103,8 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     run_dir, _ = on_two_ranks
     metrics = read_metrics(run_dir)
     assert metrics["tasks"] == TASKS and len(metrics["accuracy"]) == 1 + len(TASKS)
+    asked = [(task.name, task.class_names, task.templates) for task in Stream.load("mini_mtil", tasks=TASKS).tasks]
+    assert [(task.name, task.class_names, task.templates) for task in read_tasks(run_dir / "tasks.json")] == asked
     facts = [metrics[key] for key in ("world_size", "zero_stage", "method", "seed")]
     assert facts == [2, 3, "dac", 0]
     # 12 experts per linear: 4 linears of 192 by 192 and two of 192 by 768 in each of 10 blocks, without the routers

@@ -7,7 +7,6 @@ is mapped: of a tensor only what is read is loaded, and ranks of one node share 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -85,6 +84,8 @@ def _partitioner(placement: Placement) -> Callable[[nn.Parameter], None]:
 
     `deepspeed.zero.Init` would send every weight from rank 0 to all others; here each rank has read it already.
     """
+    import deepspeed  # takes seconds, and one rank alone needs none of it
+
     # Without `dtype`, which it takes for bf16 on a CPU without fp16 arithmetic; the configuration says it.
     shards = deepspeed.zero.Init(config_dict_or_path=placement.zero3)
 

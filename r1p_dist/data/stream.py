@@ -240,7 +240,7 @@ def _orders(value: Any, entries: dict[str, dict], path: Path) -> dict[str, list[
 def _load_task(entry: dict[str, Any], path: Path) -> Task:
     where = f"{path}: task {entry['name']}"
     shards = {split: _shards(entry.get(split), path, f"{where}.{split}", split) for split in SPLITS}
-    own = _answer_fields(entry, where) if entry.get("metric") is not None else _class_fields(entry, path, where)
+    own = answer_fields(entry, where) if entry.get("metric") is not None else _class_fields(entry, path, where)
     domain = entry.get("domain")
     if domain is not None and domain not in _DOMAINS:
         raise InputError(f"{where}.domain: must be one of {', '.join(_DOMAINS)}, got {domain!r}")
@@ -255,7 +255,8 @@ def _class_fields(entry: dict[str, Any], path: Path, where: str) -> dict[str, An
     }
 
 
-def _answer_fields(entry: dict[str, Any], where: str) -> dict[str, Any]:
+def answer_fields(entry: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a task of conversations. InputError: an unknown metric, no number, no regular expression."""
     fields: dict[str, Any] = {"class_names": (), "templates": (), "metric": entry["metric"]}
     if fields["metric"] not in METRICS:
         raise InputError(f"{where}.metric: must be one of {', '.join(METRICS)}, got {fields['metric']!r}")

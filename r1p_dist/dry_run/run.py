@@ -23,12 +23,13 @@ from r1p_dist.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from r1p_dist.data import EvaluationLoader, Stream, evaluation_loaders
 from r1p_dist.distributed import fake_ranks, world_size
 from r1p_dist.dry_run.probe import Phase, Probe, joined
-from r1p_dist.engine import TaskEngine, choose_precision, resolve_deepspeed, start_process_group, weights_placement
+from r1p_dist.engine import TaskEngine, resolve_deepspeed, start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
 from r1p_dist.methods import make_method
+from r1p_dist.precision import choose_precision
 from r1p_dist.protocol import Stage
 from r1p_dist.session import Session
 from r1p_dist.stage_data import stage_data
@@ -57,7 +58,7 @@ class DryRun:
             "method": config.method,
             "model": config.backbone.name,
             "zero_stage": resolve_deepspeed(config, self.ranks)["zero_optimization"]["stage"],
-            "precision": choose_precision(config)[0],
+            "precision": choose_precision(config.train.precision)[0],
             "device": self.device,
             "global_batch_size": config.train.global_batch_size,
             "gradient_accumulation_steps": config.train.gradient_accumulation_steps,

@@ -57,9 +57,9 @@ def load_run(run_dir: Path, names: Sequence[str] | None = None) -> FinishedRun:
     config = load_config(run_dir / CONFIG_FILE)
     metrics = _read_metrics(run_dir / METRICS_FILE)
     base: FrozenWeights = kind_of(config.backbone.kind).part("export").frozen_weights(config.backbone)
-    _check_base(run_dir, config.backbone, base)
+    check_base(run_dir, config.backbone, base.identity)
     method = make_method(config, base.backbone)
-    finished = _finished_folders(run_dir)
+    finished = finished_folders(run_dir)
     if method.inference != "merged":
         needed = INFERENCE_NEEDS[method.inference]
         raise InputError(f"{run_dir}: method={config.method} needs {needed} at inference, which no format can hold")
@@ -92,7 +92,7 @@ def _read_metrics(path: Path) -> dict:
     return metrics
 
 
-def _finished_folders(run_dir: Path) -> dict[str, Path]:
+def finished_folders(run_dir: Path) -> dict[str, Path]:
     """Returns the folder of each finished task, in the run's order. InputError: one is missing between others."""
     found = {}
     for folder in (run_dir / ADAPTERS).glob("*"):
@@ -120,8 +120,11 @@ def _choose(run_dir: Path, method: Method, finished: Mapping[str, Path], names: 
     return chosen
 
 
-def _check_base(run_dir: Path, config: BackboneConfig, base: FrozenWeights) -> None:
-    """Compares the base weights with those that the run's newest checkpoint names, where it has one."""
+def check_base(run_dir: Path, config: BackboneConfig, identity: Mapping[str, str | None]) -> None:
+    """Compares the base weights with those that the run's newest checkpoint names, where it has one.
+
+    InputError: they are others.
+    """
     states = sorted(run_dir.glob("checkpoints/*/*/state.json"))
     if not states:
         return
@@ -129,8 +132,8 @@ def _check_base(run_dir: Path, config: BackboneConfig, base: FrozenWeights) -> N
         trained_on = read_json(states[-1])["facts"]["backbone"]["sha256"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{states[-1]}: does not name the backbone; put back the run's own file") from error
-    if trained_on != base.identity["sha256"]:
+    if trained_on != identity["sha256"]:
         raise InputError(
             f"{run_dir}/config.yaml: backbone.name={config.name} backbone.pretrained={config.pretrained}: weights with "
-            f"sha256 {base.identity['sha256']}, the run was trained on {trained_on}; put that file back"
+            f"sha256 {identity['sha256']}, the run was trained on {trained_on}; put that file back"
         )

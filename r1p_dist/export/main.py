@@ -7,8 +7,8 @@
 
 open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`, of a CLIP alone. hf: one for transformers, for
 `CLIPModel.from_pretrained(FOLDER)` or, of a LLaVA, `AutoModelForImageTextToText.from_pretrained(FOLDER)`. peft: a LoRA
-adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every folder has a model card. By
-default it is RUN_DIR/export/FORMAT.
+adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every folder has a model card and
+tasks.json, the class names for `r1p predict`. By default it is RUN_DIR/export/FORMAT.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,12 @@
 """The story of an export: read the run, then write its model or its tasks' updates as a new folder."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from r1p_dist.data.task_list import tasks_of_run, write_tasks
 from r1p_dist.errors import InputError
-from r1p_dist.export.finished_run import load_run
+from r1p_dist.export.finished_run import FinishedRun, load_run
 from r1p_dist.export.output_folder import check_is_free, new_folder
 from r1p_dist.export.part import export_part
 from r1p_dist.export.peft_folder import write_peft
@@ -46,4 +48,15 @@ def export_run(
         else:
             kind = run.config.backbone.kind
             raise InputError(f"backbone.kind={kind}: {to} has no such model; export it with --to hf or --to peft")
+        _write_tasks(folder, run)
     return output
+
+
+def _write_tasks(folder: Path, run: FinishedRun) -> None:
+    """Writes what the tasks ask of the model, for `r1p predict FOLDER`; a model is worth writing without it."""
+    try:
+        tasks = tasks_of_run(run.path, run.config)
+    except InputError as error:
+        logging.getLogger(__name__).warning("%s; the export has no class names then", error)
+        return
+    write_tasks(folder, tasks)

@@ -3,7 +3,7 @@
 A folder's `KIND` says what there is to know without the kind's libraries. Its parts, modules of fixed names, are
 imported when they are asked for; the room that uses a part says what it must hold: `backbone` in
 r1p_dist.backbones.load, `evaluation` in r1p_dist.evaluation.make, `export` in r1p_dist.export.part, `files` in
-r1p_dist.checks and `planner` in r1p_dist.planner.part.
+r1p_dist.checks, `planner` in r1p_dist.planner.part and `predict` in r1p_dist.predict.part.
 """
 
 import importlib
@@ -40,7 +40,7 @@ class Kind:
     shapes: tuple[str, ...] = ()
     model_file: str | None = None
 
-    def part(self, name: Literal["backbone", "evaluation", "export", "files", "planner"]) -> Any:
+    def part(self, name: Literal["backbone", "evaluation", "export", "files", "planner", "predict"]) -> Any:
         """Imports a part of the kind's folder."""
         return importlib.import_module(f"{__name__}.{self.name}.{name}")
 

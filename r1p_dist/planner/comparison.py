@@ -4,16 +4,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from r1p_dist.config import RunConfig
 from r1p_dist.dry_run.run import DryRun, dry_run
-from r1p_dist.engine import choose_precision, resolve_deepspeed
+from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
 from r1p_dist.planner.memory import Memory, training_memory
 from r1p_dist.planner.network import Collectives
 from r1p_dist.planner.part import planner_part
 from r1p_dist.planner.zero import Zero
+from r1p_dist.precision import precision_type
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def compare(config: RunConfig, ranks: int) -> Comparison:
     """Runs rank 0 of a CLIP run alone, and plans the same. config: with a global batch for so many ranks."""
     run = dry_run(config, ranks)
     zero = Zero.of(resolve_deepspeed(config, ranks))
-    dtype = torch.bfloat16 if choose_precision(config)[0] == "bf16" else torch.float32
+    dtype = precision_type(config.train.precision)
     planner = planner_part(config.backbone.kind)
     sizes = {"--prompts": run.batch["texts"], "--prompt-tokens": run.batch["tokens"]}
     shape = planner.describe(config, planner.micro_batch(run.batch["samples"], sizes), dtype)

@@ -111,7 +111,7 @@ def test_the_files_and_the_names_in_them_are_those_of_the_base_model(tmp_path: P
     run = write_llava_run(tmp_path)
     base, folder = tmp_path / "base", export_run(run, "hf")
     names = {path.name for path in base.iterdir()}
-    assert {path.name for path in folder.iterdir()} == names | {"README.md"}
+    assert {path.name for path in folder.iterdir()} == names | {"README.md", "tasks.json"}
     changed = set()
     for name in names:
         if name.endswith(".safetensors"):

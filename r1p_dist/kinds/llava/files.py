@@ -1,5 +1,6 @@
 """Whether the files of a LLaVA can be there."""
 
+import json
 from pathlib import Path
 
 from r1p_dist.config import BackboneConfig
@@ -15,3 +16,12 @@ def check_files(config: BackboneConfig) -> None:
         return
     known = ", ".join(["tiny", *KIND.shapes])
     raise InputError(f"backbone.name={name}: no folder of a model, with a {KIND.model_file}; known names: {known}")
+
+
+def model_in(folder: Path) -> str | None:
+    try:
+        config = json.loads((folder / KIND.model_file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    family = config.get("model_type") if isinstance(config, dict) else None
+    return str(folder) if isinstance(family, str) and family.startswith("llava") else None

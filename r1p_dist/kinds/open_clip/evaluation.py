@@ -25,7 +25,7 @@ def make(
 
 
 class Classifier(Evaluator):
-    """Evaluates a CLIP model; a class's weight is the mean of its templates' unit-norm features, as in DAC's code.
+    """Evaluates a CLIP model: a picture's class is the one whose weight is nearest, as in DAC's code.
 
     text_batch_size: prompts in one forward; the rest as in `Evaluator`.
     """
@@ -44,7 +44,7 @@ class Classifier(Evaluator):
         self.text_batch_size = text_batch_size
 
     def evaluate_task(self, model: Callable, task: Task, loader: EvaluationLoader) -> TaskResult:
-        weights = self._class_weights(model, task)
+        weights = class_weights(self.backbone, model, task, self.text_batch_size)
         # 0: not seen, 1: wrong, 2: right. Every picture is on one rank, so the sum over ranks has them all.
         found = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
         for batch in loader:
@@ -59,8 +59,12 @@ class Classifier(Evaluator):
             raise InputError(f"task {task.name}: not one of its {len(found)} pictures to be evaluated can be decoded")
         return TaskResult(task.name, 100.0 * (seen == 2).double(), len(found) - len(seen))
 
-    def _class_weights(self, model: Callable, task: Task) -> torch.Tensor:
-        prompts = [prompt for label in range(len(task.class_names)) for prompt in task.prompts(label)]
-        tokens = self.backbone.tokenize(prompts)
-        features = torch.cat([model(tokens=chunk)[1] for chunk in tokens.split(self.text_batch_size)])
-        return F.normalize(features.view(len(task.class_names), len(task.templates), -1).mean(1), dim=-1)
+
+def class_weights(backbone: ClipBackbone, model: Callable, task: Task, batch_size: int) -> torch.Tensor:
+    """Returns the weight of each class, (classes, d): the mean of its templates' unit-norm features, with norm 1 again.
+
+    model: the backbone, or the engine around it. batch_size: prompts in one forward.
+    """
+    prompts = [prompt for label in range(len(task.class_names)) for prompt in task.prompts(label)]
+    features = torch.cat([model(tokens=chunk)[1] for chunk in backbone.tokenize(prompts).split(batch_size)])
+    return F.normalize(features.view(len(task.class_names), len(task.templates), -1).mean(1), dim=-1)

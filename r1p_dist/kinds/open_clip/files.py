@@ -26,6 +26,10 @@ def check_files(config: BackboneConfig) -> None:
         raise InputError(f"backbone.name={name}: open_clip has no such model{hint}")
 
 
+def model_in(folder: Path) -> str | None:
+    return f"local-dir:{folder}" if (folder / "open_clip_config.json").is_file() else None
+
+
 def _models() -> list[str]:
     """Returns the names of open_clip's models, from its files: importing it takes seconds."""
     spec = importlib.util.find_spec("open_clip")
