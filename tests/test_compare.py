@@ -337,14 +337,14 @@ def test_all_adds_every_method_that_has_no_label(bench: Bench) -> None:
     assert "unknown key options.rank of method=wise_ft" in data["left_out"]["wise_ft"]
     page = (bench.output / "comparison.md").read_text()
     assert "Left out:\n\n- " in page and "- wise_ft: command line: unknown key" in page
-    assert "- again-seed0: not finished\n" in page
+    assert "Not finished:\n\n- not trained yet: again-seed0, again-seed1, again-seed2, dac-seed0, " in page
 
 
 def test_tabulating_trains_nothing_and_shows_what_is_finished(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.compare("--methods", "dac", "--seeds", "0") == 0
     assert bench.compare("--methods", "lora,dac", "--seeds", "0,1", "--tabulate") == 0
     assert len(bench.calls()) == 1
-    assert "lora-seed0: skipped, not finished" in capsys.readouterr().out
+    assert "lora-seed0: skipped, not trained yet" in capsys.readouterr().out
     assert bench.table_row("dac")[2] == "54.0" and bench.table_row("lora")[-1] == "0"
     unfinished = json.loads((bench.output / "comparison.json").read_text())["not_finished"]
     assert list(unfinished) == ["lora-seed0", "lora-seed1", "dac-seed1"]
@@ -353,8 +353,11 @@ def test_tabulating_trains_nothing_and_shows_what_is_finished(bench: Bench, caps
 def test_run_that_another_process_trains_is_skipped(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     with lock_file(bench.output / ".dac-seed0.lock"):
         assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 0
-    assert "dac-seed0: skipped, another process is training it" in capsys.readouterr().out
-    assert "Not finished:\n\n- dac-seed0: another process" in (bench.output / "comparison.md").read_text()
+    assert "dac-seed0: skipped, being trained by another process" in capsys.readouterr().out
+    assert (
+        "Not finished:\n\n- being trained by another process: dac-seed0\n"
+        in (bench.output / "comparison.md").read_text()
+    )
     assert bench.table_row("lora")[2] == "50.0" and bench.table_row("dac")[-1] == "0"
     assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 0
     assert bench.table_row("dac")[2] == "54.0"
@@ -491,6 +494,17 @@ def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) ->
     ]
     tasks = json.loads((instruct.output / "comparison.json").read_text())["tasks"]
     assert tasks["dac-seed1"] == dict(zip(TASKS, SCORES["dac"][1], strict=True))
+
+
+def test_all_leaves_out_methods_that_the_backbone_has_nothing_for(instruct: Bench) -> None:
+    arguments = ("--recipe", "mini_instruct", "--methods", "all", "--seeds", "0", "--tabulate")
+    assert instruct.compare(*arguments) == 0
+    left_out = json.loads((instruct.output / "comparison.json").read_text())["left_out"]
+    assert set(left_out) == {"lwf", "moe_adapters", "zscl"}
+    # no path of this machine
+    assert left_out["moe_adapters"].startswith(
+        "launchers/recipes/mini_instruct.yaml: method=moe_adapters: only for CLIPs"
+    )
 
 
 def test_majority_answers_are_a_row_without_seeds(instruct: Bench) -> None:

@@ -51,7 +51,7 @@ def compare(arguments: argparse.Namespace) -> int:
     remarks = [
         Section(points=[f"{label}: recipe and `{' '.join(used[label])}`" for label in labels if used[label]]),
         Section("Left out", points=_points(refused)),
-        Section("Not finished", points=_points(facts["not_finished"])),
+        Section("Not finished", points=_by_reason(facts["not_finished"])),
         Section("Failed runs", points=_points(facts["failures"])),
     ]
     remarks = [section for section in remarks if section.points]
@@ -108,3 +108,10 @@ def _reference(asked: str | None, labels: Sequence[str]) -> str:
 
 def _points(reasons: Mapping[str, str]) -> list[str]:
     return [f"{name}: {one_line(reason)}" for name, reason in reasons.items()]
+
+
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{reason}: {', '.join(of_it)}" for reason, of_it in names.items()]

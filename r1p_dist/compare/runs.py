@@ -20,6 +20,7 @@ from r1p_dist.evaluation.comparison import ZERO_SHOT, Result
 from r1p_dist.files import lock_file, write_atomically
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import METRICS_FILE
+from r1p_dist.shipped import checkout
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def refusals(runs: Sequence[Run]) -> dict[str, str]:
         try:
             load_config(run.recipe, run.overrides)
         except InputError as error:
-            found[run.label] = str(error)
+            found[run.label] = str(error).replace(f"{checkout()}/", "")  # pages are shown to others
     return found
 
 
@@ -101,13 +102,13 @@ def finish(run: Run, trains: bool = True) -> Result:
         print("already there, ", end="")
         return result
     if not trains:
-        raise NotFinishedError("not finished")
+        raise NotFinishedError("not trained yet")
     with ExitStack() as held:
         try:
             # Only here: who looks at a run must not make the one skip it who is to train it.
             lock = held.enter_context(lock_file(run.folder.with_name(f".{run.folder.name}.lock"), waits=False))
         except BlockingIOError:
-            raise NotFinishedError("another process is training it") from None
+            raise NotFinishedError("being trained by another process") from None
         return _finished(run) or _train(run, lock.fileno())
 
 
