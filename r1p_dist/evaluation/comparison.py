@@ -39,13 +39,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts in rows under a header; all columns but the first are numbers."""
+    """Texts in rows under a header; all columns but the first are numbers, or none is."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    has_numbers: bool = True
 
     def markdown(self) -> str:
-        rule = ["---", *("---:" for _ in self.header[1:])]
+        rule = ["---", *("---:" if self.has_numbers else "---" for _ in self.header[1:])]
         return "".join("| " + " | ".join(row) + " |\n" for row in [self.header, rule, *self.rows])
 
 
