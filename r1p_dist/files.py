@@ -1,12 +1,13 @@
 """Files that a reader never sees half-written, their hashes, and text as other systems write it."""
 
 import codecs
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from r1p_dist.errors import InputError
 
@@ -61,6 +62,18 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise InputError(f"{path}: line {line} is no UTF-8 text ({error.reason}); save the file as UTF-8") from error
+
+
+@contextmanager
+def lock_file(path: Path, waits: bool = True) -> Iterator[TextIO]:
+    """Holds a lock file, made where it is missing; the lock goes with the process, whatever ends it.
+
+    waits: until another process that holds it is done; else BlockingIOError says that there is one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+        yield file
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,7 @@
-"""What `r1p methods` prints: what each method says of itself, read from its source, which needs no torch."""
+"""What each method says of itself, which `r1p methods` prints: read from its source, which needs no torch."""
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,19 +24,28 @@ class Option:
 
 @dataclass
 class Description:
-    """A method in words. summary: the first line of its docstring."""
+    """A method in words. docstring: of its class; module: where that is."""
 
     name: str
-    summary: str
+    module: str
+    docstring: str
     paper: str = ""
     stores: str = "nothing"
     inference: str = "merged"
     options: list[Option] = field(default_factory=list)
 
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.docstring.partition("\n")[0]
+
+    @property
+    def inference_needs(self) -> str:
+        return INFERENCE_NEEDS[self.inference]
+
     def lines(self) -> Iterator[str]:
         yield f"{self.name}  {self.summary}"
-        needed = INFERENCE_NEEDS[self.inference]
-        yield f"    paper: {self.paper or 'none'}; stores {self.stores}; inference needs {needed}"
+        yield f"    paper: {self.paper or 'none'}; stores {self.stores}; inference needs {self.inference_needs}"
         for option in self.options:
             yield f"    options.{option.name}={option.default}  {option.meaning}"
 
@@ -72,11 +82,16 @@ class _Source:
             return self, self.classes[name]
         if name in self._imported and self._imported[name][0].split(".")[0] == _PACKAGE:
             module, original = self._imported[name]
-            return _Source(module).find(original)
+            return _source_of(module).find(original)
         return None
 
     def is_method(self, node: ast.ClassDef) -> bool:
         return any(base.name == "Method" for _, base in _lineage(self, node))
+
+
+@functools.cache
+def _source_of(module: str) -> _Source:
+    return _Source(module)
 
 
 def _file_of(module: str) -> Path:
@@ -89,10 +104,9 @@ def _file_of(module: str) -> Path:
 
 
 def _describe(name: str, module: str, attribute: str | None) -> Description:
-    source = _Source(module)
+    source = _source_of(module)
     node = source.classes[attribute] if attribute else next(filter(source.is_method, source.classes.values()))
-    summary = (ast.get_docstring(node) or "").partition("\n")[0]
-    description = Description(name, summary)
+    description = Description(name, module, ast.get_docstring(node) or "")
     for owner, base in reversed(list(_lineage(source, node))):
         for key, value in _assignments(base):
             if key in ("paper", "stores", "inference") and isinstance(value, ast.Constant):

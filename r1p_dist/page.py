@@ -59,8 +59,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int
 
 def figure(drawing: Figure, alt: str, caption: str) -> str:
     """Return the figure with its caption."""
-    width = round(drawing.get_figwidth() * 96)
-    data = base64.b64encode(png_of(drawing)).decode("ascii")
+    return image(png_of(drawing), drawing.get_figwidth(), alt, caption)
+
+
+def image(png: bytes, inches: float, alt: str, caption: str) -> str:
+    """Return a picture with its caption. inches: its width."""
+    width = round(inches * 96)
+    data = base64.b64encode(png).decode("ascii")
     return (
         f'<figure><img width="{width}" alt="{text(alt)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{text(caption)}</figcaption></figure>"

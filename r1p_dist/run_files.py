@@ -17,9 +17,16 @@ JOBS = "jobs"
 ADAPTERS = "adapters"
 # of each folder in ADAPTERS
 UPDATES_FILE = "adapter.safetensors"
+MEMORY_FILE = "memory.safetensors"
 FACTS_FILE = "adapter.json"
 
 
 def stage_folder(run_dir: Path, index: int, name: str) -> Path:
     """Returns the folder of what a finished stage left."""
     return run_dir / ADAPTERS / f"{index:02d}-{name}"
+
+
+def last_stage_folder(run_dir: Path) -> Path | None:
+    """Returns the folder of the last stage that left one; None where none did."""
+    folders = (run_dir / ADAPTERS).glob("[0-9]*-*")
+    return max(folders, key=lambda folder: int(folder.name.partition("-")[0]), default=None)

@@ -104,6 +104,7 @@ def make_metrics(stream: Stream, session: Session) -> dict:
         **({"instruction_following": progress.following} if progress.following else {}),
         **continual_metrics(progress.rows + [None] * (len(session.stages) + 1 - len(progress.rows))),
         "trainable_parameters": method.count_parameters(),
+        "inference": method.inference,
         "world_size": world_size(),
         "zero_stage": resolve_deepspeed(config, world_size())["zero_optimization"]["stage"],
         "collectives_per_step": progress.collectives,

@@ -1,5 +1,8 @@
 """`r1p compare` with a stand-in for `deepspeed` that writes the metrics it is told to."""
 
+import base64
+import csv
+import itertools
 import json
 import stat
 import sys
@@ -12,9 +15,14 @@ import numpy as np
 import pytest
 
 from r1p_dist.cli import main
+from r1p_dist.compare import output, runs
 from r1p_dist.compare.settings import read_settings, settings_path
 from r1p_dist.evaluation import continual_metrics
-from r1p_dist.evaluation.comparison import Result, last_interval, read_correct
+from r1p_dist.evaluation.comparison import Result
+from r1p_dist.evaluation.paired import last_interval, rank_intervals, read_correct
+from r1p_dist.figures import png_of
+from r1p_dist.files import lock_file
+from r1p_dist.methods import shipped_methods
 from r1p_dist.recipes import load_config
 
 ZERO_SHOT = [20.0, 40.0]
@@ -27,21 +35,31 @@ ROWS = {
     "joint": {0: [[70.0, 80.0]], 1: [[74.0, 84.0]]},
 }
 STAND_IN = """#!{python}
-import json, os, sys
+import fcntl, json, os, sys
 from pathlib import Path
 
 here = Path({here!r})
 overrides = dict(argument.split("=", 1) for argument in sys.argv if "=" in argument)
 names = ["OMP_NUM_THREADS", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"]
+run_dir = Path(overrides["run_dir"])
+lock = run_dir.with_name(f".{{run_dir.name}}.lock")
+holds_lock = str(lock) in [os.path.realpath(f"/proc/self/fd/{{number}}") for number in os.listdir("/proc/self/fd")]
+is_locked = False
+with open(lock, "a") as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_locked = True
 with open(here / "calls.jsonl", "a") as calls:
     call = {{"argv": sys.argv[1:], "environment": {{name: os.environ[name] for name in names}}}}
+    call |= {{"is_locked": is_locked, "holds_lock": holds_lock}}
     calls.write(json.dumps(call) + "\\n")
-run_dir = Path(overrides["run_dir"])
 answer = json.loads((here / "answers.json").read_text()).get(run_dir.name)
 if answer is None:
     sys.exit("loading ...\\nerror: mini_mtil.yaml: train.lr: -1 is not positive")
 run_dir.mkdir(parents=True, exist_ok=True)
 for name, text in answer.items():
+    (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
     (run_dir / name).write_text(text)
 """
 
@@ -81,6 +99,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         monkeypatch.delenv(name, raising=False)
     bench = Bench(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(output, "png_of", lambda drawing: b"")  # a second for each page
     for method, seeds in ROWS.items():
         for seed, rows in seeds.items():
             bench.answer(f"{method}-seed{seed}", metrics_of(rows, method))
@@ -90,31 +109,32 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def metrics_of(rows: list[list[float]], method: str, wall_seconds: float = 90.0) -> dict[str, Any]:
     matrix = [ZERO_SHOT, *rows]
     metrics = {"tasks": ["fashion", "flags"], "accuracy": matrix, "domains": DOMAINS, "method": method}
-    return metrics | {"wall_seconds": wall_seconds} | continual_metrics(matrix)
+    before = [None, None] if method == "zero_shot" else [row[task] + 10 for task, row in enumerate(rows)]
+    return metrics | {"wall_seconds": wall_seconds, "before_merge": before} | continual_metrics(matrix)
 
 
 def test_table_against_values_worked_out_by_hand(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.compare("--methods", "zero_shot,lora,joint,dac", "--seeds", "0,1") == 0
     # Transfer 40; Average, Last = mean of (20, 40); zero-shot has one run and no spread.
-    zero_shot = ["40.0", "30.0", "30.0", "20.0", "40.0", "30.0", "0.0", "0.00", "1.5", "1"]
-    assert bench.table_row("zero_shot") == zero_shot
-    transfer, average, last, seen, unseen, own, forgetting, recovered, minutes, seeds = bench.table_row("dac")
+    assert bench.table_row("zero_shot") == ["40.0", "30.0", "30.0", "20.0", "40.0", "0.00", "–", "1"]
+    assert bench.table_row("zero_shot", table=1) == ["–", "30.0", "0.0", "0.0"]
+    transfer, average, last, seen, unseen, recovered, rank, seeds = bench.table_row("dac")
     assert transfer == f"39.0 ± {stdev([40, 38]):.1f}"
     # (50 + 40 + 48 + 60) / 4 = 49.5, (54 + 38 + 52 + 66) / 4 = 52.5
     assert average == f"51.0 ± {stdev([49.5, 52.5]):.1f}"
     assert last == f"56.5 ± {stdev([54, 59]):.1f}"
     assert seen == f"50.0 ± {stdev([48, 52]):.1f}"
     assert unseen == f"63.0 ± {stdev([60, 66]):.1f}"
-    # (50 + 60) / 2, (54 + 66) / 2
-    assert own == f"57.5 ± {stdev([55, 60]):.1f}"
-    assert forgetting == "2.0 ± 0.0"
     # (54 - 30) / (75 - 30), (59 - 30) / (79 - 30)
     shares = [24 / 45, 29 / 49]
     assert recovered == f"{sum(shares) / 2:.2f} ± {stdev(shares):.2f}"
-    assert (minutes, seeds) == ("1.5 ± 0.0", "2")
+    assert (rank, seeds) == ("–", "2")
+    # Before the merge 10 more than after it: (50 + 60) / 2, (54 + 66) / 2. What task 1 lost: 50 - 48, 54 - 52.
+    spread = f"{stdev([55, 60]):.1f}"
+    assert bench.table_row("dac", table=1) == [f"67.5 ± {spread}", f"57.5 ± {spread}", "-2.0 ± 0.0", "2.0 ± 0.0"]
     joint = bench.table_row("joint")
-    assert joint[:3] == ["–", "–", f"77.0 ± {stdev([75, 79]):.1f}"]
-    assert joint[5:8] == ["–", "–", "1.00 ± 0.00"]
+    assert joint[:3] == ["–", "–", f"77.0 ± {stdev([75, 79]):.1f}"] and joint[5] == "1.00 ± 0.00"
+    assert bench.table_row("joint", table=1) == ["–"] * 4
     assert (bench.output / "comparison.md").read_text() in capsys.readouterr().out
 
 
@@ -122,7 +142,7 @@ def test_paired_differences_against_values_worked_out_by_hand(bench: Bench) -> N
     assert bench.compare("--methods", "zero_shot,lora,dac", "--seeds", "0,1") == 0
     # Transfer: 40 - 30, 38 - 26; Average: 49.5 - 47.5, 52.5 - 46.5; Last: 54 - 50, 59 - 48
     spreads = [f"{stdev(pair):.1f}" for pair in ((10, 12), (2, 6), (4, 11))]
-    assert bench.table_row("lora", table=1) == [
+    assert bench.table_row("lora", table=3) == [
         f"+11.0 ± {spreads[0]}",
         f"+4.0 ± {spreads[1]}",
         f"+7.5 ± {spreads[2]}",
@@ -130,7 +150,7 @@ def test_paired_differences_against_values_worked_out_by_hand(bench: Bench) -> N
         "2",
     ]
     # Zero-shot's one run counts for both seeds: Last 54 - 30, 59 - 30.
-    assert bench.table_row("zero_shot", table=1)[2] == f"+26.5 ± {stdev([24, 29]):.1f}"
+    assert bench.table_row("zero_shot", table=3)[2] == f"+26.5 ± {stdev([24, 29]):.1f}"
     assert "lora: no interval, dac-seed0 has no correct.jsonl" in (bench.output / "comparison.md").read_text()
     paired = json.loads((bench.output / "comparison.json").read_text())["paired"]
     assert paired["lora"]["last"] == [4.0, 11.0] and paired["lora"]["seeds"] == [0, 1]
@@ -213,9 +233,9 @@ def test_failed_run_is_shown_and_the_others_are_tabulated(bench: Bench, capsys: 
     assert "2 of 6 runs failed" in shown.err
     assert bench.table_row("lora")[2] == "50.0" and bench.table_row("lora")[-1] == "1"
     # Only seed 1 has joint training to compare with: (59 - 30) / (79 - 30).
-    assert bench.table_row("dac")[7] == f"{29 / 49:.2f}"
+    assert bench.table_row("dac")[5] == f"{29 / 49:.2f}"
     # Paired: only the seeds that both finished.
-    assert bench.table_row("lora", table=1) == ["+10.0", "+2.0", "+4.0", "missing", "1"]
+    assert bench.table_row("lora", table=3) == ["+10.0", "+2.0", "+4.0", "missing", "1"]
     assert "lora-seed1: exit code 1" in (bench.output / "comparison.md").read_text()
     assert set(json.loads((bench.output / "comparison.json").read_text())["failures"]) == {"lora-seed1", "joint-seed0"}
 
@@ -223,7 +243,8 @@ def test_failed_run_is_shown_and_the_others_are_tabulated(bench: Bench, capsys: 
 def test_nothing_finished_still_leaves_a_table(bench: Bench) -> None:
     bench.answers = {}
     assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 1
-    assert bench.table_row("dac") == ["–"] * 9 + ["0"]
+    assert bench.table_row("dac") == ["–"] * 7 + ["0"]
+    assert bench.table_row("dac", table=2) == ["–"] * 6
 
 
 def test_tuning_runs_every_value_on_the_validation_split(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,6 +323,132 @@ def test_methods_are_by_default_those_of_the_settings_file(bench: Bench) -> None
     assert [Path(call["argv"][-1]).name for call in bench.calls()] == ["dac-seed0", "lora-seed0"]
 
 
+def test_all_adds_every_method_that_has_no_label(bench: Bench) -> None:
+    settings = bench.folder / "settings.yaml"
+    settings.write_text("again: [method=lora, options.restart=true]\ndac: [options.rank=10]\n")
+    # wise_ft trains all weights, so it has no rank
+    arguments = ("--methods", "all", "--settings", str(settings), "--tabulate", "options.rank=8")
+    assert bench.compare(*arguments) == 0
+    assert bench.calls() == []
+    data = json.loads((bench.output / "comparison.json").read_text())
+    labels = ["again", "dac", *(name for name in shipped_methods() if name != "dac")]
+    assert list(data["overrides"]) == [label for label in labels if label not in data["left_out"]]
+    assert "lora" in data["overrides"] and "steady" in data["overrides"]
+    assert "unknown key options.rank of method=wise_ft" in data["left_out"]["wise_ft"]
+    page = (bench.output / "comparison.md").read_text()
+    assert "Left out:\n\n- " in page and "- wise_ft: command line: unknown key" in page
+    assert "Not finished:\n\n- not trained yet: again-seed0, again-seed1, again-seed2, dac-seed0, " in page
+
+
+def test_tabulating_trains_nothing_and_shows_what_is_finished(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.compare("--methods", "dac", "--seeds", "0") == 0
+    assert bench.compare("--methods", "lora,dac", "--seeds", "0,1", "--tabulate") == 0
+    assert len(bench.calls()) == 1
+    assert "lora-seed0: skipped, not trained yet" in capsys.readouterr().out
+    assert bench.table_row("dac")[2] == "54.0" and bench.table_row("lora")[-1] == "0"
+    unfinished = json.loads((bench.output / "comparison.json").read_text())["not_finished"]
+    assert list(unfinished) == ["lora-seed0", "lora-seed1", "dac-seed1"]
+
+
+def test_run_that_another_process_trains_is_skipped(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    with lock_file(bench.output / ".dac-seed0.lock"):
+        assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 0
+    assert "dac-seed0: skipped, being trained by another process" in capsys.readouterr().out
+    assert (
+        "Not finished:\n\n- being trained by another process: dac-seed0\n"
+        in (bench.output / "comparison.md").read_text()
+    )
+    assert bench.table_row("lora")[2] == "50.0" and bench.table_row("dac")[-1] == "0"
+    assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 0
+    assert bench.table_row("dac")[2] == "54.0"
+    # Each held its lock while it trained; the launcher too, which goes on where this process is killed.
+    assert [(call["is_locked"], call["holds_lock"]) for call in bench.calls()] == [(True, True)] * 2
+
+
+def test_run_that_others_look_at_is_not_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run and one that is only tabulated take no lock, which would make the one skip it who is to train."""
+    assert bench.compare("--methods", "dac", "--seeds", "0") == 0
+    monkeypatch.setattr(runs, "lock_file", lambda *_, **__: pytest.fail("a lock was taken"))
+    assert bench.compare("--methods", "lora,dac", "--seeds", "0", "--tabulate") == 0
+    assert bench.compare("--methods", "dac", "--seeds", "0") == 0
+
+
+def test_differences_are_against_the_reference_that_is_named(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--methods", "zero_shot,lora,joint", "--seeds", "0,1")
+    assert bench.compare(*arguments) == 0
+    # without DAC the first label: Last 30 - 50, 30 - 48 of zero-shot's one run
+    assert bench.table_row("lora", table=3)[2] == f"-19.0 ± {stdev([20, 18]):.1f}"
+    assert bench.compare(*arguments, "--reference", "lora") == 0
+    assert "lora minus the other" in (bench.output / "comparison.md").read_text()
+    assert bench.table_row("joint", table=3)[2] == f"-28.0 ± {stdev([25, 31]):.1f}"
+    assert json.loads((bench.output / "comparison.json").read_text())["reference"] == "lora"
+    capsys.readouterr()
+    assert bench.compare(*arguments, "--reference", "dac") == 2
+    assert "--reference dac: is not compared; choose one of zero_shot, lora, joint" in capsys.readouterr().err
+
+
+def test_costs_of_runs(bench: Bench) -> None:
+    speeds = {"lora-seed0": [10, None, 40, 20], "dac-seed0": [1, 16, 16], "dac-seed1": [8]}  # medians 20, 16, 8
+    for name, values in speeds.items():
+        method, seed = name.split("-seed")
+        records = [{"loss": 1.0} if speed is None else {"loss": 1.0, "samples_per_second": speed} for speed in values]
+        files = {
+            "log.jsonl": "".join(json.dumps(record) + "\n" for record in records),
+            "adapters/09-flags/adapter.safetensors": "x" * 40_000,
+            "adapters/100-fashion/adapter.safetensors": "x" * 1_230_000,
+            "adapters/100-fashion/memory.safetensors": "x" * 20_000,
+        }
+        minutes = {"lora-seed0": 2, "dac-seed0": 1, "dac-seed1": 2}[name]
+        metrics = metrics_of(ROWS[method][int(seed)], method, wall_seconds=60.0 * minutes)
+        bench.answer(name, metrics | {"trainable_parameters": 12345}, **files)
+    bench.answer("lora-seed1", metrics_of(ROWS["lora"][1], "lora", wall_seconds=120.0))
+    # What a run says of itself wins: here an option of the method took its router away.
+    routed, merged = metrics_of(ROWS["lora"][0], "moe_adapters"), metrics_of(ROWS["lora"][0], "lilora")
+    bench.answer("moe_adapters-seed0", routed)
+    bench.answer("lilora-seed0", merged | {"inference": "merged"})
+    assert bench.compare("--methods", "lora,dac,moe_adapters,lilora", "--seeds", "0,1") == 1  # not all have an answer
+    assert bench.table_row("lora", table=2) == ["12,345", "1.23", "0.02", "1.00", "2.0 ± 0.0", "merged weights alone"]
+    # 20 / 16; the LoRA of seed 1 has no log
+    minutes = f"1.5 ± {stdev([1, 2]):.1f}"
+    assert bench.table_row("dac", table=2) == ["12,345", "1.23", "0.02", "1.25", minutes, "merged weights alone"]
+    assert bench.table_row("moe_adapters", table=2) == ["–", "–", "–", "–", "1.5", "the task of each sample"]
+    assert bench.table_row("lilora", table=2)[-1] == "merged weights alone"
+    costs = json.loads((bench.output / "comparison.json").read_text())["costs"]["dac-seed1"]
+    assert costs["step_time"] is None and costs["memory_mb"] == 0.02
+
+
+def test_files_beside_the_page(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "png_of", png_of)
+    arguments = ("--methods", "zero_shot,lora,joint,dac", "--seeds", "0,1", "train.lr=1e-3")
+    assert bench.compare(*arguments) == 0
+    with open(bench.output / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["label"], row["seed"]) for row in rows[:3]] == [("zero_shot", "0"), ("lora", "0"), ("lora", "1")]
+    assert len(rows) == 7
+    dac = rows[-1]
+    assert (dac["last"], dac["before_merge"], dac["minutes"], dac["trained"]) == ("59.0", "70.0", "1.5", "")
+    assert float(dac["recovered"]) == 29 / 49
+
+    page = (bench.output / "comparison.html").read_text()
+    png = (bench.output / "comparison.png").read_bytes()
+    assert base64.b64encode(png).decode() in page and page.count("<img") == 1 and "http" not in page
+    assert page.count("<table>") == 4 and "<h2>What it costs</h2>" in page and "56.5 ± 3.5" in page
+    assert "<li>dac: recipe and <code>options." not in page and "<code>train.lr=1e-3</code>" in page
+
+
+def test_picture_shows_each_seed_and_the_two_lines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(output, "png_of", lambda drawing: drawn.append(drawing) or b"")
+    assert bench.compare("--methods", "dac,zero_shot,joint,lora", "--seeds", "0,1") == 0
+    last, forgetting = drawn[0].axes
+    assert [tick.get_text() for tick in last.get_yticklabels()] == ["lora", "dac"]  # from below, the best on top
+    dots = [line.get_xydata().tolist() for line in last.lines if line.get_linestyle() == "None"]
+    assert dots == [[[50, 0], [48, 0]], [[49, 0]], [[54, 1], [59, 1]], [[56.5, 1]]]
+    lines = {line.get_label(): set(line.get_xdata()) for line in last.lines if line.get_linestyle() == "--"}
+    assert lines == {"zero-shot": {30.0}, "joint": {77.0}}
+    assert forgetting.lines[1].get_xydata().tolist() == [[(30 + 44) / 2, 0]]
+
+
 # Instruction tasks
 
 SCORES = {
@@ -338,8 +485,8 @@ def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) ->
     ) in page
     assert "exact_match: percent; multiple_choice: percent; cider: CIDEr x 100, can exceed 100" in page
     assert "Points of each task's metric on the test split, mean ±" in page and "Percent" not in page
-    assert instruct.table_row("zero_shot", table=1) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0"]
-    assert instruct.table_row("dac", table=1) == [
+    assert instruct.table_row("zero_shot", table=3) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0"]
+    assert instruct.table_row("dac", table=3) == [
         f"42.0 ± {stdev([40, 44]):.1f}",
         f"51.0 ± {stdev([50, 52]):.1f}",
         *("60.0 ± 0.0", "70.0 ± 0.0", "80.0 ± 0.0"),
@@ -349,18 +496,29 @@ def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) ->
     assert tasks["dac-seed1"] == dict(zip(TASKS, SCORES["dac"][1], strict=True))
 
 
+def test_all_leaves_out_methods_that_the_backbone_has_nothing_for(instruct: Bench) -> None:
+    arguments = ("--recipe", "mini_instruct", "--methods", "all", "--seeds", "0", "--tabulate")
+    assert instruct.compare(*arguments) == 0
+    left_out = json.loads((instruct.output / "comparison.json").read_text())["left_out"]
+    assert set(left_out) == {"lwf", "moe_adapters", "zscl"}
+    # no path of this machine
+    assert left_out["moe_adapters"].startswith(
+        "launchers/recipes/mini_instruct.yaml: method=moe_adapters: only for CLIPs"
+    )
+
+
 def test_majority_answers_are_a_row_without_seeds(instruct: Bench) -> None:
     assert instruct.compare("--recipe", "mini_instruct", "--methods", "dac", "--seeds", "0") == 0
     majority = json.loads((instruct.output / "comparison.json").read_text())["majority"]
     values = {task: entry["value"] for task, entry in majority.items()}
     assert {task: values[task] for task in MAJORITY} == pytest.approx(MAJORITY)
     assert majority["yes_no"]["answer"] == "no" and majority["read_card"]["answer"] == "ace"
-    assert instruct.table_row("majority answer", table=1) == [f"{values[task]:.1f}" for task in TASKS]
+    assert instruct.table_row("majority answer", table=3) == [f"{values[task]:.1f}" for task in TASKS]
     seen = sum(values[task] for task in ("name_object", "which_flag", "caption")) / 3
     unseen = sum(values[task] for task in ("read_digit", "read_card", "yes_no")) / 3
     assert instruct.table_row("majority answer") == [
         *("–", "–", f"{(seen + unseen) / 2:.1f}", f"{seen:.1f}", f"{unseen:.1f}"),
-        *("–", "–", "–", "–", "–"),
+        *("–", "–", "–"),
     ]
 
 
@@ -375,13 +533,13 @@ def test_majority_answers_that_cannot_be_had_do_not_stop_the_table(instruct: Ben
     assert instruct.compare("--recipe", "mini_instruct", *arguments) == 0
     page = (instruct.output / "comparison.md").read_text()
     assert "- majority answer: missing, s3://bucket/train.tar: majority answers are counted in local shards" in page
-    assert instruct.table_row("dac", table=1) == ["40.0", "50.0", "60.0", "70.0", "80.0", "150.0"]
+    assert instruct.table_row("dac", table=3) == ["40.0", "50.0", "60.0", "70.0", "80.0", "150.0"]
 
 
 def test_classification_has_neither_majority_answers_nor_a_table_of_tasks(bench: Bench) -> None:
     assert bench.compare("--methods", "dac", "--seeds", "0") == 0
     page = (bench.output / "comparison.md").read_text()
-    assert page.count("| --- |") == 1 and "majority" not in page and "Percent on the test split, mean ±" in page
+    assert page.count("| --- |") == 3 and "majority" not in page and "Percent on the test split, mean ±" in page
     assert set(json.loads((bench.output / "comparison.json").read_text())) & {"tasks", "majority"} == set()
 
 
@@ -425,7 +583,7 @@ def test_interval_is_in_the_table_when_every_run_has_its_answers(bench: Bench) -
     # least 3 with probability 9/256 = 3.5 %, 4 with 0.4 %, so the 97.5th percentile is 3/4, half of it in Last.
     low, high = json.loads((bench.output / "comparison.json").read_text())["paired"]["lora"]["interval"]
     assert low == -high == -37.5
-    assert bench.table_row("lora", table=1)[3] == "-37.5 to +37.5"
+    assert bench.table_row("lora", table=3)[3] == "-37.5 to +37.5"
 
 
 def test_interval_of_graded_scores(tmp_path: Path) -> None:
@@ -466,3 +624,63 @@ def test_answers_that_cannot_be_used_are_said_to_be(
 def test_runs_on_different_pictures_have_no_interval() -> None:
     with pytest.raises(Exception, match="not evaluated on the same samples of fashion"):
         last_interval([({"fashion": np.ones(3)}, {"fashion": np.ones(4)})])
+
+
+# Ranks
+
+
+def test_ranks_against_all_draws_there_are() -> None:
+    """Every way to draw two tasks' samples, counted: 3^3 x 4^4 of them, each as likely."""
+    marks = {
+        "good": ([1.0, 1.0, 0.5], [1.0, 1.0, 0.0, 1.0]),
+        "fair": ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.5]),
+        "poor": ([0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]),
+    }
+    ranks: dict[str, list[int]] = {label: [] for label in marks}
+    for first in itertools.product(range(3), repeat=3):
+        for second in itertools.product(range(4), repeat=4):
+            last = {
+                label: 4 * sum(flags[i] for i in first) + 3 * sum(cards[i] for i in second)  # in whole halves: exact
+                for label, (flags, cards) in marks.items()
+            }
+            for label, value in last.items():
+                ranks[label].append(1 + sum(other > value for other in last.values()))
+    expected = {}
+    for place, (label, drawn) in enumerate(ranks.items(), 1):
+        drawn.sort()
+        # the ends are sure: half a percent more or less is the same rank
+        low, high = ({drawn[int(len(drawn) * (share + off))] for off in (-5e-3, 5e-3)} for share in (0.025, 0.975))
+        assert len(low) == len(high) == 1
+        expected[label] = [place, low.pop(), high.pop()]
+    assert expected["fair"] != expected["poor"]
+    # Each seed has a part of it; the mean over seeds counts.
+    correct = {
+        label: [{"flags": np.array(flags) + shift, "cards": np.array(cards) - shift} for shift in (-0.25, 0.25)]
+        for label, (flags, cards) in marks.items()
+    }
+    assert rank_intervals(correct) == expected
+
+
+def test_equal_methods_share_the_better_rank() -> None:
+    right, wrong = {"flags": np.ones(5)}, {"flags": np.zeros(5)}
+    found = rank_intervals({"a": [wrong], "b": [right], "c": [right]})
+    assert found == {"a": [3, 3, 3], "b": [1, 1, 1], "c": [1, 1, 1]}
+
+
+def test_ranks_are_over_the_seeds_that_all_methods_share(bench: Bench) -> None:
+    rows = {0: [[50.0, 50.0], [50.0, 75.0]], 1: [[50.0, 50.0], [100.0, 75.0]]}
+    answers = {0: ("0110", "1110"), 1: ("1111", "1110")}
+    for method, seeds in {"lora": (0, 1), "dac": (0, 1, 2), "zero_shot": (0,)}.items():
+        for seed in seeds:
+            row = seed % 2 if method == "dac" else 0
+            marks = [(2, task, text) for task, text in zip(("fashion", "flags"), answers[row], strict=True)]
+            bench.answer(
+                f"{method}-seed{seed}", metrics_of(rows[row], method), **{"correct.jsonl": correct_jsonl(marks)}
+            )
+    assert bench.compare("--methods", "zero_shot,lora,dac,joint", "--seeds", "0,1,2") == 1  # lora-seed2 has no answer
+    # DAC is equal on seed 0 and better on seed 1 wherever one of fashion's wrong pictures is drawn: 15 draws of 16.
+    assert [bench.table_row(label)[-2] for label in ("zero_shot", "lora", "dac")] == ["2 (1–2)", "2 (1–2)", "1 (1–1)"]
+    assert bench.table_row("joint")[-2] == "–"
+    page = (bench.output / "comparison.md").read_text()
+    assert "Rank by Last over the seeds 0, 1, with 95 %" in page
+    assert "- joint: no rank, joint-seed1 has no correct.jsonl" in page

@@ -109,6 +109,7 @@ def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     assert facts == [2, 3, "dac", 0]
     # 12 experts per linear: 4 linears of 192 by 192 and two of 192 by 768 in each of 10 blocks, without the routers
     assert metrics["trainable_parameters"] == 12 * 10 * (4 * 384 + 2 * 960)
+    assert metrics["inference"] == "merged"
     features = 32 * 192 * 4  # of a global batch, fp32; those of image and text and the labels are gathered
     assert metrics["collectives_per_step"]["allgather"] == {"calls": 3, "bytes": 2 * features + 32 * 8}
     for line in (run_dir / "correct.jsonl").read_text().splitlines():

@@ -1,6 +1,5 @@
 """Hands runs to a cluster through submitit: one job, or one array job for many."""
 
-import fcntl
 import io
 import os
 import shlex
@@ -21,9 +20,10 @@ from r1p_dist.cluster.scheduler import JobRecord, job_states
 from r1p_dist.config import RunConfig
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import EXIT_INTERRUPTED, InputError, one_line
-from r1p_dist.files import write_atomically
+from r1p_dist.files import lock_file, write_atomically
 
 SUBMITTED_CONFIG = "submitted.yaml"
+_LOCK = ".submission"  # two submissions of one run come one after the other, so that the second sees the first's job
 # Ranks notice a lost one by themselves; one that cannot is ended so long after the first that ended.
 _LAST_RANKS_S = 120
 
@@ -55,7 +55,7 @@ def submit(
     """
     with ExitStack() as locks:
         for submission in submissions:
-            locks.enter_context(_submission_lock(submission.run_dir))
+            locks.enter_context(lock_file(submission.run_dir / _LOCK))
         _refuse_second_jobs(submissions)
         for submission in submissions:
             write_atomically(submission.run_dir / SUBMITTED_CONFIG, submission.config.dump())
@@ -173,15 +173,6 @@ def _start_again_after_a_crash(retries: int, folder: Path) -> list[str]:
 
 def _one_array_job(executor: submitit.AutoExecutor, count: int) -> AbstractContextManager:
     return executor.batch() if count > 1 else nullcontext()
-
-
-@contextmanager
-def _submission_lock(run_dir: Path) -> Iterator[None]:
-    """Lets two submissions of one run come one after the other, so that the second one sees the first's job."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".submission", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _refuse_second_jobs(submissions: Sequence[Submission]) -> None:

@@ -1,7 +1,6 @@
 """What a sweep has found so far: sweep.csv, and report.html with the best point and curves."""
 
 import csv
-import fcntl
 import io
 import json
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ from matplotlib.figure import Figure
 from r1p_dist.cluster.runs import RunState, describe_runs, describe_without_cluster
 from r1p_dist.errors import InputError
 from r1p_dist.figures import BLUE, GREY, INK, RULE, mean_of
-from r1p_dist.files import write_atomically
+from r1p_dist.files import lock_file, write_atomically
 from r1p_dist.page import figure, number, page, table, text
 from r1p_dist.run_files import METRICS_FILE, REPORT_FILE
 
 SWEEP_FILE = "sweep.json"
+_LOCK = ".table"  # points that end at the same time write the table one after the other
 METRICS = ("last", "average", "transfer", "bwt", "forgetting")
 _BEST = "last"
 TEST = "test"
@@ -53,7 +53,7 @@ def write_sweep_file(
 
     splits: which split the others are evaluated on.
     """
-    with _lock(folder):
+    with lock_file(folder / _LOCK):
         content = _read(folder) if (folder / SWEEP_FILE).is_file() else {"points": {}, "refused": {}}
         content["splits"] = content.get("splits", {}) | splits
         content["points"] |= points
@@ -66,7 +66,7 @@ def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
 
     ask_cluster: whether to ask what became of the jobs; a job that writes the table itself does not.
     """
-    with _lock(folder):
+    with lock_file(folder / _LOCK):
         content = _read(folder)
         run_dirs = [folder / name for name in content["points"]]
         states = describe_runs(run_dirs) if ask_cluster else [describe_without_cluster(path) for path in run_dirs]
@@ -107,21 +107,6 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, KeyError):
         pass
     raise InputError(f"{folder / SWEEP_FILE}: not there or not the file of a sweep; run the sweep's command")
-
-
-class _lock:
-    """Points that end at the same time write the table one after the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._folder / ".table", "a")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _keys(rows: Sequence[Row]) -> list[str]:

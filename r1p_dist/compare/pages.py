@@ -1,9 +1,11 @@
-"""The pages of a comparison, as Markdown and as data."""
+"""The pages of a comparison: what it found, in sections that become Markdown or HTML, and as data."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from r1p_dist.compare.costs import EXPLANATION, Costs, costs_by_run, costs_table
 from r1p_dist.compare.runs import Run
 from r1p_dist.data.stream import Stream
 from r1p_dist.errors import InputError
@@ -12,73 +14,133 @@ from r1p_dist.evaluation.comparison import (
     COLUMNS,
     MAJORITY,
     PAIRED,
-    REFERENCE,
     Figures,
+    Key,
     Result,
+    Table,
     cell,
     figures_by_run,
-    figures_table,
     last_by_task,
+    learnt_table,
     majority_figures,
-    markdown,
-    paired_differences,
-    paired_table,
+    overall_table,
     tasks_table,
 )
 from r1p_dist.evaluation.majority import majority_baselines
+from r1p_dist.evaluation.paired import Answers, paired_differences, paired_table, ranks_by_last
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a title, a table, a paragraph on it, and points. Texts are Markdown."""
+
+    title: str = ""
+    table: Table | None = None
+    note: str = ""
+    points: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        parts = [
+            f"{self.title}:\n" if self.title else "",
+            self.table.markdown() if self.table else "",
+            f"{self.note}\n" if self.note else "",
+            "".join(f"- {point}\n" for point in self.points),
+        ]
+        return "\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found. data: for comparison.json; unit: what the figures count."""
+
+    unit: str
+    figures: dict[Key, Figures]
+    costs: dict[Key, Costs]
+    sections: list[Section]
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def markdown_page(sections: Sequence[Section]) -> str:
+    """Return the page; a section with nothing in it is left out."""
+    return "\n".join(text for section in sections if (text := section.markdown()))
 
 
 def comparison(
     arguments: argparse.Namespace,
     labels: Sequence[str],
+    reference: str,
     stream: Stream,
     split: str,
-    results: dict[tuple[str, int], Result],
-) -> tuple[str, dict[str, Any]]:
-    """Return the Markdown page of all methods, and the same as data."""
-    figures = figures_by_run(results)
-    majority, tasks_page, tasks_data = None, "", {}
+    results: dict[Key, Result],
+) -> Comparison:
+    """Return what the runs say of the methods. reference: the label that the others are subtracted from."""
+    figures, costs, answers = figures_by_run(results), costs_by_run(results), Answers(results)
+    ranks = ranks_by_last(labels, answers)
+    majority, tasks, tasks_data = None, [], {}
     if stream.tasks[0].is_instruction:
-        majority, tasks_page, tasks_data = instruction_tasks(labels, stream, split, results)
-    page = figures_table(labels, figures, majority)
-    page += (
-        f"\nRecipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()} on the "
-        f"{split} split, mean ± sample standard deviation over the seeds. Recovered share: (Last - zero-shot) / "
-        "(joint - zero-shot), per seed.\n"
-        f"{tasks_page}"
+        majority, section, tasks_data = instruction_tasks(labels, stream, split, results)
+        tasks = [section]
+    note = (
+        f"Recipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()} on the {split} "
+        "split, mean ± sample standard deviation over the seeds. Recovered share: (Last - zero-shot) / "
+        "(joint - zero-shot), per seed."
     )
-    differences = {}
-    if REFERENCE in labels and len(labels) > 1:
-        others = [label for label in labels if label != REFERENCE]
-        differences = {label: paired_differences(label, results, figures) for label in others}
-        page += f"\n{REFERENCE} minus the other, paired over seeds:\n\n" + paired_table(differences)
-    runs = {f"{label}-seed{seed}": values for (label, seed), values in figures.items()}
-    return page, {"runs": runs, "paired": differences, **tasks_data}
+    if ranks["ranks"]:
+        seeds = ", ".join(map(str, ranks["seeds"]))
+        note += f" Rank by Last over the seeds {seeds}, with 95 % over test samples, the same draws for all methods."
+    unranked = [f"{label}: no rank, {reason}" for label, reason in ranks["missing"].items()]
+    sections = [
+        Section("", overall_table(labels, figures, ranks["ranks"], majority), note, unranked),
+        Section("What is learnt and forgotten", learnt_table(labels, figures)),
+        Section("What it costs", costs_table(labels, costs), EXPLANATION),
+        *tasks,
+    ]
+    differences = {
+        label: paired_differences(reference, label, answers, figures) for label in labels if label != reference
+    }
+    if differences:
+        missing = [
+            f"{label}: no interval, {pair['no_interval']}"
+            for label, pair in differences.items()
+            if "no_interval" in pair
+        ]
+        title = f"{reference} minus the other, paired over seeds"
+        sections.append(Section(title, paired_table(differences), points=missing))
+    data = {
+        "runs": _by_name(figures),
+        "costs": _by_name(costs),
+        "ranks": ranks,
+        "reference": reference,
+        "paired": differences,
+        **tasks_data,
+    }
+    return Comparison(unit_of(stream), figures, costs, sections, data)
+
+
+def _by_name(values: Mapping[Key, Any]) -> dict[str, Any]:
+    return {f"{label}-seed{seed}": of_run for (label, seed), of_run in values.items()}
 
 
 def instruction_tasks(
-    labels: Sequence[str],
-    stream: Stream,
-    split: str,
-    results: dict[tuple[str, int], Result],
-) -> tuple[Figures | None, str, dict[str, Any]]:
+    labels: Sequence[str], stream: Stream, split: str, results: dict[Key, Result]
+) -> tuple[Figures | None, Section, dict[str, Any]]:
     """Return the figures of the majority answers, None where they cannot be had, the table of tasks, and its data."""
     try:
-        majority, missing = majority_baselines(stream, split), ""
+        majority, missing = majority_baselines(stream, split), []
     except InputError as error:
-        majority, missing = {}, f"\n- {MAJORITY}: missing, {error}\n"
+        majority, missing = {}, [f"{MAJORITY}: missing, {error}"]
     scores = {task: value for task, (_, value) in majority.items()}
     figures = majority_figures([*scores.values()], [task.domain for task in stream.tasks]) if scores else None
     metric_of_task = {task.name: task.metric for task in stream.tasks}
     scales = "; ".join(f"{metric}: {SCALE[metric]}" for metric in dict.fromkeys(metric_of_task.values()))
     by_run = last_by_task(results)
-    page = f"\nEach task at the end of the stream; {scales}:\n\n"
-    page += tasks_table(labels, metric_of_task, by_run, scores) + missing
+    title = f"Each task at the end of the stream; {scales}"
+    section = Section(title, tasks_table(labels, metric_of_task, by_run, scores), points=missing)
     data = {
-        "tasks": {f"{label}-seed{seed}": values for (label, seed), values in by_run.items()},
+        "tasks": _by_name(by_run),
         "majority": {task: {"answer": answer, "value": value} for task, (answer, value) in majority.items()},
     }
-    return figures, page, data
+    return figures, section, data
 
 
 def unit_of(stream: Stream) -> str:
@@ -88,8 +150,8 @@ def unit_of(stream: Stream) -> str:
 
 def tuning(
     arguments: argparse.Namespace, runs: Sequence[Run], stream: Stream, split: str, results: dict[Run, Result]
-) -> tuple[str, dict[str, Any]]:
-    """Return the Markdown page of the figures on a split per method and value, and the same as data."""
+) -> tuple[list[Section], dict[str, Any]]:
+    """Return the page of the figures on a split per method and value, and the same as data."""
     key = arguments.tune.partition("=")[0]
     rows, table = [], []
     for run in runs:
@@ -97,9 +159,9 @@ def tuning(
         figures = {name: metrics.get(name) for name in PAIRED}
         rows.append([run.label, run.value or "–", *(cell([figures[name]]) for name in PAIRED)])
         table.append({"method": run.label, key: run.value, **figures})
-    page = markdown(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows)
-    page += f"\nRecipe {arguments.recipe}, world size {arguments.ranks}, seed 0, "
-    page += f"{unit_of(stream)} on the {split} split.\n"
+    note = f"Recipe {arguments.recipe}, world size {arguments.ranks}, seed 0, {unit_of(stream)} on the {split} split."
+    sections = [Section("", Table(["Method", key, *(COLUMNS[name] for name in PAIRED)], rows), note)]
     if split == "test":
-        page += "\nWhat is chosen by this table is chosen on the test split, which is no measure of it any more.\n"
-    return page, {"table": table}
+        warning = "What is chosen by this table is chosen on the test split, which is no measure of it any more."
+        sections.append(Section(note=warning))
+    return sections, {"table": table}

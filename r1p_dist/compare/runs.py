@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from r1p_dist.data.stream import Stream
 from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.comparison import ZERO_SHOT, Result
-from r1p_dist.files import write_atomically
+from r1p_dist.files import lock_file, write_atomically
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import METRICS_FILE
+from r1p_dist.shipped import checkout
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What its result depends on; not the folder, which may be moved."""
         return {"recipe": self.recipe, "ranks": self.ranks, "overrides": list(self.overrides)}
+
+
+class NotFinishedError(Exception):
+    """Why a run that did not fail has no result yet."""
 
 
 def plan_runs(
@@ -69,6 +75,17 @@ def plan_runs(
     return runs
 
 
+def refusals(runs: Sequence[Run]) -> dict[str, str]:
+    """Return why a label cannot be run, of those that cannot: a method for CLIPs alone, an override that it has not."""
+    found = {}
+    for run in runs:
+        try:
+            load_config(run.recipe, run.overrides)
+        except InputError as error:
+            found[run.label] = str(error).replace(f"{checkout()}/", "")  # pages are shown to others
+    return found
+
+
 def scored_stream(run: Run) -> tuple[Stream, str]:
     """Return the stream of a run and the split that it is scored on. InputError: wrong recipe, override or stream."""
     config = load_config(run.recipe, run.overrides)
@@ -76,34 +93,62 @@ def scored_stream(run: Run) -> tuple[Stream, str]:
     return stream, config.data.evaluate_on
 
 
-def finish(run: Run) -> Result:
-    """Return the result of the run, training first unless a finished one is there; RuntimeError says what failed."""
-    record_path = run.folder.with_name(run.folder.name + ".json")
-    record = json.loads(record_path.read_text()) if record_path.is_file() else None
-    metrics = complete_metrics(run.folder)
-    if metrics is not None and (record is None or record["finished"]):
-        if record is not None and record != run.record() | {"finished": True}:
-            made_with = " ".join(record["overrides"])
-            raise RuntimeError(
-                f"{run.folder} is there, made with other settings (recipe {record['recipe']}, {record['ranks']} ranks, "
-                f"{made_with}); delete it or choose another --output"
-            )
-        print("already there, ", end="")
-        return Result(run.folder, metrics)
+def finish(run: Run, trains: bool = True) -> Result:
+    """Return the result of the run, training first unless a finished one is there.
 
-    write_atomically(record_path, json.dumps(run.record() | {"finished": False}))
+    trains: else one that is not finished stays so. NotFinishedError: why; RuntimeError: what failed.
+    """
+    if (result := _finished(run)) is not None:
+        print("already there, ", end="")
+        return result
+    if not trains:
+        raise NotFinishedError("not trained yet")
+    with ExitStack() as held:
+        try:
+            # Only here: who looks at a run must not make the one skip it who is to train it.
+            lock = held.enter_context(lock_file(run.folder.with_name(f".{run.folder.name}.lock"), waits=False))
+        except BlockingIOError:
+            raise NotFinishedError("being trained by another process") from None
+        return _finished(run) or _train(run, lock.fileno())
+
+
+def _finished(run: Run) -> Result | None:
+    """Return the result of a run that is there; RuntimeError: it was made with other settings."""
+    path = _record_path(run)
+    record = json.loads(path.read_text()) if path.is_file() else None
+    metrics = complete_metrics(run.folder)
+    if metrics is None or (record is not None and not record["finished"]):
+        return None
+    if record is not None and record != run.record() | {"finished": True}:
+        made_with = " ".join(record["overrides"])
+        raise RuntimeError(
+            f"{run.folder} is there, made with other settings (recipe {record['recipe']}, {record['ranks']} ranks, "
+            f"{made_with}); delete it or choose another --output"
+        )
+    return Result(run.folder, metrics)
+
+
+def _train(run: Run, lock: int) -> Result:
+    """Train and return the result. lock: the file descriptor of a lock, which is held as long as the launcher lives."""
+    write_atomically(_record_path(run), json.dumps(run.record() | {"finished": False}))
     log_path = run.folder.with_name(run.folder.name + ".log")
     environment = _environment(run.ranks)
     with open(log_path, "w", encoding="utf-8") as log:
         command = _command(run, environment)
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        # The launcher holds the lock as well: it goes on where this process is killed.
+        outputs = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock]}
+        code = subprocess.run(command, env=environment, check=False, **outputs).returncode
     if code:
         raise RuntimeError(f"exit code {code}, {log_path}:\n{_why(log_path)}")
     metrics = complete_metrics(run.folder)
     if metrics is None:
         raise RuntimeError(f"exit code 0, but {run.folder / 'metrics.json'} is missing or not complete; see {log_path}")
-    write_atomically(record_path, json.dumps(run.record() | {"finished": True}))
+    write_atomically(_record_path(run), json.dumps(run.record() | {"finished": True}))
     return Result(run.folder, metrics)
+
+
+def _record_path(run: Run) -> Path:
+    return run.folder.with_name(run.folder.name + ".json")
 
 
 def complete_metrics(folder: Path) -> dict[str, Any] | None:

@@ -1,10 +1,14 @@
 """What each method of a comparison gets beside the recipe: a YAML file of label -> list of key=value."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from r1p_dist.errors import InputError
+from r1p_dist.methods import shipped_methods
 from r1p_dist.safe_yaml import read_yaml
 from r1p_dist.shipped import checkout
+
+ALL = "all"
 
 
 def settings_path(recipe: str) -> Path:
@@ -26,3 +30,16 @@ def read_settings(path: Path) -> dict[str, list[str]]:
         if not isinstance(overrides, list) or not all(isinstance(item, str) and "=" in item for item in overrides):
             raise InputError(f"{path}: {label}: {overrides!r} is not a list of key=value texts")
     return {str(label): overrides for label, overrides in settings.items()}
+
+
+def labels_of(asked: str | None, settings: Mapping[str, list[str]]) -> list[str]:
+    """Return the labels to compare, each once: those asked for, comma-separated, else all of the settings file.
+
+    `all` stands for those and every shipped method that is no label there.
+    """
+    if not asked:
+        return list(settings)
+    labels = []
+    for label in asked.split(","):
+        labels += [*settings, *shipped_methods()] if label == ALL else [label]
+    return list(dict.fromkeys(labels))

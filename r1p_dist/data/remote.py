@@ -8,20 +8,19 @@ nothing that another would take for whole.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from r1p_dist.errors import InputError, one_line
-from r1p_dist.files import sha256_of
+from r1p_dist.files import lock_file, sha256_of
 
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "hf")
 _TRIES = 6
@@ -67,7 +66,7 @@ class ShardCache:
         name = Path(urlsplit(url).path).name
         path = self.folder / f"{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:16]}-{name}"
         try:
-            with _lock(path):
+            with lock_file(_lock_of(path)):
                 if not path.is_file():
                     self._fetch(url, path, sha256)
                 os.utime(path)
@@ -103,7 +102,7 @@ class ShardCache:
             if size <= limit:
                 return
             if path != newest:
-                with _lock(path):
+                with lock_file(_lock_of(path)):
                     path.unlink(missing_ok=True)
                 size -= shard_bytes
 
@@ -131,13 +130,9 @@ def _try_often(url: str, action: Callable[[], _Result]) -> _Result:
         time.sleep(wait)
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock_of(path: Path) -> Path:
     # A file beside it, because the shard itself is not there yet.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return path.with_name(f".{path.name}.lock")
 
 
 def _file_system(url: str) -> Any:

@@ -134,6 +134,8 @@ class MoeAdapters(FullMethod):
         own = [parameter for module in self._beside.values() for parameter in module.parameters()]
         self._trained = {places[id(parameter)]: parameter for parameter in own}
         self._weights = {name: MergedWeight(parameter) for name, parameter in self._trained.items()}
+        if not self.options.task_ids:
+            self.inference = "routed"  # pyright: ignore[reportAttributeAccessIssue]
 
     def stages(self, stream: Stream) -> list[Stage]:
         stages = super().stages(stream)

@@ -106,3 +106,7 @@ def test_each_task_has_its_router_and_an_untrained_one_the_pretrained_model(stag
     assert torch.equal(outputs[1][0], stages.method._beside["image.0"].router)
     assert torch.equal(outputs[2][1], plain) and outputs[2][0] is None
     assert (outputs[0][1] - plain).norm() > 1e-3 and (outputs[1][1] - outputs[0][1]).norm() > 1e-6
+
+
+def test_without_task_ids_inference_needs_the_router_alone(stages_of) -> None:
+    assert stages_of("moe_adapters", "options.task_ids=false")[0].method.inference == "routed"

@@ -1,0 +1,61 @@
+"""docs/methods: pages made from the methods' own words, and the one that helps to choose."""
+
+import importlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from r1p_dist.methods import shipped_methods
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs/methods"
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools/dev"))
+    yield importlib.import_module("write_method_pages")
+    sys.path.remove(str(ROOT / "tools/dev"))
+
+
+def test_pages_say_what_the_methods_say_now(tool: ModuleType) -> None:
+    made = tool.pages()
+    assert {path.name for path in PAGES.iterdir()} == {*made, "choosing.md"}
+    old = [name for name, text in made.items() if (PAGES / name).read_text(encoding="utf-8") != text]
+    assert not old, f"of another time: {', '.join(old)}; run python tools/dev/write_method_pages.py"
+
+
+def test_rows_are_those_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (PAGES / "lora.md").read_text(encoding="utf-8")
+    for label in ("lora", "lora_restart"):
+        row = re.search(rf"^\| {label} \| (.+) \|$", readme, re.MULTILINE)[1].split(" | ")
+        transfer, average, last, seen, unseen, own, forgetting, recovered, _, seeds = row
+        cells = [label, transfer, average, last, seen, unseen, recovered, own, forgetting, seeds]
+        assert f"| {' | '.join(cells)} |\n" in page
+
+
+def test_a_page_has_text_layer_paper_and_options(tool: ModuleType) -> None:
+    page = tool.pages()["so_ra.md"]
+    assert "# so_ra\n\nSoRA: gated ranks, thresholded after each step;" in page
+    assert "After each step gate <- sign(gate) max(|gate| - lr * sparsity, 0)." in page
+    assert "`SparseGates`: A gated LoRA with a penalty weight * sum |gate|; 0: none." in page
+    assert "[arXiv 2311.11696](https://arxiv.org/abs/2311.11696)" in page
+    assert r"| `options.weight` | `10.0` | Of `code`: of the mean of \|gate\| over all linears, in the loss. |" in page
+
+
+def test_the_page_that_helps_to_choose_has_every_method() -> None:
+    page = (PAGES / "choosing.md").read_text(encoding="utf-8")
+    missing = [name for name in shipped_methods() if f"[{name}]({name}.md)" not in page]
+    assert not missing, f"docs/methods/choosing.md says nothing of {', '.join(missing)}"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES.iterdir():
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                assert (PAGES / target).is_file(), f"{page.name}: {target}"
