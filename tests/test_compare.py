@@ -306,7 +306,16 @@ def test_malformed_settings_are_refused(bench: Bench, capsys: pytest.CaptureFixt
 def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
     expected = {
         "mini_mtil": ["zero_shot", "lora", "lora_restart", "joint", "dac", "steady"],
-        "mini_instruct": ["zero_shot", "blind", "lora", "dac", "lora_no_replay", "dac_no_replay", "joint"],
+        "mini_instruct": [
+            "zero_shot",
+            "blind",
+            "lora",
+            "dac",
+            "lora_no_replay",
+            "dac_no_replay",
+            "steady_no_replay",
+            "joint",
+        ],
     }
     for recipe, labels in expected.items():
         settings = read_settings(settings_path(recipe))

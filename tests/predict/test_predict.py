@@ -256,7 +256,12 @@ def test_wrong_input_is_told_before_torch_is_imported(run: Path, pictures: list[
         (str(tmp_path / "none"), picture): "none: no such folder; give that of a run or of an export",
         (str(tmp_path), picture): "neither the folder of a run, with a config.yaml, nor an export",
         (str(run.parent / "base"), picture): "has no tasks.json, so its tasks are not known; name classes: --classes",
-        (str(run), picture, "--task", "fashions"): f"--task fashions: no task of {run}, did you mean fashion?; there are ",
+        (
+            str(run),
+            picture,
+            "--task",
+            "fashions",
+        ): f"--task fashions: no task of {run}, did you mean fashion?; there are ",
         (str(run), picture, "--classes", "cat,,dog"): "--classes: an empty class",
         (str(run), picture, "--classes", "cat,dog,cat"): "--classes: cat stands twice",
         (str(run), picture, "--ask", "What?"): "answers no questions; name classes: --classes a,b,c",
