@@ -17,7 +17,7 @@ from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import DTYPES, Entry, write_tensors
 from r1p_dist.files import write_atomically
 from r1p_dist.kinds.llava.frozen_weights import LlavaWeights
-from r1p_dist.kinds.llava.weights import model_folder, module_name
+from r1p_dist.kinds.llava.weights import model_folder
 
 _WEIGHTS = "model.safetensors"
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration, processor, tokenizer, chat template
@@ -44,7 +44,7 @@ class HfLlava:
 
     def module(self, layer: str) -> str:
         weight, _ = self._run.places[layer]
-        return module_name(weight).removesuffix(".weight")
+        return self._base.backbone.family.module_name(weight).removesuffix(".weight")
 
     def write(self, folder: Path, tasks: Sequence[TaskUpdate], dtype: torch.dtype | None) -> None:
         folder.mkdir(exist_ok=True)
