@@ -15,6 +15,7 @@ from transformers import (
     Idefics3Processor,
     InternVLProcessor,
     InternVLVideoProcessor,
+    PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
@@ -23,6 +24,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
@@ -32,7 +34,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from r1p_dist.backbones import LlavaBackbone
 from tests.small_llava import SIZE, TEMPLATE, TEXT, VISION
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "gemma3")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "gemma3", "paligemma")
 # The name by which a processor knows a token, and the token.
 _TOKENS = {
     "qwen": {
@@ -60,6 +62,7 @@ _TOKENS = {
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     },
+    "paligemma": {"image_token": "<image>"},
 }
 _MARKS = {"qwen": "<|vision_start|><|image_pad|><|vision_end|>", "idefics3": "<image>"}
 _MARKS |= {"internvl": "<IMG_CONTEXT>\n", "gemma3": "<start_of_image>"}
@@ -91,6 +94,10 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 def make_processor(family: str) -> ProcessorMixin:
     group = _group(family)
+    if group == "paligemma":
+        pictures = SiglipImageProcessorPil(size=SIZE)
+        pictures.image_seq_length = 16
+        return PaliGemmaProcessor(pictures, make_tokenizer(family))  # it has no chat template
     common = {
         "tokenizer": make_tokenizer(family),
         "chat_template": TEMPLATE.replace("<image>\n", _MARKS[group].replace("\n", "\\n")),
@@ -144,6 +151,11 @@ def make_config(family: str) -> AutoConfig:
     elif family == "internvl":
         ids = {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"), "downsample_ratio": 0.5}
         vision, text = {**_PATCHES, "image_size": [16, 16], "patch_size": [4, 4]}, {"model_type": "qwen2", **text}
+    elif family == "paligemma":
+        ids = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "projection_dim": 32}
+        vision = {"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32, **_PATCHES}
+        text |= {"model_type": "gemma2", "head_dim": 8, "sliding_window": 24, "final_logit_softcapping": 3.0}
+        text["query_pre_attn_scalar"] = 8
     else:
         ids = {"image_token_id": tokenizer.convert_tokens_to_ids("<image_soft_token>"), "mm_tokens_per_image": 4}
         ids |= {"boi_token_id": tokenizer.convert_tokens_to_ids("<start_of_image>")}

@@ -24,13 +24,13 @@ LIMITS = [4, 7]  # new tokens, by rank
 WORDS = ["cat", "a tall green tree by the sea", "no", "two red flags"]
 
 
-def sample(task: int, number: int) -> Sample:
+def sample(task: int, number: int, has_one_turn: bool = False) -> Sample:
     """Conversations of unlike length; the second half of each global batch has no picture."""
     generator = np.random.default_rng([task, number])
     pictures = (1, 2, 1, 0, 0, 0, 0, 0)[number % GLOBAL_BATCH]
     images = tuple(Image.fromarray(generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(pictures))
     turns = [Turn("user", "<image>\n" * pictures + f"what is number {number}?"), Turn("assistant", WORDS[number % 4])]
-    if number % 3 == 0:
+    if number % 3 == 0 and not has_one_turn:
         turns += [Turn("user", "sure?"), Turn("assistant", WORDS[(number + task) % 4])]
     return Sample(str(number), images, turns=tuple(turns), number=1000 * task + number)
 
@@ -61,6 +61,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
     # each case's own: several run in one process
     makers = {"sgd": lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr), "adamw": make_optimizer}
     r1p_dist.engine.make_optimizer = makers[optimizer]
+    has_one_turn = family == "paligemma"
     encoder, accumulation = backbone.encoder(config.data), config.train.gradient_accumulation_steps
     stages = Stages(method, config)
     losses, counts, experts, answers, collectives = [], [], [], [], []
@@ -71,7 +72,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
             numbers = np.arange(GLOBAL_BATCH).reshape(accumulation, world_size(), -1)[:, rank()]
             batches = []
             for mine in numbers:
-                samples = [sample(task, number) for number in mine]
+                samples = [sample(task, number, has_one_turn) for number in mine]
                 batch = encoder.collate([encoder.train(entry, None) for entry in samples])
                 batch["sample"] = torch.tensor([entry.number for entry in samples])
                 batches.append(backbone.prepare(batch))
@@ -90,7 +91,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
         stages.end()
         backbone.eval()
         blank = encoder.collate([encoder.blank()])
-        questions = [encoder.evaluate(sample(task, number)) for number in range(rank(), 5, world_size())]
+        questions = [encoder.evaluate(sample(task, number, has_one_turn)) for number in range(rank(), 5, world_size())]
         limits = LIMITS if world_size() == 1 else [LIMITS[rank()]]  # ranks stop at unlike lengths
         found = [backbone.answer(engine, encoder.collate(questions), limit) for limit in limits]
         backbone.answer(engine, blank, 3)

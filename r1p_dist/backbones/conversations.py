@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BaseImageProcessor, ProcessorMixin
 
@@ -67,11 +68,11 @@ class ConversationEncoder:
             )
 
     def train(self, sample: Sample, generator: torch.Generator) -> dict[str, Any]:
-        """Returns the example of a whole conversation. BadSampleError: longer than max_length."""
+        """Returns the example of a whole conversation. BadSampleError: too long, or none that the model takes."""
         return self._encode(sample, self._answers(sample))
 
     def evaluate(self, sample: Sample) -> dict[str, Any]:
-        """Returns the example of a conversation up to its last answer. BadSampleError: longer than max_length."""
+        """Returns the example of a conversation up to its last answer. BadSampleError: as `train`."""
         return self._encode(sample, None)
 
     def blank(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class ConversationEncoder:
 
     def _encode(self, sample: Sample, answers: tuple[str, list[tuple[int, int]]] | None) -> dict[str, Any]:
         """answers: the conversation's text and where its answers stand; None: the text ends before the last one."""
-        text, spans = answers or (self._render(_without_last_answer(sample.turns), True), [])
+        text, spans = answers or (self._render(sample, _without_last_answer(sample.turns), True), [])
         tokenizer = self.processor.tokenizer
         # a template may write the first token itself
         options = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
@@ -149,8 +150,8 @@ class ConversationEncoder:
         spans = []
         for number, turn in enumerate(sample.turns):
             if turn.role == "assistant":
-                before = self._render(sample.turns[:number], True)
-                after = self._render(sample.turns[: number + 1], False)
+                before = self._render(sample, sample.turns[:number], True)
+                after = self._render(sample, sample.turns[: number + 1], False)
                 if not after.startswith(before):
                     raise InputError(
                         "backbone: its chat template writes an answer elsewhere than behind the prompt for it; use "
@@ -159,9 +160,14 @@ class ConversationEncoder:
                 spans.append((len(before), len(after)))
         return after, spans
 
-    def _render(self, turns: Sequence[Turn], asks_for_answer: bool) -> str:
+    def _render(self, sample: Sample, turns: Sequence[Turn], asks_for_answer: bool) -> str:
         messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=asks_for_answer)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=asks_for_answer)
+        except TemplateError as error:
+            raise BadSampleError(
+                f"key {sample.key}: the model's chat template refuses the conversation: {error}"
+            ) from error
 
     def _spread(
         self, ids: torch.Tensor, text: str, spans: Sequence[tuple[int, int]], options: dict[str, bool]

@@ -76,8 +76,9 @@ class LlavaBackbone(nn.Module):
         """cache_bytes: of features of a tower without adapters, 0: none. is_sharded: by ZeRO-3."""
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.processor, self.is_sharded = processor, is_sharded
+        self.is_sharded = is_sharded
         self.family = family = FAMILIES[model.config.model_type](model)
+        self.processor = family.processor(processor)
         self.tower_width, self.width = family.tower_width, model.config.text_config.hidden_size
         self.routing = {
             "language": Routing(guide_width=self.tower_width + self.width),

@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from r1p_dist.backbones.conversations import Pictures
 from r1p_dist.kinds.llava.family import ATTENTION, Batch, Family, ReadLayers, spread
+from r1p_dist.kinds.llava.paligemma import PaliGemma
 from r1p_dist.kinds.llava.qwen import Qwen2Vl, Qwen3Vl, Qwen25Vl
 
 
@@ -173,4 +174,5 @@ FAMILIES: dict[str, type[Family]] = {
     "smolvlm": SmolVlm,
     "internvl": InternVl,
     "gemma3": Gemma3,
+    "paligemma": PaliGemma,
 }

@@ -70,6 +70,11 @@ class Family:
         """Returns what a processor does that is not served here, None where there is nothing."""
         return None
 
+    @classmethod
+    def processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
+        """Returns a model's processor in a form that takes a whole conversation as one text."""
+        return processor
+
     @property
     def tower_width(self) -> int:
         return self.config.vision_config.hidden_size

@@ -82,7 +82,7 @@ def read_processor(name: str) -> ProcessorMixin:
         try:
             # False, not the default: that asks at a terminal
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise InputError(f"backbone.name={name}: its processor cannot be used: {one_line(error)}") from error
         parts = ("tokenizer", "image_processor", "image_token")
         missing = [part for part in parts if getattr(processor, part, None) is None]
@@ -91,10 +91,11 @@ def read_processor(name: str) -> ProcessorMixin:
                 f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
                 "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
             )
-        unserved = FAMILIES[read_config(name).model_type].unserved(processor)
+        family = FAMILIES[read_config(name).model_type]
+        unserved = family.unserved(processor)
         if unserved is not None:
             raise InputError(f"backbone.name={name}: its processor {unserved}")
-        if not processor.chat_template:
+        if not family.processor(processor).chat_template:
             raise InputError(f"backbone.name={name}: has no chat template; add a chat_template.jinja to its folder")
         return processor
     tiny, config = read_processor("tiny"), read_config(name)
