@@ -254,8 +254,10 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"its processor cuts pictures \(do_pan_and_scan\), which is not served"):
         load_llava(str(tmp_path))
-    with pytest.raises(InputError, match="its processor writes no token 3, image_token_id of config.json"):
-        encoder_of(LlavaBackbone(make_model("qwen2_vl"), make_processor("idefics3")))
+    backbone = make_backbone("gemma3")
+    backbone.config.image_token_id = 9
+    with pytest.raises(InputError, match="its processor writes no token 9, image_token_id of config.json"):
+        encoder_of(backbone)
 
 
 def test_paligemma_takes_one_question_and_its_answer() -> None:
