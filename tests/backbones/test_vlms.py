@@ -19,8 +19,8 @@ from r1p_dist.kinds.llava.paligemma import OneText
 from tests.backbones.test_llava import SAMPLES, encoder_of, picture, talk, training_batch
 from tests.small_vlms import FAMILIES, make_backbone, make_model, make_processor, make_tokenizer
 
-# of PaliGemma's own processor, by numpy
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# of PaliGemma's and InternVL's own processors, by numpy
+pytestmark = pytest.mark.filterwarnings("ignore:__array(_wrap)?__ (implementation|must accept):DeprecationWarning")
 
 LATER = talk(
     "one \n\n",

@@ -40,6 +40,7 @@ class PaliGemma(Family):
         return {"pixel_values": batch["pixel_values"], "token_type_ids": types}
 
     def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        # the second PaliGemma was trained so; transformers' own loss has it in newer versions alone
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         logits = head(hidden)
         return logits if cap is None else cap * (logits / cap).tanh()
