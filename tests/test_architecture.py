@@ -25,7 +25,7 @@ ROOMS = (
 PARTS = {
     "shapes": "kinds",
     "files": "checks",
-    **dict.fromkeys(["backbone", "weights", "feature_cache"], "backbones"),
+    **dict.fromkeys(["backbone", "weights", "feature_cache", "family", "families", "qwen", "paligemma"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
     "planner": "planner",

@@ -1,5 +1,5 @@
-"""N ranks equal one rank for a LLaVA-style model, at every ZeRO stage: answers of unlike length, conversations without
-pictures and with two, so that a rank can have no picture at all (DESIGN.md 5.1)."""
+"""N ranks equal one rank for vision-language models, at every ZeRO stage: answers of unlike length, conversations
+without pictures and with two, so that a rank can have no picture at all (DESIGN.md 5.1)."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
+from tests import small_vlms
 from tests.small_llava import make_backbone
 from tests.stages import Stages
 
@@ -23,13 +24,13 @@ LIMITS = [4, 7]  # new tokens, by rank
 WORDS = ["cat", "a tall green tree by the sea", "no", "two red flags"]
 
 
-def sample(task: int, number: int) -> Sample:
+def sample(task: int, number: int, has_one_turn: bool = False) -> Sample:
     """Conversations of unlike length; the second half of each global batch has no picture."""
     generator = np.random.default_rng([task, number])
     pictures = (1, 2, 1, 0, 0, 0, 0, 0)[number % GLOBAL_BATCH]
     images = tuple(Image.fromarray(generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)) for _ in range(pictures))
     turns = [Turn("user", "<image>\n" * pictures + f"what is number {number}?"), Turn("assistant", WORDS[number % 4])]
-    if number % 3 == 0:
+    if number % 3 == 0 and not has_one_turn:
         turns += [Turn("user", "sure?"), Turn("assistant", WORDS[(number + task) % 4])]
     return Sample(str(number), images, turns=tuple(turns), number=1000 * task + number)
 
@@ -52,13 +53,15 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
             *overrides,
         ],
     )
-    backbone = make_backbone(family, cache_bytes=1 << 20, is_sharded=stage == 3)
+    make = small_vlms.make_backbone if family in small_vlms.FAMILIES else make_backbone
+    backbone = make(family, cache_bytes=1 << 20, is_sharded=stage == 3)
     if config.backbone.gradient_checkpointing:
         backbone.checkpoint_blocks()
     method = make_method(config, backbone)
     # each case's own: several run in one process
     makers = {"sgd": lambda parameters, train: torch.optim.SGD(parameters, lr=train.lr), "adamw": make_optimizer}
     r1p_dist.engine.make_optimizer = makers[optimizer]
+    has_one_turn = family == "paligemma"
     encoder, accumulation = backbone.encoder(config.data), config.train.gradient_accumulation_steps
     stages = Stages(method, config)
     losses, counts, experts, answers, collectives = [], [], [], [], []
@@ -69,7 +72,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
             numbers = np.arange(GLOBAL_BATCH).reshape(accumulation, world_size(), -1)[:, rank()]
             batches = []
             for mine in numbers:
-                samples = [sample(task, number) for number in mine]
+                samples = [sample(task, number, has_one_turn) for number in mine]
                 batch = encoder.collate([encoder.train(entry, None) for entry in samples])
                 batch["sample"] = torch.tensor([entry.number for entry in samples])
                 batches.append(backbone.prepare(batch))
@@ -88,7 +91,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
         stages.end()
         backbone.eval()
         blank = encoder.collate([encoder.blank()])
-        questions = [encoder.evaluate(sample(task, number)) for number in range(rank(), 5, world_size())]
+        questions = [encoder.evaluate(sample(task, number, has_one_turn)) for number in range(rank(), 5, world_size())]
         limits = LIMITS if world_size() == 1 else [LIMITS[rank()]]  # ranks stop at unlike lengths
         found = [backbone.answer(engine, encoder.collate(questions), limit) for limit in limits]
         backbone.answer(engine, blank, 3)
@@ -124,6 +127,14 @@ MORE_CASES = [(stage, "sgd", []) for stage in (1, 2, 3)] + [
     (2, "sgd", ["options.router_grad=gated", "targets.towers=[language]", "options.guide.language=mean"]),
     (3, "sgd", TOWER + ["options.guide.image=mean"], "llava_onevision"),
 ]
+VLM_CASES = [
+    (stage, "sgd", ["options.guide.projector=mean", "options.guide.image=mean", *TOWER], family)
+    if stage == 2
+    else (stage, "sgd", ["backbone.gradient_checkpointing=true"], family)
+    for family in small_vlms.FAMILIES
+    for stage in (2, 3)
+]
+TWINS = ("qwen2_vl", "smolvlm")  # of families with the same code here
 
 
 def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -131,7 +142,14 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [CASES, pytest.param(MORE_CASES, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    "cases",
+    [
+        CASES,
+        [case for case in VLM_CASES if case[-1] not in TWINS],
+        pytest.param([*MORE_CASES, *(case for case in VLM_CASES if case[-1] in TWINS)], marks=pytest.mark.campaign),
+    ],
+)
 def test_ranks_and_stages_equal_one_rank(run_distributed, cases: list[tuple]) -> None:
     references = run_distributed(run_cases, 1, cases, timeout_s=1100)[0]
     results = run_distributed(run_cases, 2, cases, timeout_s=1100)
@@ -144,5 +162,6 @@ def test_ranks_and_stages_equal_one_rank(run_distributed, cases: list[tuple]) ->
         for task, (short, long) in enumerate(reference["answers"]):
             # rank 0 has questions 0, 2 and 4, rank 1 has 1 and 3
             assert first["answers"][task] == [short[::2]] and second["answers"][task] == [long[1::2]], case
-            assert all(short), "an empty answer shows nothing"
-            assert all(len(more) > len(text) for text, more in zip(short, long, strict=True)), case
+            holds = any if case in VLM_CASES else all  # random bytes can be blanks, which are cut off
+            assert holds(short), "an empty answer shows nothing"
+            assert holds(len(more) > len(text) for text, more in zip(short, long, strict=True)), case

@@ -23,6 +23,7 @@ class Routing:
     end: torch.Tensor | None = None  # (batch,) position of the end-of-text token, or of the last one of the prompt
     padding: torch.Tensor | None = None  # (batch, tokens) True at tokens that the mean is taken over
     real: torch.Tensor | None = None  # (batch, tokens) False at padding; a decoder's answers are real, too
+    lengths: list[int] | None = None  # tokens of each sample, where the input is all samples' in one row, (tokens, in)
     guide: torch.Tensor | None = None  # (batch, guide_width) the guide `cls_image`
     guide_width: int = 0
     has_voted: bool = False  # `vote_ahead` has taken the vote of this batch
@@ -124,9 +125,15 @@ class AdaptedLinear(LowRankLinear):
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the router's input (batch, in or guide_width) from the layer's input (batch, tokens, in)."""
+        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
+
+        Packed: (tokens, in), the routing has the samples' lengths.
+        """
         if self.guide == "cls_image":
             return self.routing.guide.to(self.router.weight.dtype)
+        if self.routing.lengths is not None:
+            samples = x.split(self.routing.lengths)
+            return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
         if self.guide == "first":
             return x[:, 0]
         if self.guide in ("eot", "last_prompt"):

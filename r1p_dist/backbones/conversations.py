@@ -1,12 +1,14 @@
-"""From a sample of an instruction task to a LLaVA model's input: chat template, image tokens, which tokens are answers.
+"""From a sample of an instruction task to a model's input: chat template, image tokens, which tokens are answers.
 
 Legend: t tokens of one conversation, n conversations of a batch, m pictures of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BaseImageProcessor, ProcessorMixin
 
@@ -18,28 +20,59 @@ IGNORED = -100  # the label of a token that carries no loss
 _PADDED = 4096  # pixels, the side of the largest square that a picture is padded to
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """How a family's processor gives pictures.
+
+    beside: names of what it gives with the pixels. is_joined: pixels of several pictures, their crops or patches, are
+    rows of one tensor; else each picture has a row. is_nested: all in one more dimension, the conversation.
+    count_crops: height and width of a picture -> its crops, where the batch must have them.
+    """
+
+    beside: tuple[str, ...] = ()
+    is_joined: bool = False
+    is_nested: bool = False
+    count_crops: Callable[[int, int], int] | None = None
+
+
 class ConversationEncoder:
     """Encodes samples with a model's own processor and chat template.
 
-    An example holds input_ids (t,), labels (t,) or None, prompt_length, pixel_values (pictures, …) or None, and
-    image_sizes (pictures, 2) where the family needs them. Training examples hold the whole conversation; those for
-    evaluation end where the last answer begins. image_token: its id; max_length: most tokens of an example; is_blind:
-    every picture is black, which shows what the questions alone give away.
+    An example holds input_ids (t,), labels (t,) or None, prompt_length, pictures (how many), and pixel_values (pictures
+    or their crops or patches, …), what comes beside them, and crops (pictures,) where `form` says so. Training examples
+    hold the whole conversation; those for evaluation end where the last answer begins. image_token: its id; max_length:
+    most tokens of an example; is_blind: every picture is black, which shows what the questions alone give away.
+
+    InputError: a processor that writes no image_token for a picture, or cuts it otherwise than it says.
     """
 
-    def __init__(self, processor: ProcessorMixin, image_token: int, max_length: int, is_blind: bool = False):
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        image_token: int,
+        max_length: int,
+        is_blind: bool = False,
+        form: Pictures | None = None,
+    ):
         self.processor, self.image_token, self.max_length = processor, image_token, max_length
-        self.is_blind = is_blind
+        self.is_blind, self._form = is_blind, form or Pictures()
+        tokenizer = processor.tokenizer
+        self._mark = tokenizer.convert_tokens_to_ids(processor.image_token)
         self._blank = self._encode(
             Sample("blank", (Image.new("RGB", (32, 32)),), turns=(Turn("user", IMAGE_MARK),)), None
         )
+        if not (self._blank["input_ids"] == image_token).any():
+            raise InputError(
+                f"backbone: its processor writes no token {image_token}, image_token_id of config.json, for a picture; "
+                "use the processor that belongs to the model, with its chat template"
+            )
 
     def train(self, sample: Sample, generator: torch.Generator) -> dict[str, Any]:
-        """Returns the example of a whole conversation. BadSampleError: longer than max_length."""
+        """Returns the example of a whole conversation. BadSampleError: too long, or none that the model takes."""
         return self._encode(sample, self._answers(sample))
 
     def evaluate(self, sample: Sample) -> dict[str, Any]:
-        """Returns the example of a conversation up to its last answer. BadSampleError: longer than max_length."""
+        """Returns the example of a conversation up to its last answer. BadSampleError: as `train`."""
         return self._encode(sample, None)
 
     def blank(self) -> dict[str, Any]:
@@ -48,7 +81,7 @@ class ConversationEncoder:
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns a batch: input_ids, attention_mask, labels (n, t), prompt_length and image_counts (n,), pixel_values
-        (m, …) and, where the family needs it, image_sizes (m, 2).
+        (m pictures, or their crops or patches, …), what comes beside them, and crops (m,), as examples have it.
 
         Training examples are padded on the right, those for evaluation (no labels) on the left. A batch without any
         picture has a blank one, which belongs to no conversation: the image tower runs on every rank or on none.
@@ -65,19 +98,21 @@ class ConversationEncoder:
             "input_ids": torch.stack([pad(example["input_ids"], padding) for example in examples]),
             "attention_mask": torch.stack([pad(torch.ones_like(example["input_ids"]), 0) for example in examples]),
             "prompt_length": torch.tensor([example["prompt_length"] for example in examples]),
-            "image_counts": torch.tensor([len(example["pixel_values"]) for example in examples]),
+            "image_counts": torch.tensor([example["pictures"] for example in examples]),
         }
         if is_training:
             batch["labels"] = torch.stack([pad(example["labels"], IGNORED) for example in examples])
-        seen = [example for example in examples if len(example["pixel_values"])] or [self._blank]
-        batch["pixel_values"] = _stack_pictures([picture for example in seen for picture in example["pixel_values"]])
-        if "image_sizes" in self._blank:
-            batch["image_sizes"] = torch.cat([example["image_sizes"] for example in seen])
+        seen = [example for example in examples if example["pictures"]] or [self._blank]
+        pixels = [example["pixel_values"] for example in seen]
+        batch["pixel_values"] = torch.cat(pixels) if self._form.is_joined else _stack_pictures(pixels)
+        for name in (*self._form.beside, "crops"):
+            if name in self._blank:
+                batch[name] = torch.cat([example[name] for example in seen])
         return batch
 
     def _encode(self, sample: Sample, answers: tuple[str, list[tuple[int, int]]] | None) -> dict[str, Any]:
         """answers: the conversation's text and where its answers stand; None: the text ends before the last one."""
-        text, spans = answers or (self._render(_without_last_answer(sample.turns), True), [])
+        text, spans = answers or (self._render(sample, _without_last_answer(sample.turns), True), [])
         tokenizer = self.processor.tokenizer
         # a template may write the first token itself
         options = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
@@ -91,11 +126,19 @@ class ConversationEncoder:
                 f"key {sample.key}: its conversation has {len(ids)} tokens, more than the model takes "
                 f"({self.max_length}); shorten it"
             )
-        example = {"input_ids": ids, "labels": None, "prompt_length": len(ids), "pixel_values": ()}
-        if sample.images:
-            example["pixel_values"] = encoded["pixel_values"]
-        if "image_sizes" in encoded:
-            example["image_sizes"] = encoded["image_sizes"]
+        example = {"input_ids": ids, "labels": None, "prompt_length": len(ids), "pictures": len(pictures)}
+        if pictures:
+            for name in ("pixel_values", *self._form.beside):
+                if name in encoded:
+                    example[name] = encoded[name][0] if self._form.is_nested else encoded[name]
+        if pictures and self._form.count_crops is not None:
+            example["crops"] = torch.tensor([self._form.count_crops(p.height, p.width) for p in pictures])
+            if example["crops"].sum() != len(example["pixel_values"]):
+                found, said = len(example["pixel_values"]), int(example["crops"].sum())
+                raise InputError(
+                    f"backbone: key {sample.key}: its processor cuts pictures into {found} crops and says {said}; use "
+                    "the image processor that belongs to the model"
+                )
         if answers is not None:
             is_answer = self._spread(ids, text, spans, options)
             example["labels"] = torch.where(is_answer, ids, IGNORED)
@@ -107,8 +150,8 @@ class ConversationEncoder:
         spans = []
         for number, turn in enumerate(sample.turns):
             if turn.role == "assistant":
-                before = self._render(sample.turns[:number], True)
-                after = self._render(sample.turns[: number + 1], False)
+                before = self._render(sample, sample.turns[:number], True)
+                after = self._render(sample, sample.turns[: number + 1], False)
                 if not after.startswith(before):
                     raise InputError(
                         "backbone: its chat template writes an answer elsewhere than behind the prompt for it; use "
@@ -117,26 +160,52 @@ class ConversationEncoder:
                 spans.append((len(before), len(after)))
         return after, spans
 
-    def _render(self, turns: Sequence[Turn], asks_for_answer: bool) -> str:
+    def _render(self, sample: Sample, turns: Sequence[Turn], asks_for_answer: bool) -> str:
         messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=asks_for_answer)
+        try:
+            return self.processor.apply_chat_template(messages, add_generation_prompt=asks_for_answer)
+        except TemplateError as error:
+            raise BadSampleError(
+                f"key {sample.key}: the model's chat template refuses the conversation: {error}"
+            ) from error
 
     def _spread(
         self, ids: torch.Tensor, text: str, spans: Sequence[tuple[int, int]], options: dict[str, bool]
     ) -> torch.Tensor:
         """Returns which of the tokens (t,) belong to answers.
 
-        The processor writes each picture's mark many times; all other tokens are those of the text as it stands.
+        The processor writes each picture's mark as many tokens, and what stands beside it can become one token with
+        them. So the text between marks is looked for from its first answer to its last, from the end backwards.
         """
         tokens = self.processor.tokenizer(text, return_offsets_mapping=True, **options)
+        plain, written = tokens["input_ids"], ids.tolist()
         is_answer = [
             any(first <= start and stop <= last and start < stop for first, last in spans)
             for start, stop in tokens["offset_mapping"]
         ]
-        plain = torch.tensor(tokens["input_ids"]) != self.image_token
         found = torch.zeros(len(ids), dtype=torch.bool)
-        found[ids != self.image_token] = torch.tensor(is_answer)[plain]
+        end, stop = len(written), len(plain)
+        while stop > 0:
+            start = max((place + 1 for place in range(stop) if plain[place] == self._mark), default=0)
+            places = [place for place in range(start, stop) if is_answer[place]]
+            if places:
+                # with the token before it, so that an answer is not found in a question
+                first, last = max(start, places[0] - 1), places[-1] + 1
+                end = _find_last(written[:end], plain[first:last])
+                if end < 0:
+                    raise InputError(
+                        "backbone: its tokenizer writes an answer otherwise where there are pictures; use the "
+                        "processor that belongs to the model"
+                    )
+                found[end : end + last - first] = torch.tensor(is_answer[first:last])
+            stop = start - 1
         return found
+
+
+def _find_last(tokens: list[int], wanted: list[int]) -> int:
+    """Returns where the last occurrence of some tokens begins, -1 if there is none."""
+    starts = range(len(tokens) - len(wanted), -1, -1)
+    return next((start for start in starts if tokens[start : start + len(wanted)] == wanted), -1)
 
 
 def _bounded(picture: Image.Image, processor: BaseImageProcessor) -> Image.Image:
@@ -163,8 +232,9 @@ def _content(text: str) -> list[dict[str, str]]:
     return parts
 
 
-def _stack_pictures(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Stacks pictures (3, H, W) or (crops, 3, H, W); fewer crops than others are filled up with zeros."""
+def _stack_pictures(examples: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Stacks the pictures (3, H, W) or (crops, 3, H, W) of examples; fewer crops than others are filled with zeros."""
+    pictures = [picture for example in examples for picture in example]
     if pictures[0].ndim == 3:
-        return torch.stack(list(pictures))
-    return torch.nn.utils.rnn.pad_sequence(list(pictures), batch_first=True)
+        return torch.stack(pictures)
+    return torch.nn.utils.rnn.pad_sequence(pictures, batch_first=True)

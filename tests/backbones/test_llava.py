@@ -235,7 +235,7 @@ def test_checkpointed_blocks_run_again_in_the_backward(is_on: bool, folder: Path
     backbone = load_backbone(BackboneConfig(kind="llava", name=str(folder), gradient_checkpointing=is_on))
     attach(backbone, "first", ("language", "image"))
     runs = Counter()
-    towers = {"language": backbone.model.model.language_model.layers, "image": backbone._seen_blocks()}
+    towers = {"language": backbone.model.model.language_model.layers, "image": backbone.family.seen_blocks}
     for tower, blocks in towers.items():
         for number, block in enumerate(blocks):
             block.mlp.register_forward_pre_hook(lambda *_, name=f"{tower}.{number}": runs.update([name]))
@@ -349,11 +349,13 @@ def test_wrong_folders_are_named(folder: Path) -> None:
     )
     with pytest.raises(InputError, match=r"has the shape \(272, 32\) in its file, \(280, 32\) by its config.json"):
         load_llava(str(folder))
-    set_config(folder, model_type="qwen2_vl")
-    with pytest.raises(
-        InputError, match="is of type qwen2_vl; backbone.kind=llava takes llava, llava_next, llava_onev"
-    ):
+    set_config(folder, model_type="mllama")
+    with pytest.raises(InputError, match="is of type mllama; backbone.kind=llava takes llava, llava_next, llava_onev"):
         load_llava(str(folder))
+    for family, key in (("llama4", "num_local_experts"), ("internvl", "num_experts")):
+        set_config(folder, model_type=family, text_config={key: 4})
+        with pytest.raises(InputError, match="its decoder is a mixture of experts, .* use a dense model"):
+            load_llava(str(folder))
     with pytest.raises(InputError, match="nothing-there: neither a folder nor a model of the hub"):
         load_llava("nothing-there")
 

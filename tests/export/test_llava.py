@@ -213,7 +213,7 @@ def test_the_card_names_each_tasks_metric_and_its_scale(tmp_path: Path) -> None:
     for words in (
         "pipeline_tag: image-text-to-text",
         "# base with dac on mini_mtil",
-        "from a LLaVA model of transformers",
+        "from a vision-language model of transformers",
         "| fashion | exact_match, percent | 10.0 | 37.5 |",
         "| country_flags | cider, CIDEr x 100, can exceed 100 | 20.0 | 52.5 |",
         'AutoModelForImageTextToText.from_pretrained("FOLDER")',

@@ -1,4 +1,4 @@
-"""LLaVA-style models of transformers: a decoder that answers questions about pictures."""
+"""Vision-language models of transformers, LLaVA the first of them: a decoder that answers about pictures."""
 
 from r1p_dist.kinds import Kind
 from r1p_dist.kinds.llava.shapes import SHAPES
@@ -12,7 +12,7 @@ KIND = Kind(
     layers=("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2"),
     even_towers=("language",),  # ranks have unlike numbers of pictures
     has_answers=True,
-    made_from="a LLaVA model of transformers",
+    made_from="a vision-language model of transformers",
     pipeline="image-text-to-text",
     notice="tiny_llava",
     sizes={

@@ -1,4 +1,8 @@
-"""LLaVA-style models of transformers: image tower, projector, language model; the loss on answers, and generation.
+"""Vision-language models of transformers: image tower, projector, decoder; the loss on answers, and generation.
+
+transformers' own forward does all that; what is here stands in at three places in it. The image tower's output is kept
+or computed, a batch without pictures sees a blank one of which nothing is left, and the routers learn their guide
+before the decoder runs.
 
 Legend: n conversations of t tokens in a batch, m pictures in it, c crops of all pictures (one each, but where the
 family cuts large pictures), d widths of the parts.
@@ -6,16 +10,15 @@ family cuts large pictures), d widths of the parts.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property, partial, update_wrapper
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
@@ -30,6 +33,8 @@ from r1p_dist.data import Stream
 from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.families import FAMILIES
+from r1p_dist.kinds.llava.family import Batch, slots_of
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
@@ -40,31 +45,18 @@ from r1p_dist.kinds.llava.weights import (
     read_processor,
 )
 
-Batch = dict[str, torch.Tensor]
-_ATTENTION = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
-_LAYERS = {
-    "language": {
-        **_ATTENTION,
-        "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
-    "projector": {"fc1": "linear_1", "fc2": "linear_2"},
-    "image": {**_ATTENTION, "o": "self_attn.out_proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"},
-}
-
 
 class Layout(NamedTuple):
     """The pictures of a batch of conversations, as the host must know them."""
 
     counts: list[int]  # pictures of each conversation
+    per_sample: list[int]  # the same of those that have some; [1] for a batch without any
     crops: list[int]  # of each picture; a batch without any has a blank one
     pictures: list[tuple[int, int]] | None  # (sample, number within it) of each, where samples have numbers
 
 
 class LlavaBackbone(nn.Module):
-    """A LLaVA-style model, frozen, with its processor.
+    """A vision-language model of one of FAMILIES, frozen, with its processor.
 
     forward(batch) returns the cross entropy (k,) of the batch's k answer tokens and the conversation (k,) of each;
     forward(batch, max_new_tokens) generates, greedily: (n, up to max_new_tokens) token ids. A batch is what
@@ -74,8 +66,8 @@ class LlavaBackbone(nn.Module):
     The guide `cls_image` of a conversation is the vector [CLS; p]: the mean over its pictures of the image tower's
     [CLS] (in the layer that the projector reads; of the whole picture where there are crops; the mean of all tokens
     where the projector sees all of them, which towers without [CLS] need), and zeros; for a conversation without
-    pictures zeros, and the mean of the input embeddings of its prompt. The projector's pictures vote one by one, by the
-    same vector of their own.
+    pictures zeros, and the mean of the input embeddings of its prompt. The projector's pictures, or crops, vote one by
+    one, by the same vector of their own.
     """
 
     kind = "llava"
@@ -84,24 +76,30 @@ class LlavaBackbone(nn.Module):
         """cache_bytes: of features of a tower without adapters, 0: none. is_sharded: by ZeRO-3."""
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.processor, self.is_sharded = processor, is_sharded
-        config, parts = model.config, model.model
-        self.tower_width, self.width = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.is_sharded = is_sharded
+        self.family = family = FAMILIES[model.config.model_type](model)
+        self.processor = family.processor(processor)
+        self.tower_width, self.width = family.tower_width, model.config.text_config.hidden_size
         self.routing = {
             "language": Routing(guide_width=self.tower_width + self.width),
             "projector": Routing(guide_width=self.tower_width),
             "image": Routing(),
         }
         self._cache = FeatureCache(cache_bytes, is_sharded)
-        self._pictures: list[tuple[int, int]] | None = None  # of the batch that the tower looks at
-        self._crops: list[int] = []
+        self._layout: Layout | None = None  # of the batch that the model looks at
+        self._batch: Batch | None = None  # of the training forward under way
+        self._nothing: torch.Tensor | None = None  # what is left of a blank picture, a zero with its gradient
         # transformers would put its hooks in later, and an engine takes away all hooks that came in its time
-        maybe_install_capturing_hooks(parts.vision_tower)
-        parts.vision_tower.forward = partial(self._look, parts.vision_tower.forward)
+        maybe_install_capturing_hooks(family.tower_module)
+        family.tower_module.forward = partial(self._look, family.tower_module.forward)
+        get_image_features = family.parts.get_image_features
+        # generation asks for its signature
+        family.parts.get_image_features = update_wrapper(partial(self._see, get_image_features), get_image_features)
+        family.decoder_module.forward = partial(self._read, family.decoder_module.forward)
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return self.model.device  # by a list of parameters: to ask one by its name would gather it under ZeRO-3
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -112,29 +110,10 @@ class LlavaBackbone(nn.Module):
 
         InputError: a block that is built otherwise.
         """
-        parts = self.model.model
-        blocks = {
-            "language": parts.language_model.layers,
-            "projector": [parts.multi_modal_projector],
-            "image": self._seen_blocks() if "image" in towers else (),
-        }
         for tower in towers:
-            for number, block in enumerate(blocks[tower]):
-                for layer, path in _LAYERS[tower].items():
-                    if layer in layers:
-                        yield _slot(tower, number, layer, block, path)
-
-    def _seen_blocks(self) -> Sequence[nn.Module]:
-        """Returns the image tower's blocks up to the last one whose output the projector reads."""
-        blocks = self.model.model.vision_tower.encoder.layers
-        # hidden state 0 is the input of block 0
-        return blocks[: max(layer % (len(blocks) + 1) for layer in self._read_layers)]
-
-    @property
-    def _read_layers(self) -> list[int]:
-        """The hidden states of the image tower that the projector reads."""
-        read = self.config.vision_feature_layer
-        return [read] if isinstance(read, int) else list(read)
+            for number, layer, (owner, attribute, linear, rows) in slots_of(self.family, tower, layers):
+                linear = linear.linear if isinstance(linear, LowRankLinear) else linear
+                yield Slot(f"{tower}.{number}.{layer}", tower, layer, linear, rows, owner, attribute)
 
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
@@ -144,16 +123,15 @@ class LlavaBackbone(nn.Module):
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that forward reads from modules that it does not call."""
-        newline = getattr(self.model.model, "image_newline", None)
-        return [] if newline is None else [newline]
+        return self.family.borrowed_parameters()
 
     def compile_blocks(self) -> None:
         """Compiles the training forward of the language model's blocks; before `checkpoint_blocks`."""
-        compile_blocks(self.model.model.language_model.layers)
+        compile_blocks(self.family.decoder_module.layers)
 
     def checkpoint_blocks(self) -> None:
         """Makes every block run its forward again in the backward instead of keeping its activations."""
-        for block in [*self.model.model.vision_tower.encoder.layers, *self.model.model.language_model.layers]:
+        for block in [*self.family.tower_blocks, *self.family.decoder_module.layers]:
             checkpoint_forward(block)
 
     def check(self, stream: Stream) -> None:
@@ -171,14 +149,20 @@ class LlavaBackbone(nn.Module):
             self.config.image_token_id,
             self.config.text_config.max_position_embeddings,
             is_blind=data.blind,
+            form=self.family.pictures(self.processor),
         )
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
         """Returns the weights of towers by their names in `named_parameters`; the language model's with its head."""
-        parts = {"image": ("vision_tower.",), "projector": ("multi_modal_projector.",)}
-        parts["language"] = ("language_model.", "lm_head.")
-        wanted = tuple(part for tower in towers for part in parts[tower])
-        return {name: p for name, p in self.named_parameters() if any(f".{part}" in f".{name}" for part in wanted)}
+        family = self.family
+        projectors = {parameter for projector in family.projectors for parameter in projector.parameters()}
+        parts = {
+            "language": {*family.decoder_module.parameters(), *self.model.lm_head.parameters()},
+            "projector": projectors,
+            "image": set(family.tower_module.parameters()) - projectors,
+        }
+        wanted = set().union(*(parts[tower] for tower in towers))
+        return {name: parameter for name, parameter in self.named_parameters() if parameter in wanted}
 
     def preparer(self, prompts: Sequence[str]) -> Callable[[Batch], Batch]:
         """Returns `prepare`: a conversation brings its prompt along."""
@@ -188,20 +172,24 @@ class LlavaBackbone(nn.Module):
         """Returns a micro batch of n conversations with what the host knows of its k answer tokens and m pictures.
 
         "answers" (k,): the places, in the flattened batch, of the tokens before them; "owner" (k,): the conversation of
-        each; "answer_counts" (n,); "layout": a `Layout`; "whole" (m,): the crop that shows all of a picture, and
-        "picture_owner" (m,): the conversation of each picture.
+        each; "answer_counts" (n,); "layout": a `Layout`; "whole" (m,): the row of guides that is about all of a
+        picture, and "picture_owner" (m,): the conversation of each picture; and what the family computes here.
         """
         is_answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        answers, layout = is_answer.flatten().nonzero().flatten(), self._layout(batch)
-        crops, counts = torch.tensor(layout.crops), torch.tensor(layout.counts)
-        return batch | {
-            "answers": answers,
-            "owner": answers // is_answer.shape[1],
-            "answer_counts": is_answer.sum(1),
-            "layout": layout,
-            "whole": (crops.cumsum(0) - crops)[: sum(layout.counts)],
-            "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
-        }
+        answers, layout = is_answer.flatten().nonzero().flatten(), self._lay_out(batch)
+        counts = torch.tensor(layout.counts)
+        return (
+            batch
+            | self.family.prepare(batch)
+            | {
+                "answers": answers,
+                "owner": answers // is_answer.shape[1],
+                "answer_counts": is_answer.sum(1),
+                "layout": layout,
+                "whole": self.family.whole(layout.crops)[: sum(layout.counts)],
+                "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
+            }
+        )
 
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Gives each conversation of an optimizer step's micro batches its "weight" (n,), the factor of its tokens.
@@ -239,28 +227,24 @@ class LlavaBackbone(nn.Module):
     def forward(
         self, batch: Batch, max_new_tokens: int | None = None, gives_logits: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        embeddings = self.model.get_input_embeddings()(batch["input_ids"])
         if max_new_tokens is None and "layout" not in batch:
             batch = self.prepare(batch)
-        layout = batch.get("layout") or self._layout(batch)
-        features = torch.cat(self._see(batch, layout)).to(embeddings.dtype)
-        if any(layout.counts):
-            places = (batch["input_ids"] == self.config.image_token_id)[..., None].expand_as(embeddings)
-            seen = embeddings.masked_scatter(places, features)
-        else:
-            seen = embeddings + 0 * features.sum()  # every rank's backward goes through the same layers
-        mask = batch["attention_mask"]
+        self._layout = layout = batch.get("layout") or self._lay_out(batch)
+        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        given |= self.family.arguments(batch, layout.per_sample)
+        given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
+        self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
-            return self.model.generate(
-                inputs_embeds=seen,
-                attention_mask=mask,
+            ids = self.model.generate(
+                **given,
                 generation_config=self._generation(max_new_tokens),
                 synced_gpus=self.is_sharded and world_size() > 1,
             )
-        self._prepare_routing(batch, embeddings)
-        hidden = self.model.model.language_model(inputs_embeds=seen, attention_mask=mask, use_cache=False)[0]
+            return ids[:, batch["input_ids"].shape[1] :]
+        hidden = self.model.model(**given, use_cache=False)[0]
         answers = batch["answers"]
-        logits = self.model.lm_head(hidden.flatten(0, 1)[answers])  # of the tokens that count alone
+        # of the tokens that count alone
+        logits = self.family.logits(self.model.lm_head, hidden.flatten(0, 1)[answers])
         if gives_logits:
             return logits
         losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[answers + 1], reduction="none")
@@ -281,19 +265,11 @@ class LlavaBackbone(nn.Module):
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
 
-    def _layout(self, batch: Batch) -> Layout:
+    def _lay_out(self, batch: Batch) -> Layout:
         """Returns how many pictures and crops a batch has, and whose they are; the host waits for a device."""
         counts = batch["image_counts"].tolist()
-        crops = [1] * len(batch["pixel_values"])
         per_sample = [count for count in counts if count] or [1]
-        if "image_sizes" in batch:
-            alone = [count == 1 or self.config.model_type == "llava_next" for count in per_sample for _ in range(count)]
-            crops = [
-                image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
-                if is_cut
-                else 1
-                for size, is_cut in zip(batch["image_sizes"].tolist(), alone, strict=True)
-            ]
+        crops = self.family.crops(batch, per_sample)
         pictures = None
         if "sample" in batch:
             owners = batch["sample"].tolist() if any(counts) else [BLANK]
@@ -302,54 +278,66 @@ class LlavaBackbone(nn.Module):
                 for owner, count in zip(owners, counts if any(counts) else [1], strict=True)
                 for number in range(count)
             ]
-        return Layout(counts, crops, pictures)
+        return Layout(counts, per_sample, crops, pictures)
 
-    def _see(self, batch: Batch, layout: Layout) -> list[torch.Tensor]:
-        """Returns the projected tokens (tokens, d) of each picture of the batch, and notes their [CLS]."""
-        pixels = batch["pixel_values"].to(self.model.get_input_embeddings().weight.dtype)
-        options: dict[str, Any] = {}
-        if "image_sizes" in batch:
-            options["image_sizes"] = batch["image_sizes"]
-            if self.config.model_type == "llava_onevision":
-                options["batch_num_images"] = torch.tensor([count for count in layout.counts if count] or [1])
-        self._crops, self._pictures = layout.crops, layout.pictures
+    def _see(self, get: Callable, *args, **options) -> BaseModelOutputWithPooling:
+        """Stands in for the model's `get_image_features`: of a blank picture nothing is left but a zero."""
+        layout, is_blank = self._layout, not any(self._layout.counts)
         # a picture that stands in belongs to nobody and does not vote
-        is_blank = not any(layout.counts)
-        weights = torch.zeros(sum(layout.crops), dtype=torch.int64, device=self.device) if is_blank else None
+        voters = self.family.voters(layout.crops)
+        weights = torch.zeros(voters, dtype=torch.int64, device=self.device) if is_blank else None
         self.routing["image"].weights = self.routing["projector"].weights = weights
-        return self.model.model.get_image_features(pixel_values=pixels, **options).pooler_output
+        self.family.set_lengths(self.routing, layout.crops)
+        output = get(*args, **options)
+        if is_blank:
+            seen = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+            self._nothing = 0 * sum(_sum(part) for part in seen)
+            output.pooler_output, *more = [_none_of(part) for part in seen]
+            if more:
+                output.deepstack_features = more
+        return output
 
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
-        """Stands in for the image tower's forward: gives the hidden states that are read, kept or computed."""
-        layers = self._read_layers
+        """Stands in for the image tower's forward: gives of it what is read, kept or computed."""
+        family, layout = self.family, self._layout
 
-        def compute(crops: torch.Tensor) -> torch.Tensor:
-            states = forward(pixel_values[crops], **options).hidden_states
-            return torch.stack([states[layer] for layer in layers], dim=1)  # (crops, layers, tokens, d)
+        def compute(numbers: Sequence[int] | None) -> torch.Tensor:
+            pixels, chosen = family.pick(pixel_values, options, layout.crops, numbers)
+            return family.keep(family.run(forward, pixels, **chosen))
 
         if self._tower_learns:
-            states = compute(torch.arange(len(pixel_values), device=self.device))
+            kept = compute(None)
         else:
             with torch.no_grad():
-                states = self._cache.fetch(self._pictures, self._crops, compute, self.device)
-        last = states[:, -1]
-        drops_cls = self.config.vision_feature_select_strategy == "default"
-        self.routing["projector"].guide = (last[:, 0] if drops_cls else last.mean(1)).detach()
-        return BaseModelOutputWithPooling(hidden_states=dict(zip(layers, states.unbind(1), strict=True)))
+                kept = self._cache.fetch(layout.pictures, layout.crops, compute, self.device)
+        self.routing["projector"].guide = family.guides(kept, layout.crops).detach()
+        return family.give(kept)
+
+    def _read(self, forward: Callable, *args, **options) -> BaseModelOutputWithPast:
+        """Stands in for the decoder's forward: every rank's backward goes through the same layers; routers are told."""
+        embeddings = options["inputs_embeds"]
+        if self._nothing is not None:
+            options["inputs_embeds"] = embeddings + self._nothing.to(embeddings.dtype)
+            self._nothing = None
+        if self._batch is not None:
+            self._prepare_routing(self._batch, embeddings)
+            self._batch = None
+        return forward(*args, **options)
 
     @cached_property
     def _tower_learns(self) -> bool:
-        return any(isinstance(module, LowRankLinear) for module in self.model.model.vision_tower.modules())
+        blocks = self.family.tower_blocks
+        return any(isinstance(module, LowRankLinear) for block in blocks for module in block.modules())
 
     @cached_property
     def _ahead(self) -> list[AdaptedLinear]:
         """The adapters of the language model that read the guide `cls_image`, in the order of the layers."""
-        modules = self.model.model.language_model.modules()
+        modules = self.family.decoder_module.modules()
         return [module for module in modules if isinstance(module, AdaptedLinear) and module.guide == "cls_image"]
 
     @torch.no_grad()
     def _prepare_routing(self, batch: Batch, embeddings: torch.Tensor) -> None:
-        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, before any picture."""
+        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too."""
         routing, counts = self.routing["language"], batch["image_counts"]
         lengths = batch["prompt_length"][:, None]
         routing.padding = torch.arange(embeddings.shape[1], device=self.device) < lengths  # the prompt
@@ -367,18 +355,12 @@ class LlavaBackbone(nn.Module):
             vote_ahead(self._ahead)
 
 
-def _slot(tower: str, number: int, layer: str, block: nn.Module, path: str) -> Slot:
-    parent, _, attribute = path.rpartition(".")
-    try:
-        owner = block.get_submodule(parent)
-        linear = getattr(owner, attribute)
-    except AttributeError as error:
-        raise InputError(
-            f"targets.layers: a block of type {type(block).__name__} in the tower {tower} has no {path}; leave out "
-            f"the layer {layer}"
-        ) from error
-    linear = linear.linear if isinstance(linear, LowRankLinear) else linear
-    return Slot(f"{tower}.{number}.{layer}", tower, layer, linear, None, owner, attribute)
+def _sum(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    return features.sum() if isinstance(features, torch.Tensor) else sum(part.sum() for part in features)
+
+
+def _none_of(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    return features[:0] if isinstance(features, torch.Tensor) else [part[:0] for part in features]
 
 
 def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> LlavaBackbone:
@@ -405,7 +387,7 @@ def load_llava(
     placement: Placement | None = None,
     compiles: bool = False,
 ) -> LlavaBackbone:
-    """Loads `tiny`, a folder or a hub's name of a LLaVA-1.5, LLaVA-NeXT or LLaVA-OneVision model, or a shape of SHAPES.
+    """Loads `tiny`, a folder or a hub's name of a model of one of FAMILIES, or a shape of SHAPES.
 
     A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
     the CPU in fp32 by default. compiles: the training forward of the language model's blocks, by torch.compile. Raises

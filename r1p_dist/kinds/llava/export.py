@@ -1,4 +1,4 @@
-"""What the export of a LLaVA needs; see r1p_dist.export.part."""
+"""What the export of a model of transformers needs; see r1p_dist.export.part."""
 
 from collections.abc import Callable, Mapping
 

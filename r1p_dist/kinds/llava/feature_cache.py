@@ -23,17 +23,16 @@ class FeatureCache:
         self,
         pictures: Sequence[tuple[int, int]] | None,
         crops: Sequence[int],
-        compute: Callable[[torch.Tensor], torch.Tensor],
+        compute: Callable[[Sequence[int] | None], torch.Tensor],
         device: torch.device,
     ) -> torch.Tensor:
         """Returns the features (all crops, …) of some pictures.
 
         pictures: (sample, number within it) of each, None where that is not known; crops: how many crops each has.
-        compute: indices of crops (k,) -> their features (k, …).
+        compute: numbers of pictures, None for all -> the features of their crops (crops, …).
         """
         if pictures is None or not self.limit_bytes:
-            return compute(torch.arange(sum(crops), device=device))
-        starts = [sum(crops[:number]) for number in range(len(crops))]
+            return compute(None)
         missing = [number for number, picture in enumerate(pictures) if picture not in self._kept]
         is_needed = bool(missing)
         if self.is_collective:
@@ -41,8 +40,7 @@ class FeatureCache:
         parts = {number: self._kept[pictures[number]] for number in range(len(pictures)) if number not in missing}
         if is_needed:
             numbers = missing or [0]
-            indices = [starts[number] + crop for number in numbers for crop in range(crops[number])]
-            computed = compute(torch.tensor(indices, device=device)).split([crops[number] for number in numbers])
+            computed = compute(numbers).split([crops[number] for number in numbers])
             for number, features in zip(missing, computed, strict=bool(missing)):
                 parts[number] = features
                 self._keep(pictures[number], features)

@@ -1,4 +1,4 @@
-"""The pristine weights of a LLaVA, by the names in the base model's own files."""
+"""The pristine weights of a model of transformers, by the names in the base model's own files."""
 
 import torch
 from safetensors.torch import load_file
@@ -7,7 +7,7 @@ from torch import nn
 from r1p_dist.backbones import Placement, load_llava, weights_identity
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
-from r1p_dist.kinds.llava.weights import files_of_weights, module_name
+from r1p_dist.kinds.llava.weights import files_of_weights
 
 
 class LlavaWeights:
@@ -30,7 +30,7 @@ class LlavaWeights:
             self.files[path.name] = list(content)
             self._mapped |= content
         self.shapes = {name: tensor.shape for name, tensor in self._mapped.items()}
-        own = {module_name(name): name for name in self._mapped}
+        own = {self.backbone.family.module_name(name): name for name in self._mapped}
         self._names: dict[nn.Parameter, str] = {
             parameter: own[name] for name, parameter in self.backbone.model.named_parameters()
         }

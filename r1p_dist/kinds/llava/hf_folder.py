@@ -1,4 +1,4 @@
-"""The merged LLaVA as a folder like the base model's: the same files, with the same names of weights in them."""
+"""The merged model as a folder like the base model's: the same files, with the same names of weights in them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import DTYPES, Entry, write_tensors
 from r1p_dist.files import write_atomically
 from r1p_dist.kinds.llava.frozen_weights import LlavaWeights
-from r1p_dist.kinds.llava.weights import model_folder, module_name
+from r1p_dist.kinds.llava.weights import model_folder
 
 _WEIGHTS = "model.safetensors"
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # configuration, processor, tokenizer, chat template
@@ -32,7 +32,7 @@ processor = AutoProcessor.from_pretrained("FOLDER")
 
 
 class HfLlava:
-    """An HfModel of one of transformers' LLaVA classes; weights keep the type they have in the base's files."""
+    """An HfModel of one of the classes of FAMILIES; weights keep the type they have in the base's files."""
 
     model_class = "AutoModelForImageTextToText"
 
@@ -43,8 +43,13 @@ class HfLlava:
         self.base_name = None if name == "tiny" or Path(name).is_dir() else name
 
     def module(self, layer: str) -> str:
-        weight, _ = self._run.places[layer]
-        return module_name(weight).removesuffix(".weight")
+        weight, rows = self._run.places[layer]
+        if rows is not None and rows.stop - rows.start < self._base.shapes[weight][0]:
+            raise InputError(
+                f"{self._run.path}: {layer} is a part of {weight}, a fused projection, of which PEFT adapts all rows "
+                "at once; use --to hf"
+            )
+        return self._base.backbone.family.module_name(weight).removesuffix(".weight")
 
     def write(self, folder: Path, tasks: Sequence[TaskUpdate], dtype: torch.dtype | None) -> None:
         folder.mkdir(exist_ok=True)

@@ -86,8 +86,8 @@ def build_llava(config: BackboneConfig) -> LlavaBackbone:
     model_config = read_config(name)
     if model_config.model_type != "llava":
         raise InputError(
-            f"--model {name}: is of type {model_config.model_type}, which cuts pictures by their size; the planner "
-            "counts the type llava alone"
+            f"--model {name}: is of type {model_config.model_type}; the planner counts the type llava alone, use "
+            "dry-run, which takes real steps of any type"
         )
     return LlavaBackbone(build_on_meta(model_config), read_processor(name))
 

@@ -1,21 +1,18 @@
-"""LLaVA models of transformers: their configuration, files and names of weights; no code of a hub is ever run."""
+"""Models of transformers: their configuration, files and names of weights; no code of a hub is ever run."""
 
 import functools
 import json
-import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoProcessor,
     CLIPImageProcessorPil,
     LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,21 +21,12 @@ from transformers import (
 
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError, one_line
+from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.shapes import SHAPES
 
-FAMILIES: dict[str, type[nn.Module]] = {
-    "llava": LlavaForConditionalGeneration,
-    "llava_next": LlavaNextForConditionalGeneration,
-    "llava_onevision": LlavaOnevisionForConditionalGeneration,
-}
 _DOWNLOADED = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
-# Names of LLaVA's files as they were first published, and those of transformers' modules now.
-_RENAMED = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^(vision_tower|multi_modal_projector|image_newline)", r"model.\1"),
-    (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
-)
+# Keys of a decoder's configuration that say that it is a mixture of experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @functools.cache  # a hub is asked once
@@ -72,11 +60,18 @@ def read_config(name: str) -> PreTrainedConfig:
         config.image_token_index = config.image_token_id = read_config("tiny").image_token_id
         return config
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-        if kind in FAMILIES:
-            return FAMILIES[kind].config_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, decoder = content["model_type"], content.get("text_config") or {}
+        has_experts = any(decoder.get(key) for key in _EXPERTS)
+        if kind in FAMILIES and not has_experts:
+            return FAMILIES[kind].model_class.config_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise InputError(f"backbone.name={name}: its config.json cannot be used: {one_line(error)}") from error
+    if has_experts:
+        raise InputError(
+            f"backbone.name={name}: its decoder is a mixture of experts, which transformers keeps in one weight for "
+            "all of them, so there are no linears to adapt; use a dense model"
+        )
     raise InputError(f"backbone.name={name}: is of type {kind}; backbone.kind=llava takes {', '.join(FAMILIES)}")
 
 
@@ -87,9 +82,20 @@ def read_processor(name: str) -> ProcessorMixin:
         try:
             # False, not the default: that asks at a terminal
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise InputError(f"backbone.name={name}: its processor cannot be used: {one_line(error)}") from error
-        if not processor.chat_template:
+        parts = ("tokenizer", "image_processor", "image_token")
+        missing = [part for part in parts if getattr(processor, part, None) is None]
+        if missing:
+            raise InputError(
+                f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
+                "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
+            )
+        family = FAMILIES[read_config(name).model_type]
+        unserved = family.unserved(processor)
+        if unserved is not None:
+            raise InputError(f"backbone.name={name}: its processor {unserved}")
+        if not family.processor(processor).chat_template:
             raise InputError(f"backbone.name={name}: has no chat template; add a chat_template.jinja to its folder")
         return processor
     tiny, config = read_processor("tiny"), read_config(name)
@@ -107,7 +113,7 @@ def read_processor(name: str) -> ProcessorMixin:
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:
     """Returns a model whose parameters have no memory; its buffers are computed."""
     with torch.device("meta"):
-        model = FAMILIES[config.model_type](config)
+        model = FAMILIES[config.model_type].model_class(config)
     part = {}  # module -> the innermost of transformers' models that it is in; outer ones come first
     for outer in model.modules():
         if isinstance(outer, PreTrainedModel):
@@ -153,13 +159,13 @@ def map_weights(name: str, model: nn.Module) -> bool:
 
     InputError: a file that is damaged, weights that are missing, unknown, or of another shape.
     """
-    weights: dict[str, torch.Tensor] = {}
+    family, weights = FAMILIES[model.config.model_type], {}
     for file in files_of_weights(name):
         try:
             content = load_file(file)
         except Exception as error:  # safetensors has an exception of its own
             raise InputError(f"{file}: not a safetensors file: {one_line(error)}") from error
-        weights |= {module_name(key): tensor for key, tensor in content.items()}
+        weights |= {family.module_name(key): tensor for key, tensor in content.items()}
     if not weights:
         return False
     expected = {key: parameter.shape for key, parameter in model.named_parameters()}  # tied weights once
@@ -177,10 +183,3 @@ def map_weights(name: str, model: nn.Module) -> bool:
     model.load_state_dict({key: weights[key] for key in expected}, strict=False, assign=True)
     model.tie_weights()
     return True
-
-
-def module_name(name: str) -> str:
-    """Returns how a weight of a model's files is called in transformers' module."""
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
