@@ -77,10 +77,10 @@ class InputMoments:
         )
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Returns how often each token of x (batch, tokens, in) counts."""
+        """Returns how often each token of x (batch, tokens, in) counts; rows and columns may stand in their place."""
         routing = self._backbone.routing[name.partition(".")[0]]
-        times = torch.ones(x.shape[:2], device=x.device)
-        if routing.real is not None and routing.real.shape == x.shape[:2]:
+        times = torch.ones(x.shape[:-1], device=x.device)
+        if routing.real is not None and routing.real.shape == x.shape[:-1]:
             times = routing.real.float()
         if routing.weights is not None and len(routing.weights) == len(x):
             times = times * routing.weights[:, None]
@@ -90,8 +90,8 @@ class InputMoments:
     def _add(self, number: int, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:
         x = x.float()
         self._totals[name] = self._totals.get(name, 0) + weights.sum().double()
-        weighted = (x * weights[..., None]).flatten(0, 1)
-        moment = sum_on_rank(weighted.T @ x.flatten(0, 1), owner(number))
+        weighted = (x * weights[..., None]).flatten(0, -2)
+        moment = sum_on_rank(weighted.T @ x.flatten(0, -2), owner(number))
         if rank() == owner(number):
             self.moments[name] = self.moments.get(name, 0) + moment
 
