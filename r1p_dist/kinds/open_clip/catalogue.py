@@ -17,14 +17,14 @@ from r1p_dist.kinds.open_clip.weights import hub_parts, model_source
 class Listed:
     """A model. linears: of each tower that adapters go on, how many; reasons: of each other tower, why not.
 
-    loss: contrastive or sigmoid. hub: what of it open_clip fetches from the hub, beside the weights.
+    loss: contrastive or sigmoid. hub: what of it open_clip fetches from the hub, beside the weights, and the places.
     """
 
     name: str
     loss: str
     linears: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    hub: list[str] = field(default_factory=list)
+    hub: dict[str, str] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -36,7 +36,7 @@ class Listed:
         counts = ", ".join(f"{count} linears in the {tower} tower" for tower, count in self.linears.items())
         parts = [f"{self.verdict}: {counts}, {self.loss} loss"] if counts else [self.verdict]
         parts += list(dict.fromkeys(self.reasons.values()))
-        parts += [f"from the hub: {', '.join(self.hub)}"] if self.hub else []
+        parts += [f"from the hub: {', '.join(map(' '.join, self.hub.items()))}"] if self.hub and counts else []
         return f"{self.name}  {'; '.join(parts)}"
 
 
@@ -56,7 +56,7 @@ def describe(models: Iterable[str]) -> Iterator[Listed]:
     for name in models:
         source = model_source(name)
         loss = "sigmoid" if "init_logit_bias" in (open_clip.get_model_config(source) or {}) else "contrastive"
-        listed = Listed(name, loss, hub=[f"{part} {place}" for part, place in hub_parts(source).items()])
+        listed = Listed(name, loss, hub=hub_parts(source))
         try:
             with explain_faults(name, None):
                 towers = open_towers(build_on_meta(source, None, False))
@@ -66,5 +66,6 @@ def describe(models: Iterable[str]) -> Iterator[Listed]:
                 except InputError:
                     listed.reasons[tower] = f"its {tower} tower, {towers[tower].described}, has no linears to serve"
         except InputError as error:
-            listed.reasons = dict.fromkeys(TOWERS, str(error).partition(": cannot load: ")[2] or str(error))
+            reason = str(error).partition(": cannot load: ")[2] or str(error).removeprefix("backbone: ")
+            listed.reasons = dict.fromkeys(TOWERS, reason)
         yield listed
