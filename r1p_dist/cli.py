@@ -44,6 +44,7 @@ COMMANDS = {
     "logs": Command("print what a run's job printed", "r1p_dist.cluster.main", "print_log"),
     "cancel": Command("end the jobs of runs; a run that trains saves first", "r1p_dist.cluster.main", "cancel_jobs"),
     "moments": Command("measure a backbone's layer inputs, an anchor for `method: steady`", "r1p_dist.measuring.main"),
+    "backbones": Command("list open_clip's models and whether adapters go on them", "r1p_dist.backbone_list"),
     "methods": Command("list the methods", "r1p_dist.method_list"),
     "doctor": Command("say what this machine has and what it lacks", "r1p_dist.doctor"),
 }

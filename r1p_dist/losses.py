@@ -1,5 +1,5 @@
-"""The losses: contrastive with label-equality targets, a teacher's similarities, and the activation-guided orthogonal
-(AGO) loss."""
+"""The losses: contrastive and sigmoid with label-equality targets, a teacher's similarities, and the activation-guided
+orthogonal (AGO) loss."""
 
 from collections.abc import Sequence
 
@@ -33,6 +33,27 @@ def contrastive_loss(
     all_image = gather_with_gradient(image, image_gather)
     text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets)
     return (image_to_text + text_to_image) / 2
+
+
+def sigmoid_loss(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    labels: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    logit_bias: torch.Tensor | float,
+    image_gather: StartedGather | None = None,
+) -> torch.Tensor:
+    """Returns this rank's part of SigLIP's loss over the global batch; samples of equal label are positives.
+
+    The loss of the global batch is 1/N times the sum over all pairs of image i and text j of
+    -log sigmoid(z_ij (logit_scale x_i y_j + logit_bias)), z_ij = 1 for positives, else -1. Each rank forms the pairs of
+    its n texts with all N images, each pair of the batch so on one rank, and the mean over ranks is the loss.
+    Arguments as of `contrastive_loss`. Source: arXiv 2303.15343, algorithm 1.
+    """
+    signs = torch.where(labels[:, None] == gather(labels)[None], 1.0, -1.0)  # (n, N)
+    all_image = gather_with_gradient(image, image_gather)
+    logits = logit_scale * text @ all_image.T + logit_bias
+    return -F.logsigmoid(signs * logits).sum() / len(text)
 
 
 def distillation_loss(

@@ -53,7 +53,7 @@ def test_defaults_are_the_papers_pool_and_training(tmp_path: Path) -> None:
     assert (config.train.lr, config.train.min_lr, config.train.weight_decay) == (2e-3, 1e-6, 1e-2)
     assert (config.train.iterations, config.train.global_batch_size) == (500, 32)
     assert config.targets.towers == ["image", "text"]
-    assert config.targets.layers == ["q", "k", "v", "out", "fc1", "fc2"]
+    assert config.targets.layers == ["q", "k", "v", "out", "gate", "fc1", "fc2"]
 
 
 def test_paper_recipes_have_the_published_learning_rates() -> None:

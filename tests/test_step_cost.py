@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, flop_registry,
 
 from r1p_dist import attach_pool
 from r1p_dist.adapters import AdaptedLinear
-from r1p_dist.kinds.open_clip.backbone import open_blocks
+from r1p_dist.kinds.open_clip.towers import open_towers
 
 BATCH, TOKENS = 8, 77
 
@@ -26,7 +26,7 @@ def require_gradient(module, inputs, keywords):
 def build(device: str, with_pool: bool, **options) -> torch.nn.Module:
     with torch.device(device):
         model = open_clip.model.CustomTextCLIP(**open_clip.get_model_config("ViT-B-16")).requires_grad_(False)
-    open_blocks(model)
+    open_towers(model)
     if with_pool:
         attach_pool(model, **options)
     else:

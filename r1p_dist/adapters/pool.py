@@ -26,6 +26,7 @@ class Routing:
     lengths: list[int] | None = None  # tokens of each sample, where the input is all samples' in one row, (tokens, in)
     guide: torch.Tensor | None = None  # (batch, guide_width) the guide `cls_image`
     guide_width: int = 0
+    auto: str = "first"  # the guide that `auto` stands for
     has_voted: bool = False  # `vote_ahead` has taken the vote of this batch
 
 
@@ -38,8 +39,8 @@ class AdaptedLinear(LowRankLinear):
     weight; eval uses that weight alone.
 
     linear: the layer to freeze. dropout, dropout_kind: on the input of the update, as in `LowRankLinear`. guide:
-    `first`, `eot`, `last_prompt` or `mean` token of the input, or `cls_image`, a vector from elsewhere that the routing
-    holds. vote: `global` sums the votes over ranks while the frozen product
+    `first`, `eot`, `last_prompt` or `mean` token of the input, `cls_image`, a vector from elsewhere that the routing
+    holds, or `auto`, the one that the routing names. vote: `global` sums the votes over ranks while the frozen product
     runs; `lagged` uses the sum over ranks of the step before (the first step of a task votes as `global` does);
     `local` does not sum, so ranks can use different experts. router_grad: `none` (the paper's released code: routing
     is a fixed random projection), `straight_through` or `gated` (ours: M_j = active * q_j / sum of q over the active
@@ -76,12 +77,13 @@ class AdaptedLinear(LowRankLinear):
                 f"use at most {min(self.in_features, self.out_features)}"
             )
         self.rank, self.active, self.merge_count = rank, active, merged
-        self.guide, self.vote, self.router_grad = guide, vote, router_grad
         self.routing = routing or Routing()
+        self.guide = self.routing.auto if guide == "auto" else guide
+        self.vote, self.router_grad = vote, router_grad
         weight = linear.weight
         self.A = nn.Parameter(weight.new_empty(rank, self.in_features))
         self.B = nn.Parameter(weight.new_empty(self.out_features, rank))
-        guide_width = self.routing.guide_width if guide == "cls_image" else self.in_features
+        guide_width = self.routing.guide_width if self.guide == "cls_image" else self.in_features
         self.router = nn.Linear(guide_width, rank, device=weight.device, dtype=weight.dtype)
         self.router.requires_grad_(router_grad != "none")
         self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
@@ -127,13 +129,15 @@ class AdaptedLinear(LowRankLinear):
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
 
-        Packed: (tokens, in), the routing has the samples' lengths.
+        Rows and columns of a picture may stand in place of the tokens. Packed: (tokens, in), the routing has the
+        samples' lengths.
         """
         if self.guide == "cls_image":
             return self.routing.guide.to(self.router.weight.dtype)
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
+        x = x.flatten(1, -2)
         if self.guide == "first":
             return x[:, 0]
         if self.guide in ("eot", "last_prompt"):

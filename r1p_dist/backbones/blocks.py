@@ -23,12 +23,14 @@ class Attention(nn.Module):
         self.num_heads = source.num_heads
 
     def forward(self, x: torch.Tensor, source: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
-        """x, computed from source, (batch, tokens, width) -> the same; attn_mask: additive (>= tokens)^2."""
+        """x, computed from source, (batch, tokens, width) -> the same; attn_mask: additive (>= tokens)^2, or of each
+        sample and head (batch * heads, tokens, tokens)."""
         batch, tokens, width = x.shape
         heads = self.in_proj(x, source).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (batch, heads, tokens, head width)
         if attn_mask is not None:
-            attn_mask = attn_mask[:tokens, :tokens].to(q.dtype)  # trimmed prompts
+            attn_mask = attn_mask[..., :tokens, :tokens].to(q.dtype)  # trimmed prompts
+            attn_mask = attn_mask.view(batch, -1, tokens, tokens) if attn_mask.ndim == 3 else attn_mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(y.transpose(1, 2).reshape(batch, tokens, width))
 

@@ -55,7 +55,8 @@ def place(model: nn.Module, placement: Placement) -> None:
         placed[id(parameter)] = module._parameters[name]
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(placement.device)
+            if placement.device.type != "meta":  # nothing else has its values
+                module._buffers[name] = buffer.to(placement.device)
 
 
 def draw(module: nn.Module, name: str, out: torch.Tensor) -> torch.Tensor:

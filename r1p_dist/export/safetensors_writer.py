@@ -16,7 +16,7 @@ from r1p_dist.export.formats import TYPE_NAMES
 from r1p_dist.files import atomic_file
 
 DTYPES = {name: getattr(torch, torchs) for name, torchs in TYPE_NAMES.items()}
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _ALIGNMENT = 8  # bytes that the header's length is a multiple of
 
 

@@ -2,8 +2,9 @@
 
 A folder's `KIND` says what there is to know without the kind's libraries. Its parts, modules of fixed names, are
 imported when they are asked for; the room that uses a part says what it must hold: `backbone` in
-r1p_dist.backbones.load, `evaluation` in r1p_dist.evaluation.make, `export` in r1p_dist.export.part, `files` in
-r1p_dist.checks, `planner` in r1p_dist.planner.part and `predict` in r1p_dist.predict.part.
+r1p_dist.backbones.load, `catalogue` in r1p_dist.backbone_list, `evaluation` in r1p_dist.evaluation.make, `export` in
+r1p_dist.export.part, `files` in r1p_dist.checks, `planner` in r1p_dist.planner.part and `predict` in
+r1p_dist.predict.part.
 """
 
 import importlib
@@ -23,7 +24,8 @@ class Kind:
     have, with what to do instead. made_from, pipeline, notice: what a model card says of it; the last is the section of
     NOTICE.md on the shipped model. sizes: of a planned micro batch, by flag: the value unless it is given (None: it
     depends on others), and the meaning. shapes: names of models that can be planned without their files. model_file:
-    what makes a folder a model whose path can be its name; None where a path has a word before it.
+    what makes a folder a model whose path can be its name; None where a path has a word before it. has_catalogue: there
+    is a part `catalogue`, for the library has models by name.
     """
 
     name: str
@@ -39,8 +41,11 @@ class Kind:
     unknown: Mapping[str, str] = field(default_factory=dict)
     shapes: tuple[str, ...] = ()
     model_file: str | None = None
+    has_catalogue: bool = False
 
-    def part(self, name: Literal["backbone", "evaluation", "export", "files", "planner", "predict"]) -> Any:
+    def part(
+        self, name: Literal["backbone", "catalogue", "evaluation", "export", "files", "planner", "predict"]
+    ) -> Any:
         """Imports a part of the kind's folder."""
         return importlib.import_module(f"{__name__}.{self.name}.{name}")
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class GuideOptions(Section):
     """Which vector of a layer's input the router reads, per tower; `cls_image`: the image tower's [CLS] for all."""
 
-    image: Literal["first", "mean"] = "first"
-    """Of the image tower."""
-    text: Literal["first", "eot", "mean"] = "first"
-    """Of a CLIP's text tower."""
+    image: Literal["auto", "first", "mean"] = "auto"
+    """Of the image tower; `auto`: the [CLS] where there is one, else the mean."""
+    text: Literal["auto", "first", "eot", "mean"] = "first"
+    """Of a CLIP's text tower; `auto`: the token that it pools at, else the mean."""
     language: Literal["cls_image", "first", "mean", "last_prompt"] = "cls_image"
     """Of a LLaVA's language model."""
     projector: Literal["cls_image", "first", "mean"] = "cls_image"

@@ -77,17 +77,20 @@ class InputMoments:
         )
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Returns how often each token of x (batch, tokens, in) counts, or of samples in one row (tokens, in)."""
+        """Returns how often each token of x (batch, tokens, in) counts, or of samples in one row (tokens, in).
+
+        Rows and columns of a picture may stand in place of the tokens.
+        """
         routing = self._backbone.routing[name.partition(".")[0]]
         times = torch.ones(x.shape[:-1], device=x.device)
         if routing.lengths is not None:
             if routing.weights is not None:
                 times = routing.weights.float().repeat_interleave(torch.tensor(routing.lengths, device=x.device))
             return times
-        if routing.real is not None and routing.real.shape == x.shape[:2]:
+        if routing.real is not None and routing.real.shape == x.shape[:-1]:
             times = routing.real.float()
         if routing.weights is not None and len(routing.weights) == len(x):
-            times = times * routing.weights[:, None]
+            times = times * routing.weights.view(-1, *[1] * (times.ndim - 1))
         return times
 
     @torch.no_grad()

@@ -272,7 +272,11 @@ def test_weights_of_another_shape_are_refused(tmp_path) -> None:
         load_clip("ViT-S-32-alt", str(path))
 
 
-def test_towers_that_are_not_open_clips_own_are_refused() -> None:
-    model = open_clip.create_model("RN50", force_image_size=32)
-    with pytest.raises(InputError, match="not made of open_clip's own residual attention blocks"):
+def test_a_tower_without_linears_is_refused_and_the_other_one_serves() -> None:
+    with torch.device("meta"):
+        model = open_clip.create_model("RN50", device="meta")
+    with pytest.raises(InputError, match="the image tower, a ModifiedResNet, has no linears q, k, v, .*r1p backbones"):
         attach_pool(model)
+    assert len(attach_pool(model, towers=["text"])) == 12 * 6
+    with pytest.raises(InputError, match="the text tower, a CLIP, has no linears gate that"):
+        attach_pool(model, towers=["text"], layers=["gate"])

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import Placement, load_clip
-from r1p_dist.data import Stream
 from r1p_dist.engine import start_process_group, weights_placement
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
@@ -94,11 +93,10 @@ def test_missing_and_further_weights_are_named(tmp_path: Path) -> None:
         load_clip(write_folder(tmp_path / "model", CONFIG, weights))
 
 
-def test_a_model_of_a_sigmoid_loss_is_refused(tmp_path: Path) -> None:
-    name = write_folder(tmp_path / "model", CONFIG | {"init_logit_bias": -10.0})
-    with pytest.raises(InputError, match="sigmoid loss"):
-        load_clip(name).check(Stream.load("mini_mtil"))
-    load_clip("tiny").check(Stream.load("mini_mtil"))
+def test_the_model_says_which_loss_it_was_trained_with(tmp_path: Path) -> None:
+    weights = plain_weights() | {"logit_bias": torch.tensor(-9.0)}
+    name = write_folder(tmp_path / "model", CONFIG | {"init_logit_bias": -10.0}, weights)
+    assert load_clip(name).logit_bias == -9.0 and load_clip("tiny").logit_bias is None
 
 
 def anonymous_mb() -> float:

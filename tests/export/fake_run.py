@@ -34,9 +34,11 @@ def write_model(folder: Path, config: dict) -> Path:
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{folder}")
+    model = open_clip.create_model(f"local-dir:{folder}", pretrained_image=False, pretrained_text=False)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name == "text_decoder.text_projection":  # open_clip leaves a CoCa's as it finds it
+                parameter.normal_()
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

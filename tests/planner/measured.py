@@ -21,7 +21,7 @@ from r1p_dist.distributed import world_size
 from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
-from tests import small_clip, small_llava
+from tests import small_clip, small_llava, small_towers
 from tests.stages import Stages
 
 IMAGE_TOKEN = 3
@@ -54,11 +54,15 @@ class Recorder(TorchDispatchMode):
 
 
 def make_backbone(config: RunConfig, sizes: dict, device: str = "cpu") -> Backbone:
-    """Returns a model with random weights. sizes: those that differ from tests/small_clip.py's or small_llava.py's."""
+    """Returns a model with random weights. sizes: those that differ from tests/small_clip.py's or small_llava.py's, or
+    the family of one of tests/small_towers.py."""
     is_llava = config.backbone.kind == "llava"
     torch.manual_seed(0)
     with torch.device(device):
-        model = _make_llava(sizes) if is_llava else _make_clip(sizes)
+        if "family" in sizes:
+            model = small_towers.make_model(sizes["family"], Path())
+        else:
+            model = _make_llava(sizes) if is_llava else _make_clip(sizes)
     if not is_llava:
         return ClipBackbone(model, small_clip.tokenize, {"size": 16})
     cache_bytes = int(config.backbone.feature_cache_gb * 1e9)

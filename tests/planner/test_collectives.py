@@ -135,6 +135,13 @@ def test_step_is_predicted_exactly(run_distributed, ranks: int, cases: list) -> 
 
 
 @pytest.mark.slow
+def test_step_of_towers_of_timm_and_of_the_sigmoid_loss_is_predicted_exactly(run_distributed) -> None:
+    cases = [case(2, sizes={"family": "siglip"}), case(3, SHARD_ALL, sizes={"family": "siglip"})]
+    cases += [case(3, SHARD_ALL, CHECKPOINTING, sizes={"family": "eva01"})]
+    check(run_distributed, 2, cases, measure_steps, step_collectives)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.campaign), 2])
 def test_task_boundary_is_predicted_exactly(run_distributed, ranks: int) -> None:
     cases = [case(1), case(2, "train.precision=bf16"), case(3), case(3, SHARD_ALL)]

@@ -3,7 +3,7 @@
 from r1p_dist.kinds import Kind
 
 TOWERS = ("image", "text")
-LAYERS = ("q", "k", "v", "out", "fc1", "fc2")
+LAYERS = ("q", "k", "v", "out", "gate", "fc1", "fc2")  # gate: of gated MLPs
 
 KIND = Kind(
     "open_clip",
@@ -19,4 +19,5 @@ KIND = Kind(
         "--prompts": (None, "CLIP: distinct prompts in a micro step (one per picture)"),
         "--prompt-tokens": (32, "CLIP: of the longest prompt (32)"),
     },
+    has_catalogue=True,
 )

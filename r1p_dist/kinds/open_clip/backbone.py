@@ -1,11 +1,12 @@
 """CLIP models of open_clip: loading, features, the contrastive training loss, and where adapters go.
 
-The towers stay open_clip's own modules, called as modules, so that ZeRO-3's hooks see every parameter. Only the blocks
-are replaced, by ones of the same weights whose linears are open to adapters (blocks.py).
+The towers stay the modules of open_clip, timm or transformers, called as modules, so that ZeRO-3's hooks see every
+parameter; what is replaced in them for adapters is in towers.py.
 """
 
 import difflib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,10 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
 from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
 from r1p_dist.backbones.backbone import Batch
-from r1p_dist.backbones.blocks import Block
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.recompute import checkpoint_forward
 from r1p_dist.backbones.slots import Slot, fill
@@ -29,51 +28,9 @@ from r1p_dist.data import Encoder, PictureEncoder, Stream
 from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.kinds.open_clip import LAYERS, TOWERS
-from r1p_dist.kinds.open_clip.weights import map_weights, model_source, weights_file
-from r1p_dist.losses import contrastive_loss
-
-
-def slots(model: nn.Module, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS) -> Iterator[Slot]:
-    """Yields the slots of an open_clip model after `open_blocks`, tower by tower, block by block."""
-    for tower in towers:
-        transformer = model.visual.transformer if tower == "image" else getattr(model, "text", model).transformer
-        for i, block in enumerate(transformer.resblocks):
-            width = block.attn.out_proj.in_features
-            attention, mlp = block.attn, block.mlp
-            places = [
-                (layer, attention.in_proj.parts, layer, attention.in_proj.linear, slice(j * width, (j + 1) * width))
-                for j, layer in enumerate(("q", "k", "v"))
-            ]
-            places += [
-                ("out", attention, "out_proj", attention.out_proj, None),
-                ("fc1", mlp, "c_fc", mlp.c_fc, None),
-                ("fc2", mlp, "c_proj", mlp.c_proj, None),
-            ]
-            input_from = {"fc1": block.ln_2, "fc2": mlp.gelu}
-            for layer, owner, attribute, linear, rows in places:
-                if layer in layers:
-                    linear = linear.linear if isinstance(linear, LowRankLinear) else linear
-                    yield Slot(
-                        f"{tower}.{i}.{layer}", tower, layer, linear, rows, owner, attribute, input_from.get(layer)
-                    )
-
-
-def open_blocks(model: nn.Module) -> None:
-    """Replaces every block of both towers by one whose linears adapters can serve.
-
-    Raises InputError where a tower is not built from open_clip's own blocks.
-    """
-    for tower in (model.visual, getattr(model, "text", model)):
-        blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
-        if blocks is None or not all(isinstance(block, ResidualAttentionBlock | Block) for block in blocks):
-            raise InputError(
-                f"backbone: a tower of type {type(tower).__name__} is not made of open_clip's own residual attention "
-                "blocks, the only ones that adapters are put on yet: no ResNets, no towers of timm (SigLIP, EVA) or of "
-                "transformers; use a ViT-* model"
-            )
-        for i, block in enumerate(blocks):
-            if isinstance(block, ResidualAttentionBlock):
-                blocks[i] = Block(block)
+from r1p_dist.kinds.open_clip.towers import open_towers
+from r1p_dist.kinds.open_clip.weights import hub_parts, map_weights, model_source, weights_file
+from r1p_dist.losses import contrastive_loss, sigmoid_loss
 
 
 def attach(
@@ -84,13 +41,16 @@ def attach(
 ) -> list[LowRankLinear]:
     """Freezes the model and puts `make(slot, routing)` on its linears; returns the adapters in the order of `slots`.
 
-    model: a `ClipBackbone` or an open_clip CLIP. A slot that has an adapter gets the new one.
+    model: a `ClipBackbone` or an open_clip CLIP. A slot that has an adapter gets the new one. InputError: a tower has
+    none of these layers.
     """
-    clip = model.model if isinstance(model, ClipBackbone) else model
-    routing = model.routing if isinstance(model, ClipBackbone) else {tower: Routing() for tower in TOWERS}
-    open_blocks(clip)
-    clip.requires_grad_(False)
-    return fill(slots(clip, towers, layers), routing, make)
+    if isinstance(model, ClipBackbone):
+        opened, routing = model.towers, model.routing
+    else:
+        opened = open_towers(model)
+        routing = {name: Routing(auto=tower.guide) for name, tower in opened.items()}
+    model.requires_grad_(False)
+    return fill((slot for tower in towers for slot in opened[tower].slots(layers)), routing, make)
 
 
 def attach_pool(
@@ -99,7 +59,7 @@ def attach_pool(
     """Freezes the model and puts a pool of rank-1 experts on its linears; returns the adapted linears.
 
     model: a `ClipBackbone` or an open_clip CLIP. towers, layers: which linears; options: those of `AdaptedLinear`.
-    The order is tower by tower, block by block, q k v out fc1 fc2.
+    The order is tower by tower, block by block, q k v out gate fc1 fc2.
     """
 
     def make(slot: Slot, routing: Routing) -> AdaptedLinear:
@@ -120,24 +80,35 @@ class ClipBackbone(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Callable, preprocess: dict):
         super().__init__()
-        open_blocks(model)
+        self.towers = open_towers(model)
         self.model = model.requires_grad_(False)
         self.tokenizer, self.preprocess = tokenizer, preprocess
-        self.routing = {tower: Routing() for tower in TOWERS}
-        # A number, because DeepSpeed casts buffers to the model's precision.
-        scale = model.logit_scale
-        scale = draw(model, "logit_scale", torch.empty(scale.shape)) if scale.is_meta else scale.detach().float()
-        self.logit_scale = scale.exp().item()
+        self.routing = {name: Routing(auto=tower.guide) for name, tower in self.towers.items()}
+        self.logit_scale = math.exp(_number(model, "logit_scale"))
+        # with one, the model was trained with a sigmoid loss, and so it is here
+        self.logit_bias = None if getattr(model, "logit_bias", None) is None else _number(model, "logit_bias")
         self._asks_for_gather = False
         self._image_gather: StartedGather | None = None
+        self.train()
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks of both towers."""
-        return [*self.model.visual.transformer.resblocks, *self.model.text.transformer.resblocks]
+        return [block for tower in self.towers.values() for block in tower.blocks]
+
+    def train(self, mode: bool = True) -> "ClipBackbone":
+        """Puts adapters, and open_clip's own blocks around them, into training or eval mode."""
+        super().train(mode)
+        for tower in self.towers.values():
+            tower.train(mode)
+        return self
 
     def compile_blocks(self) -> None:
-        """Compiles the training forward of every block, by torch.compile; before `checkpoint_blocks`."""
+        """Compiles the training forward of every block, by torch.compile; before `checkpoint_blocks`.
+
+        InputError: blocks that are not open_clip's own.
+        """
+        self._need_own_blocks("train.compile", TOWERS)
         compile_blocks(self.blocks)
 
     def checkpoint_blocks(self) -> None:
@@ -164,14 +135,23 @@ class ClipBackbone(nn.Module):
         """Puts `make(width, the tower's routing)` beside the MLP of every block; returns them by tower.block.
 
         They get what the MLP's LayerNorm gets, (batch, tokens, width), and what they return is added to the block's.
+        InputError: blocks that are not open_clip's own.
         """
+        self._need_own_blocks("modules beside the MLP", towers)
         found = {}
         for tower in towers:
-            transformer = self.model.visual.transformer if tower == "image" else self.model.text.transformer
-            for number, block in enumerate(transformer.resblocks):
+            for number, block in enumerate(self.towers[tower].blocks):
                 block.beside = make(block.attn.out_proj.in_features, self.routing[tower]).to(self.device)
                 found[f"{tower}.{number}"] = block.beside
         return found
+
+    def _need_own_blocks(self, what: str, towers: Sequence[str]) -> None:
+        for name in towers:
+            if not self.towers[name].is_own:
+                raise InputError(
+                    f"backbone: {what}: not for the {name} tower, {self.towers[name].described}; it needs open_clip's "
+                    "own blocks (ViT-* models)"
+                )
 
     def forward(
         self,
@@ -183,27 +163,18 @@ class ClipBackbone(nn.Module):
         image_features = text_features = None
         if image is not None:
             image = image.to(next(self.model.visual.parameters()).dtype)
-            image_features = F.normalize(self.model.visual(image).float(), dim=-1)
+            image_features = _unit_norm(self.model.visual(image))
             if self._asks_for_gather:
                 self._asks_for_gather = False
                 self._image_gather = start_gather(image_features)  # travels while the text tower runs
         if tokens is not None:
-            text = self.model.text
+            tower, routing = self.towers["text"], self.routing["text"]
             if end is None:
-                tokens, end = self._trim(tokens)
-            routing = self.routing["text"]
+                tokens, end = tower.trim(tokens)
             routing.weights, routing.end = counts, end
-            routing.real = routing.padding = torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
-            text_features = F.normalize(text(tokens).float(), dim=-1)
+            routing.real = routing.padding = tower.real(tokens, end)
+            text_features = _unit_norm(self.model.text(tokens))
         return image_features, text_features
-
-    def _trim(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns tokens (m, longest prompt) and the place of each end token (m,); the host waits for a device."""
-        text = self.model.text
-        end = (tokens == text.eos_id).int().argmax(1) if text.pool_type == "eos" else tokens.argmax(1)
-        if text.attn_mask is not None and text.pool_type in ("argmax", "eos"):
-            tokens = tokens[:, : int(end.max()) + 1]  # causal: nothing after the last end token is ever seen
-        return tokens, end
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """Returns the prompts' token ids (n, context) on the model's device."""
@@ -216,8 +187,6 @@ class ClipBackbone(nn.Module):
                 f"stream={stream.path}: has conversations, which backbone.kind=open_clip cannot answer; use "
                 "backbone.kind=llava or a stream of classes"
             )
-        if getattr(self.model, "logit_bias", None) is not None:
-            raise InputError("backbone: was trained with a sigmoid loss (it has a logit_bias), not there yet")
 
     def encoder(self, data: DataConfig) -> Encoder:
         """Returns what makes batches {"image": (n, 3, H, W)} of samples, with open_clip's transforms."""
@@ -236,7 +205,7 @@ class ClipBackbone(nn.Module):
         def prepare(batch: Batch) -> Batch:
             label = label_of[batch["label"]]
             distinct, place, counts = label.unique(return_inverse=True, return_counts=True)
-            tokens, end = self._trim(tokens_of[distinct])
+            tokens, end = self.towers["text"].trim(tokens_of[distinct])
             return batch | {"label": label, "tokens": tokens, "end": end, "counts": counts, "place": place}
 
         return prepare
@@ -249,15 +218,29 @@ class ClipBackbone(nn.Module):
         return list(model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"]))
 
     def loss(self, model: Callable, batch: Batch) -> torch.Tensor:
-        """Returns the contrastive loss of a micro batch that a `preparer` has seen; each distinct prompt is encoded
-        once.
+        """Returns the contrastive loss of a micro batch that a `preparer` has seen, or the sigmoid loss where the model
+        has a bias for it; each distinct prompt is encoded once.
 
         model: this backbone, or the DeepSpeed engine around it.
         """
         self._asks_for_gather = torch.is_grad_enabled()  # of this forward alone: a method may run others
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
         gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
-        return contrastive_loss(image, text[batch["place"]], batch["label"], self.logit_scale, gather)
+        text = text[batch["place"]]
+        if self.logit_bias is None:
+            return contrastive_loss(image, text, batch["label"], self.logit_scale, gather)
+        return sigmoid_loss(image, text, batch["label"], self.logit_scale, self.logit_bias, gather)
+
+
+def _unit_norm(features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Returns what a tower gave out, (n, d), at unit norm, fp32; towers of a CoCa give their tokens beside it."""
+    return F.normalize((features[0] if isinstance(features, tuple) else features).float(), dim=-1)
+
+
+def _number(model: nn.Module, name: str) -> float:
+    """Returns a temperature of a model; a number, because DeepSpeed casts buffers to the model's precision."""
+    parameter = getattr(model, name)
+    return draw(model, name, torch.empty(parameter.shape)).item() if parameter.is_meta else parameter.item()
 
 
 def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> ClipBackbone:
@@ -308,7 +291,8 @@ def load_clip(
             model.load_state_dict(map_weights(file, model), assign=True)
         else:
             logging.getLogger(__name__).warning("backbone %s has random weights: backbone.pretrained is not set", name)
-    backbone = ClipBackbone(model, open_clip.get_tokenizer(source), open_clip.get_model_preprocess_cfg(model))
+        tokenizer = open_clip.get_tokenizer(source)
+    backbone = ClipBackbone(model, tokenizer, open_clip.get_model_preprocess_cfg(model))
     place(backbone, placement or Placement())
     if compiles:
         backbone.compile_blocks()
@@ -318,23 +302,58 @@ def load_clip(
 
 
 def build_on_meta(source: str, pretrained: str | None, force_quick_gelu: bool) -> nn.Module:
-    """Returns an open_clip model without weights: its parameters are on the meta device, its buffers are not."""
-    with warnings.catch_warnings(), torch.device("meta"), _without_words_about_missing_weights():
+    """Returns an open_clip model without weights: its parameters are on the meta device, its buffers are not.
+
+    InputError: a tower that computes its buffers from where its weights are.
+    """
+    with warnings.catch_warnings(), _parameters_on_meta(), _without_words_about_missing_weights():
         warnings.filterwarnings("ignore", message="These pretrained weights were trained with QuickGELU")
         # text tower as a module, logit_scale with a dimension: DeepSpeed's hooks and broadcasts need them
         model = open_clip.create_model(
             source,
             pretrained,
-            device="meta",
             load_weights=False,
+            pretrained_image=False,
             pretrained_text=False,
             force_quick_gelu=force_quick_gelu,
             force_custom_text=True,
             nonscalar_logit_scale=True,
         )
-    if getattr(model.text, "attn_mask", None) is not None:
-        model.text.attn_mask = model.text.build_causal_mask()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise InputError(
+                f"backbone: its {name} comes from where its weights are, so it cannot be built without any"
+            )
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Puts every parameter on the meta device when a module gets it, before its first values are drawn.
+
+    `torch.device("meta")` would take the values of buffers as well: masks, places, statistics. Nothing is moved
+    meanwhile: open_clip moves whole models, which those on the meta device refuse. A module that is called while
+    another one is built, for the shape of what it gives, computes on the meta device alone.
+    """
+    plain = {name: getattr(nn.Module, name) for name in ("register_parameter", "to", "__call__")}
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        plain["register_parameter"](module, name, parameter)
+
+    def call(module: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+        buffers = {name: buffer.to("meta") for name, buffer in module.named_buffers()}
+        if all(buffer.is_meta for buffer in module.buffers()):
+            return plain["__call__"](module, *(tensor.to("meta") for tensor in args))
+        return torch.func.functional_call(module, buffers, args)
+
+    nn.Module.register_parameter, nn.Module.to, nn.Module.__call__ = register, lambda module, *_, **__: module, call
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.Module, name, function)
 
 
 @contextmanager
@@ -361,6 +380,9 @@ def explain_faults(name: str, pretrained: str | None) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         reason = one_line(error) or type(error).__name__
+        if type(error) is OSError and (parts := hub_parts(model_source(name))):
+            places = " and ".join(f"its {part} ({place})" for part, place in parts.items())
+            reason = f"{places} is on the hub and not on this machine; HF_HUB_OFFLINE=0 lets it be fetched"
         raise InputError(f"backbone.name={name} backbone.pretrained={pretrained}: cannot load: {reason}") from error
 
 

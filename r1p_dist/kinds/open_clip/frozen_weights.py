@@ -1,5 +1,7 @@
 """The pristine weights of a CLIP, by the names of an open_clip model whose text tower is a module (`text.…`)."""
 
+import re
+
 import torch
 from torch import nn
 
@@ -12,7 +14,11 @@ TEMPERATURE = ("logit_scale", "logit_bias")
 
 
 class ClipWeights:
-    """FrozenWeights of a model of open_clip; a temperature is a number (0-dim)."""
+    """FrozenWeights of a model of open_clip; a temperature is a number (0-dim).
+
+    kept_types: of what keeps its precision in an export, by name: temperatures, which scale every logit, and statistics
+    of normalisation.
+    """
 
     def __init__(self, config: BackboneConfig):
         """InputError: as `load_clip`."""
@@ -31,11 +37,16 @@ class ClipWeights:
         for prefix, module in self.backbone.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 whole = f"{prefix}.{own}"
-                # blocks open to adapters hold the fused projection as a linear
-                name = whole.removeprefix("model.").replace(".attn.in_proj.linear.", ".attn.in_proj_")
+                name = _plain_name(whole)
                 self._owners[name] = module, whole
                 self._names[parameter] = name
                 self.shapes[name] = torch.Size() if name in TEMPERATURE else parameter.shape
+        in_files = self.backbone.state_dict()
+        buffers = self.backbone.named_buffers()
+        self._buffers = {_plain_name(name): buffer for name, buffer in buffers if name in in_files}
+        self.shapes |= {name: buffer.shape for name, buffer in self._buffers.items()}
+        self.kept_types = dict.fromkeys(TEMPERATURE, torch.float32)
+        self.kept_types |= {name: buffer.dtype for name, buffer in self._buffers.items()}
 
     def locate(self, weight: nn.Parameter, rows: slice | None) -> tuple[str, slice | None]:
         return self._names[weight], rows
@@ -44,5 +55,13 @@ class ClipWeights:
         shape = self.shapes[name]
         if self._mapped is not None:
             return self._mapped[name].reshape(shape)
+        if name in self._buffers:
+            return self._buffers[name]
         module, whole = self._owners[name]
         return draw(module, whole, torch.empty(shape))
+
+
+def _plain_name(name: str) -> str:
+    """Returns open_clip's name of a weight of the backbone, which holds a fused projection as a module."""
+    name = name.removeprefix("model.").replace(".attn.in_proj.linear.", ".attn.in_proj_")
+    return re.sub(r"\.qkv\.(?:(linear\.)|(?=[qv]_bias$))", lambda found: ".qkv." if found[1] else ".", name)

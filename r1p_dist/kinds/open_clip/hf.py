@@ -14,6 +14,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.export.merged import MergedWeights
 from r1p_dist.export.safetensors_writer import Entry
 from r1p_dist.kinds.open_clip.frozen_weights import TEMPERATURE
+from r1p_dist.kinds.open_clip.towers import is_own_tower
 
 _ARGMAX = 2  # the end token's id that CLIPModel takes for "pool at the highest id of the prompt"
 _MODELS = {"visual": "vision_model", "text": "text_model"}
@@ -158,6 +159,12 @@ def check_is_clip(model: nn.Module) -> None:
 def _missing(model: nn.Module) -> Iterator[str]:
     """Yields what a model has and CLIPModel has not."""
     visual, text = model.visual, model.text
+    others = [tower for tower, module in (("image", visual), ("text", text)) if not is_own_tower(module)]
+    if others:
+        yield from (f"{tower} tower of another make than open_clip's own" for tower in others)
+        return
+    if hasattr(model, "text_decoder"):
+        yield "decoder of captions"
     if visual.image_size[0] != visual.image_size[1] or visual.patch_size[0] != visual.patch_size[1]:
         yield "pictures or patches that are not square"
     if visual.attn_pool is not None:
@@ -168,6 +175,8 @@ def _missing(model: nn.Module) -> Iterator[str]:
         yield "image tower without a LayerNorm before its blocks"
     if text.cls_emb is not None:
         yield "class token in the text tower"
+    elif text.use_pad_mask:
+        yield "mask of padding in the text tower"
     elif text.pool_type not in ("argmax", "eos"):
         yield f"pooling {text.pool_type!r} in the text tower (only the end token's)"
     elif text.pool_type == "eos" and text.eos_id == _ARGMAX:

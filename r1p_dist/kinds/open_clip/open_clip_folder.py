@@ -13,7 +13,6 @@ from r1p_dist.export.finished_run import FinishedRun
 from r1p_dist.export.model_card import write_card
 from r1p_dist.export.safetensors_writer import Entry, write_tensors
 from r1p_dist.files import write_atomically
-from r1p_dist.kinds.open_clip.frozen_weights import TEMPERATURE
 from r1p_dist.kinds.open_clip.weights import model_source
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -26,16 +25,13 @@ def write_open_clip(folder: Path, run: FinishedRun, dtype: torch.dtype | None) -
     """
     config, backbone = run.config.backbone, run.base.backbone
     model_cfg = model_config(config)
-    weights = run.merged_weights(run.deployed)
+    weights, kept_types = run.merged_weights(run.deployed), run.base.kept_types
     # open_clip's plain CLIP class has the text tower's weights in the model itself
-    prefix = "" if model_cfg.get("custom_text") else "text."
+    is_module = model_cfg.get("custom_text") or "hf_model_name" in model_cfg["text_cfg"]
+    prefix = "" if is_module else "text."
     entries = [
-        # a temperature keeps its precision: it scales every logit
         Entry(
-            name.removeprefix(prefix),
-            shape,
-            torch.float32 if name in TEMPERATURE else dtype or torch.float32,
-            partial(weights.read, name),
+            name.removeprefix(prefix), shape, kept_types.get(name, dtype or torch.float32), partial(weights.read, name)
         )
         for name, shape in weights.shapes.items()
     ]

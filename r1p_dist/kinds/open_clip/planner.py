@@ -43,29 +43,37 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Contrast:
-    """The contrastive loss over the pictures of all ranks. samples: of one rank. width: of a feature.
+    """The loss over the pictures of all ranks. samples: of one rank. width: of a feature.
 
-    trained_towers: whose features have a gradient.
+    trained_towers: whose features have a gradient. is_sigmoid: the sigmoid loss, which needs all pictures' features
+    alone, else the contrastive one.
     """
 
     samples: int
     width: int
-    trained_towers: int
+    trained_towers: tuple[str, ...]
+    is_sigmoid: bool = False
 
     def bytes(self, ranks: int) -> int:
         """Returns the memory of the loss and its backward at their highest, fp32.
 
         Of all samples: both towers' gathered features and the gradient of one; of (samples, all samples): targets, two
-        matrices of log probabilities, the gradient of one and a temporary.
+        matrices of log probabilities, the gradient of one and a temporary. Of the sigmoid loss: one tower's features
+        and their gradient; signs, logits, two that log sigmoid keeps, and a gradient.
         """
         everything = ranks * self.samples
+        if self.is_sigmoid:
+            return _FP32 * (2 * everything * self.width + 5 * self.samples * everything)
         return _FP32 * (3 * everything * self.width + 5 * self.samples * everything)
 
     def micro_step(self, stage: int, ranks: int) -> list[Collective]:
-        """Features of both towers are gathered with their labels; the backward sums the gradients of trained towers."""
+        """Features are gathered with their labels, pictures' alone for the sigmoid loss; the backward sums the
+        gradients of those gathered ones that are trained."""
         features = ranks * self.samples * self.width * _FP32
-        gathers = 2 * [Collective("all_gather", features, "features")]
-        sums = self.trained_towers * [Collective("reduce_scatter", features, "feature gradients")]
+        towers = ("image",) if self.is_sigmoid else ("image", "text")
+        gathers = len(towers) * [Collective("all_gather", features, "features")]
+        trained = [tower for tower in towers if tower in self.trained_towers]
+        sums = len(trained) * [Collective("reduce_scatter", features, "feature gradients")]
         return [*gathers, *sums, Collective("all_gather", ranks * self.samples * _LABEL_BYTES, "labels")]
 
     def step(self) -> list[Collective]:
@@ -102,8 +110,8 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
     InputError: more prompt tokens than it reads.
     """
     clip = backbone.model
-    context = clip.text.context_length
-    if batch.prompt_tokens > context:
+    context = clip.text.context_length  # some of transformers' have no limit: 0
+    if context and batch.prompt_tokens > context:
         raise InputError(
             f"--prompt-tokens {batch.prompt_tokens}: {config.backbone.name} reads {context}; use at most that"
         )
@@ -119,5 +127,7 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
         return backbone(image, tokens, counts, end)
 
     trace = trace_step(backbone, forward)
-    loss = Contrast(batch.pictures, clip.visual.output_dim, trace.outputs_with_gradient)
+    # a tower without adapters gives features without gradient
+    trained = tuple(dict.fromkeys(adapter.name.partition(".")[0] for adapter in adapters))
+    loss = Contrast(batch.pictures, clip.text.output_dim, trained, backbone.logit_bias is not None)
     return make_shape(config, backbone, adapters, trace, loss)

@@ -35,6 +35,18 @@ def weights_file(name: str, pretrained: str | None) -> Path | None:
     return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained)))
 
 
+def hub_parts(source: str) -> dict[str, str]:
+    """Returns what of a model, beside its weights, open_clip takes from a place on the hub, and these places."""
+    text = (open_clip.get_model_config(source) or {}).get("text_cfg", {})
+    parts = {"text tower's configuration": text.get("hf_model_name"), "tokenizer": text.get("hf_tokenizer_name")}
+    is_local = source.startswith("local-dir:")  # which brings a tokenizer of its own
+    return {
+        part: place
+        for part, place in parts.items()
+        if place and not Path(place).is_dir() and not (is_local and part == "tokenizer")
+    }
+
+
 def map_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     """Returns the tensors of a weights file, mapped, by the names of `model` (which may be on the meta device).
 
@@ -57,6 +69,9 @@ def map_weights(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
         if name in weights:
             weights[name] = weights[name].reshape(getattr(model, name).shape)
     weights.pop("text.transformer.embeddings.position_ids", None)
+    for name, buffer in model.named_buffers():  # statistics keep the precision that they are computed in
+        if name in weights:
+            weights[name] = weights[name].to(buffer.dtype)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
     return weights
