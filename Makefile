@@ -4,8 +4,8 @@ PYTHON ?= python3
 ACCELERATORS ?= 2
 ARGS ?= --recipe mini_mtil
 TESTS ?= tests
-# Processes that run tests; 0: make's own.
-WORKERS ?= 2
+# Processes that run tests, one more than cores, for some of them wait; 0: make's own.
+WORKERS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
