@@ -171,7 +171,7 @@ def _fused_attention(meter: _Meter) -> Iterator[None]:
     A TorchFunctionMode would not reach the second forward of activation checkpointing, which runs in the backward.
     """
     plain = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, **options: _FusedAttention.apply(q, k, v, meter)
+    F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _FusedAttention.apply(q, k, v, meter)
     try:
         yield
     finally:

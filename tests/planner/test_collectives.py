@@ -11,12 +11,14 @@ import torch
 
 from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
+from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.planner import Conversations, describe_llava
 from r1p_dist.kinds.open_clip.planner import Pictures, describe_clip
 from r1p_dist.planner.communication import boundary_collectives, step_collectives
 from r1p_dist.planner.model import ModelShape
 from r1p_dist.planner.zero import Zero
 from r1p_dist.recipes import load_config
+from tests import small_towers
 from tests.planner.measured import PROMPTS, make_backbone, measure_boundaries, measure_steps
 
 ZERO = "deepspeed.overrides.zero_optimization"
@@ -136,9 +138,17 @@ def test_step_is_predicted_exactly(run_distributed, ranks: int, cases: list) -> 
 
 @pytest.mark.slow
 def test_step_of_towers_of_timm_and_of_the_sigmoid_loss_is_predicted_exactly(run_distributed) -> None:
-    cases = [case(2, sizes={"family": "siglip"}), case(3, SHARD_ALL, sizes={"family": "siglip"})]
+    cases = [case(3, SHARD_ALL, sizes={"family": "siglip"})]
     cases += [case(3, SHARD_ALL, CHECKPOINTING, sizes={"family": "eva01"})]
     check(run_distributed, 2, cases, measure_steps, step_collectives)
+
+
+def test_a_coca_is_described_and_a_text_tower_of_transformers_is_refused(tmp_path) -> None:
+    config, batch = load_config("mini_mtil", POOL), Pictures(4, 3, 10)
+    shape = describe_clip(config, small_towers.make_backbone("coca", tmp_path), batch, torch.float32)
+    assert shape.trace.outputs_with_gradient == 2 and shape.trace.forward_flops > 0
+    with pytest.raises(InputError, match="its text tower is of transformers, .*; r1p dry-run tries a step"):
+        describe_clip(config, small_towers.make_backbone("mt5", tmp_path), batch, torch.float32)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from r1p_dist.config import BackboneConfig, RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.kinds.open_clip.backbone import build_on_meta, explain_faults
+from r1p_dist.kinds.open_clip.towers import HfTextTower
 from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
 from r1p_dist.planner.network import Collective
@@ -107,9 +108,14 @@ def build_clip(config: BackboneConfig) -> ClipBackbone:
 def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dtype: torch.dtype) -> ModelShape:
     """Returns the shape of a CLIP backbone on the meta device; it gets the method's adapters.
 
-    InputError: more prompt tokens than it reads.
+    InputError: more prompt tokens than it reads, or a text tower whose code asks for the values of tokens.
     """
     clip = backbone.model
+    if isinstance(backbone.towers["text"], HfTextTower):
+        raise InputError(
+            f"--model {config.backbone.name}: its text tower is of transformers, whose masks depend on the tokens' "
+            "values, and a plan has shapes alone; r1p dry-run tries a step"
+        )
     context = clip.text.context_length  # some of transformers' have no limit: 0
     if context and batch.prompt_tokens > context:
         raise InputError(
