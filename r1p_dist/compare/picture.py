@@ -12,7 +12,7 @@ CAPTION = (
     "A row is a method, a dot a seed, a bar their mean. Left: Last, by which they are sorted, with zero-shot and joint "
     "training as lines. Right: what was forgotten."
 )
-_LINES = {ZERO_SHOT: ("zero-shot", GREY), JOINT: ("joint", GREEN)}
+_LINES = {ZERO_SHOT: ("zero-shot", GREY), JOINT: ("joint training", GREEN)}
 
 
 def methods_figure(figures: Mapping[Key, Figures], unit: str) -> Figure | None:
