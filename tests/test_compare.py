@@ -454,7 +454,7 @@ def test_picture_shows_each_seed_and_the_two_lines(bench: Bench, monkeypatch: py
     dots = [line.get_xydata().tolist() for line in last.lines if line.get_linestyle() == "None"]
     assert dots == [[[50, 0], [48, 0]], [[49, 0]], [[54, 1], [59, 1]], [[56.5, 1]]]
     lines = {line.get_label(): set(line.get_xdata()) for line in last.lines if line.get_linestyle() == "--"}
-    assert lines == {"zero-shot": {30.0}, "joint": {77.0}}
+    assert lines == {"zero-shot": {30.0}, "joint training": {77.0}}
     assert forgetting.lines[1].get_xydata().tolist() == [[(30 + 44) / 2, 0]]
 
 
