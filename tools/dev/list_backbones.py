@@ -6,6 +6,7 @@ Nothing is fetched: of a model whose text tower's configuration is on the hub, t
 has a copy of. It takes a minute.
 """
 
+import argparse
 import os
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -56,6 +57,7 @@ def text(rows: dict[str, str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from r1p_dist.kinds.open_clip.catalogue import names
 
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
