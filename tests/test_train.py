@@ -141,7 +141,7 @@ def metrics_of(rows: list[list[float]], stages: int) -> dict[str, Any]:
     session = SimpleNamespace(
         config=load_config("mini_mtil"),
         progress=Progress(rows=rows),
-        method=SimpleNamespace(count_parameters=lambda: 7),
+        method=SimpleNamespace(count_parameters=lambda: 7, inference="merged"),
         stages=[None] * stages,
         facts={"versions": {}},
         seconds=12.34,
