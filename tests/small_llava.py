@@ -1,5 +1,7 @@
 """LLaVA-style models of transformers, small enough for a test, with random weights and a tokenizer of bytes."""
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -41,17 +43,24 @@ TEMPLATE = (
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, behind the special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate([*SPECIAL, *alphabet])}, merges=[]))
+    return byte_tokenizer(SPECIAL, {"image_token": "<image>", "video_token": "<video>"})
+
+
+def byte_tokenizer(
+    special: list[str], named: dict[str, str], merges: Sequence[tuple[str, str]] = ()
+) -> PreTrainedTokenizerFast:
+    """One token per byte and per merge, behind the special ones; named: those of them that a processor asks for."""
+    vocabulary = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(vocabulary)}, merges=[*merges]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens(special)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        extra_special_tokens=named,
     )
 
 

@@ -6,7 +6,6 @@ Pictures of unlike sizes become unlike numbers of patches, crops or tokens.
 import inspect
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -35,7 +34,7 @@ from transformers import (
 from transformers.models.smolvlm import processing_smolvlm
 
 from r1p_dist.backbones import LlavaBackbone
-from tests.small_llava import SIZE, TEMPLATE, TEXT, VISION
+from tests.small_llava import SIZE, TEMPLATE, TEXT, VISION, byte_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl", "gemma3", "paligemma")
 # Of PaliGemma 2's logits; older transformers leave it out of their own loss.
@@ -81,20 +80,8 @@ def _group(family: str) -> str:
 
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """One token per byte but for lines between paragraphs, behind the special ones."""
-    special = ["<pad>", "<s>", "</s>", *_TOKENS[_group(family)].values()]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [*special, *alphabet, "ĊĊ"]
-    tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(vocabulary)}, merges=[("Ċ", "Ċ")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens=_TOKENS[_group(family)],
-    )
+    named = _TOKENS[_group(family)]
+    return byte_tokenizer(["<pad>", "<s>", "</s>", *named.values()], named, [("Ċ", "Ċ")])
 
 
 def make_processor(family: str) -> ProcessorMixin:

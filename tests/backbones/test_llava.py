@@ -319,8 +319,11 @@ def test_files_are_read_as_transformers_reads_them(family: str, tmp_path: Path) 
     model.save_pretrained(tmp_path, max_shard_size="40KB")  # by the names that were first published
     make_processor(family).save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    backbone = load_llava(str(tmp_path))
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert_is_as_read_by_transformers(load_llava(str(tmp_path)), tmp_path)
+
+
+def assert_is_as_read_by_transformers(backbone: LlavaBackbone, folder: Path) -> None:
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
     for (name, value), (_, expected) in zip(
         backbone.model.state_dict().items(), plain.state_dict().items(), strict=True
     ):

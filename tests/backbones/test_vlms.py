@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, CLIPProcessor
+from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_llava
@@ -16,7 +16,14 @@ from r1p_dist.data.samples import BadSampleError, Sample
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava import KIND
 from r1p_dist.kinds.llava.paligemma import OneText
-from tests.backbones.test_llava import SAMPLES, encoder_of, picture, talk, training_batch
+from tests.backbones.test_llava import (
+    SAMPLES,
+    assert_is_as_read_by_transformers,
+    encoder_of,
+    picture,
+    talk,
+    training_batch,
+)
 from tests.small_vlms import FAMILIES, make_backbone, make_model, make_processor, make_tokenizer
 
 # of PaliGemma's and InternVL's own processors, by numpy
@@ -232,13 +239,7 @@ def test_files_are_read_as_transformers_reads_them(family: str, tmp_path: Path) 
     if family in ("qwen2_vl", "internvl"):
         save_file({published(family, k): v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
     backbone = load_llava(str(tmp_path))
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    for (name, value), (_, expected) in zip(
-        backbone.model.state_dict().items(), plain.state_dict().items(), strict=True
-    ):
-        assert torch.equal(value, expected), name
-    for (name, value), (_, expected) in zip(backbone.model.named_buffers(), plain.named_buffers(), strict=True):
-        assert torch.equal(value, expected), name
+    assert_is_as_read_by_transformers(backbone, tmp_path)
     assert backbone.processor.chat_template and backbone.processor.tokenizer.get_vocab()["<s>"] == 1
 
 
