@@ -33,7 +33,7 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
     A rank that a signal ended is said on one line, with exit code 2. A first Ctrl-C is handed on, so that the ranks
     save; a second one ends them.
     """
-    base = environment(ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    base = environment(ranks) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes: list[subprocess.Popen] = []
     asked: list[int] = []
 
@@ -99,7 +99,8 @@ def _end(processes: Sequence[subprocess.Popen], failed: int, asked: Sequence[int
     return EXIT_INPUT
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that no program has at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

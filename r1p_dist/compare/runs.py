@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from r1p_dist.data.stream import Stream
-from r1p_dist.doctor import ALLOCATOR_VALUE, ALLOCATOR_VARIABLES
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.comparison import ZERO_SHOT, Result
 from r1p_dist.files import lock_file, write_atomically
+from r1p_dist.local_ranks import environment, free_port
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import METRICS_FILE
 from r1p_dist.shipped import checkout
@@ -132,12 +131,12 @@ def _train(run: Run, lock: int) -> Result:
     """Train and return the result. lock: the file descriptor of a lock, which is held as long as the launcher lives."""
     write_atomically(_record_path(run), json.dumps(run.record() | {"finished": False}))
     log_path = run.folder.with_name(run.folder.name + ".log")
-    environment = _environment(run.ranks)
+    variables = _environment(run.ranks)
     with open(log_path, "w", encoding="utf-8") as log:
-        command = _command(run, environment)
+        command = _command(run, variables)
         # The launcher holds the lock as well: it goes on where this process is killed.
         outputs = {"stdout": log, "stderr": subprocess.STDOUT, "pass_fds": [lock]}
-        code = subprocess.run(command, env=environment, check=False, **outputs).returncode
+        code = subprocess.run(command, env=variables, check=False, **outputs).returncode
     if code:
         raise RuntimeError(f"exit code {code}, {log_path}:\n{_why(log_path)}")
     metrics = complete_metrics(run.folder)
@@ -160,27 +159,21 @@ def complete_metrics(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _command(run: Run, environment: dict[str, str]) -> list[str]:
-    deepspeed = shutil.which("deepspeed", path=environment["PATH"])
+def _command(run: Run, variables: dict[str, str]) -> list[str]:
+    deepspeed = shutil.which("deepspeed", path=variables["PATH"])
     if deepspeed is None:
         raise InputError("deepspeed: no such command; run this with the python of the environment that has it")
     # A port of its own, so that another training on this machine does not matter.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    head = [deepspeed, "--num_accelerators", str(run.ranks), "--master_port", str(port)]
+    head = [deepspeed, "--num_accelerators", str(run.ranks), "--master_port", str(free_port())]
     train = ["--no_local_rank", "--module", "r1p_dist", "train"]
     return [*head, *train, "--recipe", run.recipe, *run.overrides, f"run_dir={run.folder}"]
 
 
 def _environment(ranks: int) -> dict[str, str]:
     """The environment `make train` gives, with the cores shared by the ranks."""
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    defaults = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    defaults |= dict.fromkeys(ALLOCATOR_VARIABLES, str(ALLOCATOR_VALUE))
     # Without an activated environment, deepspeed and ninja are beside the interpreter only.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
-    return defaults | os.environ | {"PATH": path}
+    return {"HF_HUB_OFFLINE": "1"} | environment(ranks) | {"PATH": path}
 
 
 def _why(log_path: Path) -> str:
