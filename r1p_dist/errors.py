@@ -11,6 +11,7 @@ EXIT_INPUT = 2  # something that was given, or the machine, cannot serve the run
 EXIT_INTERRUPTED = 75  # sysexits.h: temporary failure, try again
 EXIT_HANGS = 76
 EXIT_CTRL_C = 130  # as shells say it: nothing was saved
+EXIT_PIPE = 141  # likewise: nobody reads what is printed any more
 
 # Time for rank 0 to print an error that all ranks have, and for the launcher to end the others, before they speak up.
 _OTHER_RANKS_WAIT_S = 3.0
@@ -67,10 +68,26 @@ def known_fault(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
+def _is_output_read() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
 def report_errors(command: Callable[[], int]) -> int:
     """Returns what the command returns, or prints its error on one line and returns the exit code for it."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if _is_output_read():
+            raise
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except (Exception, KeyboardInterrupt) as error:
         if (known := known_fault(error)) is None:
             raise

@@ -23,7 +23,7 @@ import torch
 from r1p_dist import interrupts, runlog
 from r1p_dist.cli import main
 from r1p_dist.distributed import end_process_group
-from r1p_dist.errors import EXIT_CTRL_C, EXIT_INPUT, EXIT_INTERRUPTED, InputError, Interrupted, report_errors
+from r1p_dist.errors import EXIT_CTRL_C, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_PIPE, InputError, Interrupted, report_errors
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.local_ranks import run_ranks
 from r1p_dist.memory_faults import memory_faults_named
@@ -68,6 +68,24 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     code, line = ends(lambda: log.step("a", 1, {"loss": 1.0, "samples_per_second": 1.0}), capsys)
     assert code == EXIT_INPUT and os.strerror(errno.ENOSPC) in line and "make room there" in line
+
+
+def test_a_reader_that_went_away_is_no_fault(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there, output = os.pipe()
+    os.close(there)
+    with open(output, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert report_errors(lambda: print("a line")) == EXIT_PIPE
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
+
+    def other_pipe() -> int:
+        raise BrokenPipeError(errno.EPIPE, "a worker's")
+
+    with pytest.raises(BrokenPipeError, match="a worker's"):
+        report_errors(other_pipe)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Ortho-LoRA (arXiv 2601.09684): one LoRA for all tasks at once, whose tasks' gradients are kept from conflicting."""
+"""Ortho-LoRA (arXiv 2601.09684): a LoRA on batches of several tasks, whose gradients are kept from conflicting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from r1p_dist.protocol import DataRequest, LowRankMethod, Stage, Trainer
+from r1p_dist.config import Count
+from r1p_dist.protocol import DataRequest, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
     from r1p_dist.backbones.backbone import Batch
@@ -17,22 +18,40 @@ if TYPE_CHECKING:
 class OrthoLora(LowRankMethod):
     """Ortho-LoRA: a batch of every task in each step; of each A and B, gradients that conflict are made orthogonal.
 
-    A multi-task method, so it trains all tasks in one stage. No code was released: the projection is that of PCGrad,
-    done for every matrix by itself, and the tasks' gradients are averaged. A step costs as much as the tasks' steps.
+    A multi-task method, so by default it trains all tasks in one stage. Task by task is a use of ours: a fresh LoRA for
+    each task, whose steps have a batch of every past task beside that of the new one. No code was released: the
+    projection is that of PCGrad, done for every matrix by itself, and the tasks' gradients are averaged. A step costs
+    as much as the tasks' steps.
     """
 
     paper = "arXiv 2601.09684"
+    stores = "nothing; task by task, the samples of each task that `kept` says"
     tiny = {"rank": 4}
 
+    class Options(LowRankOptions):
+        """Options of Ortho-LoRA."""
+
+        together: bool = True
+        """All tasks in one stage, as in the paper; else one after the other, with a merge after each."""
+        kept: Count | None = None
+        """Task by task: samples kept of each class, or of each task of conversations; null: all."""
+
+    options: Options
+
     def stages(self, stream: Stream) -> list[Stage]:
-        iterations = sum(stage.iterations for stage in super().stages(stream)) // len(stream.tasks)
-        return [Stage("together", stream.tasks, max(1, iterations))]
+        self._stages = super().stages(stream)
+        if self.options.together:
+            iterations = sum(stage.iterations for stage in self._stages) // len(stream.tasks)
+            self._stages = [Stage("together", stream.tasks, max(1, iterations))]
+        return self._stages
 
     def further_data(self, stage: Stage, past: Sequence[Task]) -> dict[str, DataRequest]:
-        return {task.name: DataRequest((task,)) for task in stage.tasks}
+        requests = {task.name: DataRequest((task,), self.options.kept) for task in past}
+        return requests | {task.name: DataRequest((task,)) for task in stage.tasks}
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
-        self._tasks = [task.name for task in stage.tasks]
+        past = self._stages[: len(trainer.past_memory())]
+        self._tasks = [task.name for reached in (*past, stage) for task in reached.tasks]
 
     def step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         by_task = []

@@ -1,10 +1,13 @@
 """Ortho-LoRA's projection against the rule written out (arXiv 2601.09684, after PCGrad)."""
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 
 from r1p_dist.methods.ortho_lora import project
+from r1p_dist.protocol import DataRequest
+from tests.methods.test_conformance import Loader
 
 
 def by_hand(gradients: list[torch.Tensor], orders: list[list[int]]) -> torch.Tensor:
@@ -38,3 +41,39 @@ def test_the_projected_gradient_conflicts_with_no_task_of_two() -> None:
     first, second = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
     found = project([first, second], torch.Generator())
     assert (found @ first) >= 0 and (found @ second) >= 0
+
+
+def test_task_by_task_a_step_has_a_batch_of_every_past_task(stages_of) -> None:
+    stages, _ = stages_of("ortho_lora", "options.together=false", "options.kept=3")
+    method, tasks = stages.method, tuple(SimpleNamespace(name=name) for name in ("a", "b"))
+    method.stages(SimpleNamespace(tasks=tasks))
+    assert method.further_data(SimpleNamespace(tasks=tasks[1:]), tasks[:1]) == {
+        "a": DataRequest(tasks[:1], 3),
+        "b": DataRequest(tasks[1:]),
+    }
+
+    trainer = stages.begin(0, tasks[:1])
+    trainer.add_stream("a", Loader(0, 1, 1))
+    method.step(trainer, ())
+    stages.end()
+    stages.engine.close()
+    assert len(stages.updates) == 1, "merged, and begun anew"
+
+    trainer = stages.begin(1, tasks[1:])
+    trainer.add_stream("a", Loader(0, 1, 1))
+    trainer.add_stream("b", Loader(1, 1, 1))
+    parameters = method.trainable_parameters()
+    expected = {}
+    by_task = [
+        torch.autograd.grad(method.backbone.loss(method.backbone, batch), list(parameters.values()))
+        for batch in (stages.scan_batches(task, 1)[0] for task in (0, 1))
+    ]
+    order = method.generator(trainer.step_number)
+    for name, of_tasks in zip(parameters, zip(*by_task, strict=True), strict=True):
+        orders = [torch.randperm(2, generator=order).tolist() for _ in range(2)]
+        expected[name] = by_hand(list(of_tasks), orders)
+    given: dict[str, torch.Tensor] = {}
+    trainer.backward_gradients, trainer.update = given.update, lambda: None
+    method.step(trainer, ())
+    stages.engine.close()
+    torch.testing.assert_close(given, expected)
