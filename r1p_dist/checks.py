@@ -17,6 +17,7 @@ from r1p_dist.data.stream import Stream, Task
 from r1p_dist.errors import InputError
 from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.methods import check_method_name
+from r1p_dist.trackers import check_trackers
 
 _BLOCK = 512  # bytes of a tar file's header
 _MOST_SHARDS = 1000  # of a split; on a network's file system each one costs a trip
@@ -36,6 +37,7 @@ def check_run(config: RunConfig, ranks: int = 1) -> None:
     InputError: one line that names what is wrong; what passes may still be refused by those that know more.
     """
     check_method_name(config.method)
+    check_trackers(config.log.trackers)
     config.train.micro_batch_size(ranks)
     stream = Stream.load(config.stream, config.order, config.tasks).extended(config.extend)
     stream.check_names(config.train.per_task, "train.per_task")

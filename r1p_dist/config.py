@@ -5,7 +5,7 @@ The same words stand in YAML, in code, on the command line and in the run folder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -238,10 +238,10 @@ class DeepSpeedConfig(Section):
 
 
 class LogConfig(Section):
-    """How often the log gets a line (in steps), and whether TensorBoard files are written too."""
+    """How often the log gets a line (in steps), and which services show the run beside its folder."""
 
     every_steps: Count = 10
-    tensorboard: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
 
 class CheckpointConfig(Section):
@@ -321,3 +321,15 @@ class RunConfig(Section):
         if self.data.cache_dir is not None:
             tree["data"]["cache_dir"] = str(self.data.cache_dir.absolute())
         return write_yaml(tree)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every value, plain, by its dotted key; an empty section is a value."""
+        return dict(_flat(self.model_dump(mode="json"), ""))
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

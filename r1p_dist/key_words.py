@@ -27,6 +27,7 @@ _WORDS = {
     "resume": "resume_from resume_from_checkpoint checkpoint_path load",
     "checkpoint.every_steps": "save_steps save_every checkpoint_every",
     "log.every_steps": "log_steps logging_steps log_interval log_every print_freq",
+    "log.trackers": "tensorboard wandb mlflow report_to trackers logger loggers log_with",
     "deepspeed.config": "ds_config deepspeed_config zero_stage zero",
     "options.rank": "rank lora_rank lora_r r",
     "options.alpha": "alpha lora_alpha",

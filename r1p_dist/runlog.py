@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from r1p_dist.evaluation.results import TaskResult
 from r1p_dist.files import replace_file, write_atomically
 from r1p_dist.output import terminal
 from r1p_dist.run_files import ANSWERS_FILE, CONFIG_FILE, CORRECT_FILE, LOG_FILE, METRICS_FILE, STATUS_FILE
+from r1p_dist.trackers import Trackers
 
 
 class RunLog:
@@ -21,11 +23,16 @@ class RunLog:
 
     FILES = (LOG_FILE, CORRECT_FILE, ANSWERS_FILE)
 
-    def __init__(self, run_dir: Path, config_text: str, tensorboard: bool, sizes: dict[str, int] | None = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        config_text: str,
+        make_trackers: Callable[[], Trackers] | None = None,
+        sizes: dict[str, int] | None = None,
+    ) -> None:
         """sizes: how many bytes of each of FILES to keep, of a run that goes on; None begins new ones."""
         self.run_dir = run_dir
         self.is_silent = rank() != 0
-        self._tensorboard = None
         self._steps_left: int | None = None
         self._progress: Progress | None = None
         self._pace: tuple[float, int] | None = (
@@ -39,10 +46,7 @@ class RunLog:
                 with (run_dir / name).open("ab") as file:
                     file.truncate(min((sizes or {}).get(name, 0), file.tell()))
         self._console = Console(file=terminal())
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        self._trackers = make_trackers() if make_trackers else None
 
     def status(
         self, state: str, task: str | None = None, step: int | None = None, steps_left: int | None = None
@@ -125,9 +129,8 @@ class RunLog:
         if not self._console.is_terminal:
             left = self._time_left()
             self.say(f"{task} step {step}: {facts}{', ' if left else ''}{left}")
-        if self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{task}/{name}", value, step)
+        if self._trackers:
+            self._trackers.step(task, step, values)
 
     def result(self, row: int, result: TaskResult) -> None:
         """Keeps each sample's score for paired comparisons (1 is right; bits where there is nothing between), and
@@ -143,6 +146,13 @@ class RunLog:
     def metrics(self, metrics: dict) -> None:
         if not self.is_silent:
             write_atomically(self.run_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+            if self._trackers:
+                self._trackers.metrics(metrics)
+
+    def close(self) -> None:
+        """Ends what shows the run elsewhere."""
+        if not self.is_silent and self._trackers:
+            self._trackers.close()
 
     def _append(self, name: str, line: dict) -> None:
         with (self.run_dir / name).open("a", encoding="utf-8") as file:

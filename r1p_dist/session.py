@@ -35,6 +35,7 @@ from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
 from r1p_dist.stage_data import StageData
 from r1p_dist.step_meter import StepMeter
+from r1p_dist.trackers import TrackedRun, Trackers
 from r1p_dist.trainer import TaskTrainer
 
 _logger = logging.getLogger(__name__)
@@ -97,13 +98,20 @@ class Session:
             self.last_saved = str(self.point.folder)
         # cut back to where the checkpoint was taken
         sizes = self.point.state["log_bytes"] if self.point else None
-        self.log = RunLog(config.run_dir, config.dump(), config.log.tensorboard, sizes)
+        self.log = RunLog(config.run_dir, config.dump(), self._make_trackers, sizes)
 
     def close(self) -> None:
         """Waits for the last save and leaves the run folder to others."""
         self.checkpoints.wait()
+        self.log.close()
         for folder in self._folder:
             folder.close()
+
+    def _make_trackers(self) -> Trackers:
+        config, point = self.config, self.point
+        done = sum(stage.iterations for stage in self.stages[: point.stage]) + point.step if point else 0
+        run = TrackedRun(config.run_dir.name, config.stream, config.flat(), done, config.run_dir)
+        return Trackers(config.log.trackers, run, {stage.name: stage.iterations for stage in self.stages})
 
     def _check_facts(self, point: Checkpoint) -> None:
         before = point.state["facts"]

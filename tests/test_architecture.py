@@ -15,9 +15,9 @@ PACKAGE = ROOT / "r1p_dist"
 ROOMS = (
     "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config kinds "
     "key_words places recipe_files config precision distributed host_copy interrupts data losses adapters backbones "
-    "evaluation protocol moments memory_faults methods recipes checks optimizer optimizer_state rendezvous engine "
-    "runlog run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export predict "
-    "serve train dry_run forget measuring doctor method_list backbone_list planner local_ranks compare cluster "
+    "evaluation figures protocol moments memory_faults methods recipes trackers checks optimizer optimizer_state "
+    "rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer session fit scores page report "
+    "export predict serve train dry_run forget measuring doctor method_list backbone_list planner local_ranks compare cluster "
     "run_commands cli __main__"
 ).split()
 

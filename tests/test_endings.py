@@ -64,7 +64,7 @@ def test_want_of_memory_names_batch_model_and_remedies(capsys: pytest.CaptureFix
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(tmp_path, "", tensorboard=False)
+    log = RunLog(tmp_path, "")
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     code, line = ends(lambda: log.step("a", 1, {"loss": 1.0, "samples_per_second": 1.0}), capsys)
     assert code == EXIT_INPUT and os.strerror(errno.ENOSPC) in line and "make room there" in line
@@ -279,7 +279,7 @@ def test_progress_moves_with_every_step_and_tells_the_time_left(
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     screen = Screen()
-    log = RunLog(tmp_path, "", tensorboard=False)
+    log = RunLog(tmp_path, "")
     log.begin("[zero-shot]", 3)
     for _ in range(2):
         log.advance()

@@ -80,7 +80,7 @@ def accuracy(
 def on_two_ranks(run_distributed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A run folder, and what `run` returned on each rank."""
     run_dir = tmp_path_factory.mktemp("run")
-    overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.tensorboard=true"]
+    overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.trackers=[tensorboard]"]
     return run_dir, [json.loads(text) for text in run_distributed(run_stream, 2, overrides)]
 
 

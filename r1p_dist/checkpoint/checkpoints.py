@@ -234,20 +234,12 @@ def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
     """
     if now.extend[: len(before.extend)] == before.extend:
         before = before.model_copy(update={"extend": now.extend})
-    old, new = (dict(_flat(config.model_dump(mode="json"), "")) for config in (before, now))
+    old, new = before.flat(), now.flat()
     return [
         f"{key}: {_show(old.get(key))} there, {_show(new.get(key))} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
-
-
-def _flat(tree: dict[str, Any], prefix: str):
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _show(value: Any) -> str:

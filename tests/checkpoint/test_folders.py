@@ -256,7 +256,7 @@ MAY_CHANGE = {
     "deepspeed.config": "zero3",
     "deepspeed.overrides": "{zero_optimization: {reduce_bucket_size: 3}}",
     "log.every_steps": "3",
-    "log.tensorboard": "true",
+    "log.trackers": "[tensorboard]",
     "checkpoint.every_steps": "3",
     "checkpoint.keep": "3",
     "faults.not_finite": "skip",

@@ -1,0 +1,41 @@
+"""MLflow: in the store MLFLOW_TRACKING_URI or its own default; experiment MLFLOW_EXPERIMENT_NAME, or the stream."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow.tracking import MlflowClient
+
+from r1p_dist.trackers.tracker import TrackedRun
+
+_LONGEST_VALUE = 6000  # of a parameter
+
+
+class MLflow:
+    """One run of an experiment, found again when ours resumes."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # a new local store tells of each of its tables
+        self._client = MlflowClient()
+        self._run_id = run.identity(lambda: self._begin(run))
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def _begin(self, run: TrackedRun) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", run.stream)
+        known = self._client.get_experiment_by_name(name)
+        experiment = self._client.create_experiment(name) if known is None else known.experiment_id
+        run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+        for key, value in run.settings.items():
+            self._client.log_param(run_id, key, str(value)[:_LONGEST_VALUE])
+        return run_id
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run_id, name, value, step=step)
+
+    def matrix(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._client.log_dict(self._run_id, dict(metrics), "metrics.json")
+
+    def close(self, metrics: Mapping[str, Any] | None) -> None:
+        self._client.set_terminated(self._run_id, "KILLED" if metrics is None else "FINISHED")
