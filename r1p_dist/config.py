@@ -67,19 +67,20 @@ class Section(BaseModel):
 
 
 class BackboneConfig(Section):
-    """Which frozen model.
-
-    `open_clip`: `name` and `pretrained` as in open_clip (`pretrained`: a tag or a local safetensors file). `llava`:
-    `name` is a folder or a hub's name of a model of transformers, which has its weights; `feature_cache_gb` is how much
-    of host memory each rank may keep an image tower's features in, where the tower has no adapters.
-    """
+    """Which frozen model."""
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
+    """`open_clip`: a CLIP of open_clip; `llava`: a model of transformers that answers questions about pictures."""
     name: Annotated[str, ModelPlace()] = "tiny"
+    """A model of open_clip; or the folder or hub's name of a model of transformers, which has its weights."""
     pretrained: FilePlace | None = None
+    """Weights of an open_clip model: a tag, or a local safetensors file."""
     force_quick_gelu: bool = False
+    """As open_clip's option: for weights that were trained with that activation under a name without it."""
     feature_cache_gb: NotNegative = 1.0
+    """Host memory in which each rank keeps an image tower's features, where the tower has no adapters."""
     gradient_checkpointing: bool = False
+    """Run every block again in the backward instead of keeping its activations."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> BackboneConfig:
@@ -91,10 +92,12 @@ class BackboneConfig(Section):
 
 
 class TargetsConfig(Section):
-    """Which linears of every block get an adapter; null: all of the backbone's kind, but not a LLaVA's image tower."""
+    """Which linears of every block get an adapter."""
 
     towers: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    """Of `image`, `text`, or a LLaVA's `image`, `projector`, `language`; null: all, but not a LLaVA's image tower."""
     layers: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    """Of `q`, `k`, `v`, `out`, `fc1`, `fc2` and what else the kind has; null: all."""
 
     def of_kind(self, kind: str) -> TargetsConfig:
         """Return these with the defaults of a kind of backbone filled in. ValueError: a name that it does not have."""
@@ -112,34 +115,48 @@ class TargetsConfig(Section):
 
 
 class TaskTrainConfig(Section):
-    """What one task trains with instead of the values in `train`."""
+    """What one task trains with instead of the values in `train`; null: as there."""
 
     lr: Positive | None = None
+    """The highest learning rate."""
     iterations: Count | None = None
+    """Optimizer steps."""
     warmup_steps: Steps | None = None
+    """Steps in which the learning rate rises."""
     weight_decay: NotNegative | None = None
+    """AdamW's."""
 
 
 class TrainConfig(Section):
-    """One task's training; an iteration is one optimizer step on one global batch.
-
-    `average_over`: what the loss of conversations is the mean of: the answer tokens of a global batch, or its samples,
-    each the mean of its tokens. `compile`: torch.compile for the blocks, which pays on an accelerator; not with ZeRO-3.
-    """
+    """One task's training by AdamW."""
 
     iterations: Count = 500
+    """Optimizer steps of a task, each on one global batch."""
     global_batch_size: Count = 32
+    """Samples of all ranks in one step."""
     gradient_accumulation_steps: Count = 1
+    """Micro batches that a rank's part of a global batch is made of."""
     lr: Positive = 2e-3
+    """The highest learning rate; it falls along a cosine."""
     min_lr: NotNegative = 1e-6
+    """The learning rate at the end of a task."""
     warmup_steps: Steps = 0
+    """Steps in which the learning rate rises from 0, at the beginning of a task."""
     weight_decay: NotNegative = 1e-2
+    """AdamW's."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """AdamW's."""
     gradient_clipping: Positive | None = None
+    """The largest norm of all gradients together; null: any."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of frozen weights and activations; `auto`: bf16 on an accelerator, else fp32. What is trained is kept in fp32."""
     compile: bool = False
+    """torch.compile for the blocks, which pays on an accelerator; not with ZeRO-3."""
     average_over: Literal["tokens", "samples"] = "tokens"
+    """What the loss of conversations is the mean of: a global batch's answer tokens, or its samples, each the mean of
+    its tokens."""
     per_task: dict[str, TaskTrainConfig] = {}
+    """Task -> what it trains with instead."""
 
     def for_task(self, name: str) -> TrainConfig:
         """Return the values that the task `name` trains with: these, with its entry in `per_task` laid over."""
@@ -178,32 +195,37 @@ class TrainConfig(Section):
 
 
 class DataConfig(Section):
-    """`shots`: training pictures per class (null: all). Workers are loader processes per rank.
-
-    `samples`: training samples of each task of conversations (null: all). `group_by_length`: how many global batches'
-    conversations are sorted by length among themselves, so that a batch has samples of like length (null: none).
-    `shuffle_shards`: how many shards' samples are mixed with one another (null: a whole epoch's, which needs all shards
-    at hand). `replay_share`: the share of the training samples that comes from the tasks trained before;
-    `reference_share` comes from the tasks of `reference`, a stream like `stream`. `max_bad_fraction`: the share of a
-    task's training samples that may be unusable; null: 0.001, or one sample. `blind`: every picture of a conversation
-    is black, which shows what the questions alone give away. Copies of remote shards are kept in
-    `cache_dir` (null: the user's cache folder), as far as `cache_gb` allows (null: all).
-    """
+    """What is read, and how."""
 
     shots: Count | None = None
+    """Training pictures per class; null: all."""
     samples: Count | None = None
+    """Training samples of each task of conversations; null: all."""
     group_by_length: Count | None = None
+    """How many global batches' conversations are sorted by length among themselves, so that a batch has samples of
+    like length; null: none."""
     shuffle_shards: Count | None = None
+    """How many shards' samples are mixed with one another; null: a whole epoch's, which needs all shards at hand."""
     replay_share: Probability = 0.0
+    """Share of the training samples that comes from the tasks trained before."""
     reference: StreamPlace | None = None
+    """A stream, like `stream`, that `reference_share` is taken from."""
     reference_share: Probability = 0.0
+    """Share of the training samples that comes from the tasks of `reference`."""
     max_bad_fraction: Probability | None = None
+    """Share of a task's training samples that may be unusable before the run ends; null: 0.001, or one sample."""
     evaluate_on: Literal["test", "validation"] = "test"
+    """The split that every row of the accuracy matrix is of; with `test`, tasks train on their validation split too."""
     workers: Steps = 0
+    """Loader processes of each rank; 0: the rank reads itself."""
     augment: bool = True
+    """Training pictures are cropped at random, to 0.9 to 1 of their area."""
     blind: bool = False
+    """Every picture of a conversation is black, which shows what the questions alone give away."""
     cache_dir: Folder | None = None
+    """Where copies of remote shards are kept; null: the user's cache folder."""
     cache_gb: Positive | None = None
+    """How much they may take; null: as much as there is."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> DataConfig:
@@ -220,16 +242,19 @@ class DataConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """`batch_size`: pictures per rank in one forward pass."""
+    """How models are evaluated."""
 
     batch_size: Count = 256
+    """Pictures of a rank in one forward."""
 
 
 class DeepSpeedConfig(Section):
-    """A name in ds_configs/ or the path of a JSON file, and keys laid over it."""
+    """What DeepSpeed is told; keys that the trainer sets itself are refused."""
 
     config: FilePlace = "zero2"
+    """A name in ds_configs/ (`zero0` to `zero3` and more), or a JSON file."""
     overrides: dict[str, Any] = {}
+    """DeepSpeed's own keys, laid over it."""
 
     @model_validator(mode="after")
     def _check_keys(self) -> DeepSpeedConfig:
@@ -238,49 +263,55 @@ class DeepSpeedConfig(Section):
 
 
 class LogConfig(Section):
-    """How often the log gets a line (in steps), and which services show the run beside its folder."""
+    """What is written while a run goes on."""
 
     every_steps: Count = 10
+    """Steps from one line of log.jsonl to the next."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Services that show the run beside its folder."""
 
 
 class CheckpointConfig(Section):
-    """How often a run is saved, in optimizer steps (null: only after each task), and how many of a task are kept."""
+    """What a run resumes from."""
 
     every_steps: Count | None = 100
+    """Steps from one save to the next; null: after each task alone, which is saved always."""
     keep: Count = 2
+    """How many of the running task are kept."""
 
 
 class FaultsConfig(Section):
-    """What is done when something goes wrong.
-
-    `not_finite`: a loss that is NaN or infinite stops the run, or its step is skipped. `hang_minutes`: the run ends
-    with the stacks of all ranks when nothing has moved for so long (null: never).
-    """
+    """What is done when something goes wrong."""
 
     not_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is NaN or infinite stops the run, or its step is skipped."""
     hang_minutes: Positive | None = 30
+    """The run ends with the stacks of all ranks when nothing has moved for so long; null: never."""
 
 
 class RunConfig(Section):
-    """Everything that decides a run.
-
-    `method`: a shipped one, one of an installed package, or `package.module:Class`; `options`: its own, which its class
-    checks. `resume`: `auto` resumes from the newest whole checkpoint in `run_dir`, `never` starts over, a path names a
-    checkpoint. `extend`: tasks behind those of the stream, each `STREAM:TASK`, or `STREAM` for all of its tasks; a run
-    that is finished goes on with them.
-    """
+    """Everything that decides a run."""
 
     run_dir: Folder
+    """The run's folder; a recipe that names none gets runs/RECIPE."""
     resume: Annotated[str, Place("state.json")] = "auto"
+    """`auto` resumes from the newest whole checkpoint in `run_dir`, `never` starts over, a path names a checkpoint."""
     seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    """Of everything that is drawn: first values, order of samples, augmentation."""
     method: str = "dac"
+    """A shipped one, one of an installed package, or `package.module:Class`; `r1p methods` lists them."""
     stream: StreamPlace = "mini_mtil"
+    """A shipped stream, or a stream.yaml."""
     order: str | None = None
+    """The name of an order of tasks in the stream's file; null: as they stand there."""
     tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_refuse_repeats)] | None = None
+    """The tasks to train, in this order; null: all."""
     extend: list[StreamPlace] = []
+    """Tasks behind those of the stream, each `STREAM:TASK`, or `STREAM` for all of its tasks; a finished run goes on
+    with them."""
     backbone: BackboneConfig = BackboneConfig()
     options: dict[str, Any] = {}
+    """The method's own options, which its class checks; `r1p methods` lists them."""
     targets: TargetsConfig = TargetsConfig()
     train: TrainConfig = TrainConfig()
     data: DataConfig = DataConfig()

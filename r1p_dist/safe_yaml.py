@@ -69,6 +69,11 @@ def write_yaml(tree: Any) -> str:
     return yaml.dump(tree, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True)
 
 
+def inline_yaml(value: Any) -> str:
+    """Return a value as YAML on one line, as it is written behind a key."""
+    return yaml.dump(value, Dumper=_YamlDumper, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Return what a YAML text holds: only mappings, lists, strings, numbers, booleans and null.
 

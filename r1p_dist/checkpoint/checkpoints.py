@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from r1p_dist.checkpoint.folders import fault_of, read_json, read_tensors, tensor_file, write_folder
@@ -34,6 +33,7 @@ from r1p_dist.distributed import agree, rank
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
 from r1p_dist.run_files import CHECKPOINTS, CONFIG_FILE
+from r1p_dist.safe_yaml import inline_yaml
 
 FORMAT = 2
 _Whole = Annotated[int, Field(ge=0)]
@@ -236,11 +236,7 @@ def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
         before = before.model_copy(update={"extend": now.extend})
     old, new = before.flat(), now.flat()
     return [
-        f"{key}: {_show(old.get(key))} there, {_show(new.get(key))} here"
+        f"{key}: {inline_yaml(old.get(key))} there, {inline_yaml(new.get(key))} here"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     ]
-
-
-def _show(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()

@@ -1,0 +1,90 @@
+"""`r1p config`: every key of a configuration with its default and what it means, from the typed tree itself."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from r1p_dist.arguments import Parser
+from r1p_dist.config import RunConfig
+from r1p_dist.errors import InputError
+from r1p_dist.key_words import hint_at_key
+from r1p_dist.safe_yaml import inline_yaml
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the tree; the top level's name is empty."""
+
+    name: str
+    meaning: str
+    keys: "tuple[Key, ...]"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key by its dotted name. default: as YAML, empty where one must be given. choices: all values it may have."""
+
+    name: str
+    default: str
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        values = f" ({', '.join(self.choices)})" if self.choices else ""
+        return f"{self.name}={self.default}  {self.meaning}{values}"
+
+
+def main(prog: str, argv: Sequence[str]) -> int:
+    """Prints the keys that were asked for."""
+    parser = Parser(prog=prog, description="Print the keys of a configuration, with their defaults and meanings.")
+    parser.add_argument(
+        "key", nargs="?", metavar="KEY", help="a key or a section, such as train.lr or data; default: all"
+    )
+    asked = parser.parse_args(argv).key
+    keys = [key for section in sections() for key in section.keys]
+    chosen = [key for key in keys if asked is None or key.name == asked or key.name.startswith(f"{asked}.")]
+    if not chosen:
+        names = [key.name for key in keys]
+        hint = hint_at_key(asked.split("."), [], names)
+        raise InputError(f"{prog}: no key {asked}; {hint}without a key all are printed")
+    print("\n".join(key.line() for key in chosen))
+    return 0
+
+
+def sections() -> list[Section]:
+    """Returns the sections of a configuration in their order, the top level first."""
+    return list(_sections(RunConfig, ""))
+
+
+def _sections(model: type[BaseModel], name: str) -> Iterator[Section]:
+    inner = {key: _model_in(field.annotation) for key, field in model.model_fields.items()}
+    prefix = f"{name}." if name else ""
+    keys = (_key(f"{prefix}{key}", field) for key, field in model.model_fields.items() if inner[key] is None)
+    yield Section(name, (model.__doc__ or "").strip(), tuple(keys))
+    for key, found in inner.items():
+        if found is not None:
+            yield from _sections(found, f"{prefix}{key}")
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    default = "" if field.is_required() else inline_yaml(_plain(field.default))
+    return Key(name, default, " ".join((field.description or "").split()), tuple(_choices(field.annotation)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _choices(annotation: Any) -> Iterator[str]:
+    if get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+        return
+    for part in get_args(annotation):
+        yield from _choices(part)
