@@ -109,6 +109,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 def metrics_of(rows: list[list[float]], method: str, wall_seconds: float = 90.0) -> dict[str, Any]:
     matrix = [ZERO_SHOT, *rows]
     metrics = {"tasks": ["fashion", "flags"], "accuracy": matrix, "domains": DOMAINS, "method": method}
+    metrics |= {"world_size": 2}
     before = [None, None] if method == "zero_shot" else [row[task] + 10 for task, row in enumerate(rows)]
     return metrics | {"wall_seconds": wall_seconds, "before_merge": before} | continual_metrics(matrix)
 
@@ -213,6 +214,14 @@ def test_run_finished_elsewhere_is_used(bench: Bench) -> None:
     assert bench.compare("--methods", "dac", "--seeds", "0") == 0
     assert bench.calls() == []
     assert bench.table_row("dac")[2] == "59.0"
+
+
+def test_a_run_of_other_ranks_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.output / "dac-seed0"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(metrics_of(ROWS["dac"][1], "dac") | {"world_size": 4}))
+    assert bench.compare("--methods", "dac", "--seeds", "0") == 1
+    assert "made by 4 ranks: --ranks 2 is not it" in capsys.readouterr().out
 
 
 def test_finished_run_with_other_settings_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,8 @@ def _finished(run: Run) -> Result | None:
             f"{run.folder} is there, made with other settings (recipe {record['recipe']}, {record['ranks']} ranks, "
             f"{made_with}); delete it or choose another --output"
         )
+    if metrics["world_size"] != run.ranks:
+        raise RuntimeError(f"{run.folder} is there, made by {metrics['world_size']} ranks: --ranks {run.ranks} is not it")
     return Result(run.folder, metrics)
 
 
