@@ -221,7 +221,7 @@ def test_a_run_of_other_ranks_is_refused(bench: Bench, capsys: pytest.CaptureFix
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(metrics_of(ROWS["dac"][1], "dac") | {"world_size": 4}))
     assert bench.compare("--methods", "dac", "--seeds", "0") == 1
-    assert "made by 4 ranks: --ranks 2 is not it" in capsys.readouterr().out
+    assert "made by 4 ranks: --ranks 2 is wrong" in capsys.readouterr().out
 
 
 def test_finished_run_with_other_settings_is_refused(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,7 +125,9 @@ def _finished(run: Run) -> Result | None:
             f"{made_with}); delete it or choose another --output"
         )
     if metrics["world_size"] != run.ranks:
-        raise RuntimeError(f"{run.folder} is there, made by {metrics['world_size']} ranks: --ranks {run.ranks} is not it")
+        raise RuntimeError(
+            f"{run.folder} is there, made by {metrics['world_size']} ranks: --ranks {run.ranks} is not it"
+        )
     return Result(run.folder, metrics)
 
 
