@@ -4,11 +4,13 @@
     r1p export runs/mini_mtil --to hf --output clip-hf --dtype bf16
     r1p export runs/mini_mtil --to peft --tasks fashion,country_flags --with-base
     r1p export runs/mini_instruct --to hf
+    r1p export runs/mini_mtil --to open_clip --push me/tiny-clip-mini-mtil
 
 open_clip: a folder for `open_clip.create_model("local-dir:FOLDER")`, of a CLIP alone. hf: one for transformers, for
 `CLIPModel.from_pretrained(FOLDER)` or, of a LLaVA, `AutoModelForImageTextToText.from_pretrained(FOLDER)`. peft: a LoRA
 adapter per task and one of all, for `PeftModel.from_pretrained(base, FOLDER/all)`. Every folder has a model card and
-tasks.json, the class names for `r1p predict`. By default it is RUN_DIR/export/FORMAT.
+tasks.json, the class names for `r1p predict`. By default it is RUN_DIR/export/FORMAT. With --push it goes to the hub of
+Hugging Face as well.
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,12 @@ def main(prog: str, argv: Sequence[str]) -> int:
         help="what the weights are rounded to; default: fp32, which keeps them, and for a LLaVA what its files have",
     )
     parser.add_argument("--with-base", action="store_true", help="peft: write the base model beside the adapters")
+    parser.add_argument("--push", metavar="NAME", help="upload the folder to the hub, a new repository is private")
     arguments = parser.parse_args(argv)
+    if arguments.push is not None:
+        from r1p_dist.export.hub import check_login, push
+
+        check_login(arguments.push)
     with noise_in(arguments.run_dir / LAUNCH_LOG):
         from r1p_dist.export.run import export_run
 
@@ -46,4 +53,6 @@ def main(prog: str, argv: Sequence[str]) -> int:
             with_base=arguments.with_base,
         )
     print(folder)
+    if arguments.push is not None:
+        print(push(folder, arguments.push))
     return 0

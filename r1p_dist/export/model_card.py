@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from r1p_dist.config import BackboneConfig
 from r1p_dist.data.stream import ASSETS
@@ -35,10 +36,18 @@ def write_card(
     kind = kind_of(run.config.backbone.kind)
     name, stream, sha256 = _model_name(run.config.backbone), _stream_name(run), run.base.identity["sha256"]
     updates = f"the updates of {', '.join(task.name for task in tasks)}" if tasks else "no update: the base model alone"
-    head = {"library_name": library, "pipeline_tag": kind.pipeline, "license": "other"}
+    title = f"{name} with {run.config.method} on {stream}" if tasks else name
+    head = ModelCardData(
+        library_name=library,
+        pipeline_tag=kind.pipeline,
+        license="other",
+        tags=["continual-learning", *([run.config.method] if tasks else [])],
+        model_name=title,
+        eval_results=_eval_results(run, stream) if _are_of(run, tasks) else None,
+    )
     lines = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name} with {run.config.method} on {stream}" if tasks else f"# {name}",
+        f"---\n{head.to_yaml()}\n---",
+        f"# {title}",
         f"Made by r1p_dist from {kind.made_from}; holds {updates}.",
         *notes,
         "## How to load it",
@@ -55,19 +64,46 @@ def write_card(
         shutil.copyfile(ASSETS / "NOTICE.md", folder / "NOTICE.md")
 
 
-def _results(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> list[str]:
+def _are_of(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> bool:
+    """Returns whether the run's scores are those of a model with these updates."""
+    return bool(tasks) and run.is_whole and list(tasks) == list(run.deployed)
+
+
+def _scores(run: FinishedRun) -> list[tuple[str, str, float, float]]:
+    """Returns each task with its metric, and its scores by the base model and after the last task."""
     metrics = run.metrics
     rows = [row for row in metrics["accuracy"] if row]
-    is_measured = run.is_whole and list(tasks) == list(run.deployed)
+    kinds = metrics.get("metric") or ["accuracy"] * len(metrics["tasks"])
+    return list(zip(metrics["tasks"], kinds, rows[0], rows[-1], strict=True))
+
+
+def _eval_results(run: FinishedRun, stream: str) -> list[EvalResult]:
+    """Returns the last scores as the hub's pages read them."""
+    pipeline, split = kind_of(run.config.backbone.kind).pipeline, run.config.data.evaluate_on
+    return [
+        EvalResult(
+            task_type=pipeline,
+            dataset_type=stream,
+            dataset_name=task,
+            dataset_config=task,  # results of one configuration become one
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(after, 2),
+        )
+        for task, metric, _, after in _scores(run)
+    ]
+
+
+def _results(run: FinishedRun, tasks: Sequence[TaskUpdate]) -> list[str]:
+    metrics = run.metrics
     measured = (
         "Measured in the run, in its own precision, with the updates that this folder holds."
-        if is_measured
+        if _are_of(run, tasks)
         else "These figures are those of the run with all of its tasks; this folder holds other updates."
     )
     figures = [f"| {meaning} | {_number(metrics.get(key))} |" for key, meaning in _FIGURES.items()]
     table = ["| Task | Metric | Zero-shot | After the last task |", "| --- | --- | ---: | ---: |"]
-    kinds = metrics.get("metric") or ["accuracy"] * len(metrics["tasks"])
-    for name, kind, before, after in zip(metrics["tasks"], kinds, rows[0], rows[-1], strict=True):
+    for name, kind, before, after in _scores(run):
         scale = SCALE.get(kind, "percent")
         table.append(f"| {name} | {kind}, {scale} | {_number(before)} | {_number(after)} |")
     return [
