@@ -129,15 +129,15 @@ class AdaptedLinear(LowRankLinear):
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
 
-        Rows and columns of a picture may stand in place of the tokens. Packed: (tokens, in), the routing has the
-        samples' lengths.
+        Rows and columns of a picture may stand in place of the tokens; without any, (batch, in), a sample is its own
+        guide. Packed: (tokens, in), the routing has the samples' lengths.
         """
         if self.guide == "cls_image":
             return self.routing.guide.to(self.router.weight.dtype)
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
-        x = x.flatten(1, -2)
+        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         if self.guide == "first":
             return x[:, 0]
         if self.guide in ("eot", "last_prompt"):
