@@ -51,6 +51,7 @@ class AttachedPool:
         self._memories: dict[int, dict[str, torch.Tensor]] = {}
         self._is_shown = self._is_detached = False
         self.model.train = self._set_mode
+        self._switch(self.model.training)  # adapters take the mode of the model
         own = {id(buffer) for adapter in self.adapters for buffer in adapter.buffers()}
         # DistributedDataParallel would give all ranks the first one's votes of a step that is not at its end
         names = [name for name, buffer in self.model.named_buffers() if id(buffer) in own]
@@ -243,8 +244,12 @@ class AttachedPool:
         return self._switch(mode)
 
     def _switch(self, mode: bool) -> nn.Module:
-        type(self.model).train(self.model, mode)
-        self._host.train(mode)
+        del self.model.train  # the host may call it for a part that is the model itself
+        try:
+            self.model.train(mode)
+            self._host.train(mode)
+        finally:
+            self.model.train = self._set_mode
         return self.model
 
     def _need_attached(self, call: str) -> None:

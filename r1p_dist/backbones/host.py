@@ -13,8 +13,8 @@ class Host:
     """A model that its user calls, with adapters on its linears.
 
     model: as it was given. towers, default_towers, layers: what adapters can be put on, and on which towers they are
-    put unless others are named. even_towers: those that run as often on every rank. guides: by tower, the vectors that
-    its routers can read where a method's options do not say, the default first.
+    put unless others are named. even_towers: those that run as often on every rank. routing: of each tower. guides: by
+    tower, the vectors that its routers can read where a method's options do not say, the default first.
     """
 
     towers: tuple[str, ...]
@@ -23,8 +23,10 @@ class Host:
     layers: tuple[str, ...]
     guides: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    def __init__(self, model: nn.Module, routing: dict[str, Routing]):
-        self.model, self.routing = model, routing
+    routing: dict[str, Routing]
+
+    def __init__(self, model: nn.Module):
+        self.model = model
         self._slots: list[Slot] = []
         self._trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         model.requires_grad_(False)

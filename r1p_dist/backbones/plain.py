@@ -32,7 +32,8 @@ class PlainHost(Host):
 
     def __init__(self, model: nn.Module, targets: str | Sequence[str]):
         self._names = find_linears(model, targets)
-        super().__init__(model, {"model": Routing()})
+        super().__init__(model)
+        self.routing = {"model": Routing()}
         self._hook = model.register_forward_pre_hook(self._hear, with_kwargs=True)
 
     def slots(self, towers: Sequence[str], layers: Sequence[str]) -> Iterator[Slot]:

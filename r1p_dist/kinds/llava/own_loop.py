@@ -39,13 +39,12 @@ class LlavaHost(Host):
     layers = KIND.layers
 
     def __init__(self, model: nn.Module, backbone: LlavaBackbone | None):
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        super().__init__(model)
         self._hook = None
         if backbone is None:
             backbone = LlavaBackbone(model, processor=None)
             self._hook = model.register_forward_pre_hook(self._hear, with_kwargs=True)
-        super().__init__(model, backbone.routing)
-        self._backbone, self._trained = backbone, trained
+        self._backbone, self.routing = backbone, backbone.routing
 
     def slots(self, towers: Sequence[str], layers: Sequence[str]) -> Iterator[Slot]:
         return self._backbone.slots(towers, layers)

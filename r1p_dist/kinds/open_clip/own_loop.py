@@ -1,11 +1,12 @@
 """CLIPs and image towers in one's own loop: open_clip's models, CLIPModel and SiglipModel of transformers, timm's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import open_clip
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import CLIPModel, SiglipModel
 
 from r1p_dist.adapters import Routing
@@ -21,13 +22,17 @@ def host_of(model: nn.Module) -> Host | None:
     if isinstance(model, ClipBackbone):
         return BackboneHost(model)
     if isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP | open_clip.CoCa):
-        return TowersHost(model, open_towers(model))
+        return TowersHost(model, open_towers)
     if isinstance(model, CLIPModel | SiglipModel):
-        image, text = HfImageTower(model.vision_model), HfClipText(model.text_model, isinstance(model, CLIPModel))
-        return TowersHost(model, {"image": image, "text": text})
+        return TowersHost(model, _hf_towers)
     if type(model).__module__.startswith("timm."):
-        return TowersHost(model, {"image": ImageTower(model)})
+        return TowersHost(model, lambda model: {"image": ImageTower(model)})
     return None
+
+
+def _hf_towers(model: CLIPModel | SiglipModel) -> dict[str, Tower]:
+    text = HfClipText(model.text_model, is_causal=isinstance(model, CLIPModel))
+    return {"image": HfImageTower(model.vision_model), "text": text}
 
 
 class TowersHost(Host):
@@ -35,13 +40,16 @@ class TowersHost(Host):
 
     layers = LAYERS
 
-    def __init__(self, model: nn.Module, towers: Mapping[str, Tower], routing: dict[str, Routing] | None = None):
-        super().__init__(model, routing or {name: Routing(auto=tower.guide) for name, tower in towers.items()})
-        self._towers = towers
-        self.towers = self.default_towers = self.even_towers = tuple(towers)
-        self._hook = None
-        if routing is None and "text" in towers:
-            self._hook = towers["text"].entry.register_forward_pre_hook(self._hear, with_kwargs=True)
+    def __init__(self, model: nn.Module, open_towers: Callable[[Any], Mapping[str, Tower]]):
+        super().__init__(model)
+        self._towers = open_towers(model)
+        self.routing = {name: Routing(auto=tower.guide) for name, tower in self._towers.items()}
+        self.towers = self.default_towers = self.even_towers = tuple(self._towers)
+        self._hook = self._listen() if "text" in self._towers else None
+
+    def _listen(self) -> RemovableHandle | None:
+        """Makes the text tower's routers hear of every batch; returns what ends that."""
+        return self._towers["text"].entry.register_forward_pre_hook(self._hear, with_kwargs=True)
 
     def slots(self, towers: Sequence[str], layers: Sequence[str]) -> Iterator[Slot]:
         for tower in towers:
@@ -50,6 +58,7 @@ class TowersHost(Host):
     def train(self, mode: bool) -> None:
         for tower in self._towers.values():
             tower.train(mode)
+        self.model.training = mode  # a timm model is a tower itself
 
     def close(self) -> nn.Module:
         super().close()
@@ -72,7 +81,11 @@ class BackboneHost(TowersHost):
     """A `ClipBackbone`, which tells its towers itself; what is left without adapters is open_clip's model in it."""
 
     def __init__(self, model: ClipBackbone):
-        super().__init__(model, model.towers, model.routing)
+        super().__init__(model, lambda model: model.towers)
+        self.routing = model.routing
+
+    def _listen(self) -> None:
+        """Nothing is to be heard."""
 
     def train(self, mode: bool) -> None:
         """Nothing is to be done: the backbone puts its towers into their modes itself."""
