@@ -27,10 +27,11 @@ from r1p_dist import attach_pool
 from r1p_dist.distributed import rank, sum_over_ranks, world_size
 from r1p_dist.engine import learning_rate
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava import own_loop
 from r1p_dist.methods.dac import Dac
 from r1p_dist.recipes import load_config
 from tests import small_llava, small_vlms
-from tests.backbones.test_llava import SAMPLES, training_batch
+from tests.backbones.test_llava import SAMPLES, plain_inputs, training_batch
 from tests.small_clip import CONFIG, make_backbone, tokenize
 from tests.test_parity import GLOBAL_BATCH, PROMPTS, STEPS, TASKS, global_batch, relative, train
 
@@ -149,6 +150,53 @@ def test_a_vlm_called_by_itself_learns_what_it_learns_in_a_run(family: str) -> N
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def llava_inputs() -> dict[str, torch.Tensor]:
+    return plain_inputs("llava", training_batch(small_llava.make_backbone()))
+
+
+def test_padding_of_a_vlms_conversations_stands_on_either_side() -> None:
+    given = llava_inputs()
+    lengths = given["attention_mask"].sum(1)
+    moved = {
+        name: torch.stack(
+            [row.roll(len(row) - length) for row, length in zip(given[name], lengths.tolist(), strict=True)]
+        )
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+    assert len(set(lengths.tolist())) == 3
+    found = []
+    for inputs in (given, given | moved):
+        model = small_llava.make_model()
+        pool = attach_pool(model, **POOL)
+        pool.begin_task(0)
+        model(**inputs)
+        found.append(torch.stack([adapter.activation_counts for adapter in pool.adapters]))
+    assert torch.equal(*found) and (found[0].sum(1) >= 9).all()
+
+
+def test_a_vlm_answers_with_a_pool_as_without_and_learns_from_texts(monkeypatch) -> None:
+    model = small_llava.make_model().eval()
+    given = llava_inputs()
+    prompt = {name: given[name][:1] for name in ("input_ids", "attention_mask", "pixel_values")}
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "min_new_tokens": 3}
+    expected = model.generate(**prompt, **options)
+    pool = attach_pool(model, **POOL)
+    assert torch.equal(model.generate(**prompt, **options), expected)
+    pool.begin_task(0)
+    text = {name: given[name][2:] for name in ("input_ids", "attention_mask", "labels")}
+    model(**text).loss.backward()
+    counts = {adapter.name: int(adapter.activation_counts.sum()) for adapter in pool.adapters}
+    assert {count for name, count in counts.items() if name.startswith("language")} == {3}
+    assert {count for name, count in counts.items() if name.startswith("projector")} == {0}
+    with pytest.raises(InputError, match="call it with input_ids="):
+        model(text["input_ids"])
+    monkeypatch.setattr(own_loop, "world_size", lambda: 2)
+    with pytest.raises(InputError, match=r"a batch without pictures while .* or use towers=\['language'\]"):
+        model(**text)
+    with pytest.raises(InputError, match="8 image tokens in 2 pieces: these are not the 3 pictures"):
+        model(**given | {"input_ids": given["input_ids"].where(torch.arange(3)[:, None] != 0, 7)})
 
 
 # Every kind of model
@@ -508,6 +556,8 @@ def test_a_second_pool_and_a_wrapped_model_are_refused() -> None:
     model, _ = trained_perceptron(1)
     with pytest.raises(InputError, match="has adapters already"):
         attach_pool(model, targets=["first"])
+    with pytest.raises(InputError, match="takes the model itself; wrap it by DistributedDataParallel afterwards"):
+        attach_pool(DistributedDataParallel.__new__(DistributedDataParallel))
 
 
 def test_defaults_are_a_runs_and_names_show_in_an_editor() -> None:

@@ -127,13 +127,16 @@ class AdaptedLinear(LowRankLinear):
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
+        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed,
+        in the router's precision.
 
         Rows and columns of a picture may stand in place of the tokens; without any, (batch, in), a sample is its own
         guide. Packed: (tokens, in), the routing has the samples' lengths.
         """
-        if self.guide == "cls_image":
-            return self.routing.guide.to(self.router.weight.dtype)
+        guide = self.routing.guide if self.guide == "cls_image" else self._token(x)
+        return guide.to(self.router.weight.dtype)
+
+    def _token(self, x: torch.Tensor) -> torch.Tensor:
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])

@@ -199,7 +199,7 @@ class LlavaBackbone(nn.Module):
         }
 
     def expect(self, batch: Batch) -> None:
-        """Is told the batch that the model is about to see, in a loop that calls the model itself.
+        """Is told the training batch that the model is about to see, in a loop that calls the model itself.
 
         batch: on the device: input_ids and attention_mask (n, t), prompt_length and image_counts (n,), and what the
         family's crops are found by; no pixel_values where there is no picture, so the tower does not run.
@@ -210,8 +210,11 @@ class LlavaBackbone(nn.Module):
             layout = Layout([0] * len(batch["image_counts"]), [1], [1], None)
             self.routing["projector"].guide = torch.zeros(1, self.tower_width, device=self.device)
         self._layout = layout
-        owners = {name: places.to(self.device) for name, places in self._owners(layout).items()}
-        self._batch = batch | owners if self.training else None
+        self._batch = batch | {name: places.to(self.device) for name, places in self._owners(layout).items()}
+
+    def expect_nothing(self) -> None:
+        """Is told that what the model sees next is not trained on: nothing stands in."""
+        self._layout = self._batch = None
 
     def close(self) -> nn.Module:
         """Returns transformers' model with nothing standing in any more; it must have no adapters."""
@@ -316,6 +319,8 @@ class LlavaBackbone(nn.Module):
 
     def _see(self, get: Callable, *args, **options) -> BaseModelOutputWithPooling:
         """Stands in for the model's `get_image_features`: of a blank picture nothing is left but a zero."""
+        if self._layout is None:
+            return get(*args, **options)
         layout, is_blank = self._layout, not any(self._layout.counts)
         # a picture that stands in belongs to nobody and does not vote
         voters = self.family.voters(layout.crops)
@@ -334,6 +339,8 @@ class LlavaBackbone(nn.Module):
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
         """Stands in for the image tower's forward: gives of it what is read, kept or computed."""
         family, layout = self.family, self._layout
+        if layout is None:
+            return forward(pixel_values, **options)
 
         def compute(numbers: Sequence[int] | None) -> torch.Tensor:
             pixels, chosen = family.pick(pixel_values, options, layout.crops, numbers)

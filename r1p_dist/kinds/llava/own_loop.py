@@ -51,6 +51,8 @@ class LlavaHost(Host):
 
     def train(self, mode: bool) -> None:
         self._backbone.training = mode
+        if self._hook is not None:
+            self._backbone.expect_nothing()
 
     def close(self) -> nn.Module:
         super().close()
@@ -59,6 +61,8 @@ class LlavaHost(Host):
         return self._backbone.close()
 
     def _hear(self, model: nn.Module, inputs: tuple, given: dict[str, Any]) -> None:
+        if not self.model.training:
+            return
         ids = given.get("input_ids")
         if ids is None:
             raise InputError(f"{type(model).__name__}: call it with input_ids=…, by which pictures find their routers")
@@ -116,9 +120,12 @@ def picture_counts(family: Family, batch: Batch) -> Batch:
             owners = [run.row for run in runs]
         else:  # pictures of one size, with nothing between them
             each = max(1, tokens // count)
+            if tokens % count or any(run.length % each for run in runs):
+                raise InputError(
+                    f"input_ids have {tokens} image tokens in {len(runs)} pieces: these are not the {count} pictures "
+                    "of pixel_values"
+                )
             owners = [run.row for run in runs for _ in range(run.length // each)]
-        if len(owners) != count:
-            raise InputError(f"input_ids show {len(owners)} pictures by their image tokens, pixel_values have {count}")
     found = {"image_counts": torch.bincount(torch.tensor(owners, dtype=torch.int64), minlength=rows)}
     if crops is not None:
         found["crops"] = torch.tensor(crops)
