@@ -5,7 +5,7 @@ goes wrong silently in another order is refused.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,7 +42,7 @@ class AttachedPool:
     merged_tasks: those whose experts are in the weights.
     """
 
-    def __init__(self, host: Host, method: "_AttachedDac"):
+    def __init__(self, host: Host, method: "AttachedDac"):
         self.model, self.adapters = host.model, method.adapters
         self.task: int | None = None
         self._host, self._method = host, method
@@ -263,14 +263,31 @@ class AttachedPool:
 
 
 class _Guided:
-    """A host as the method sees a backbone. guide_of: by tower, the vector that its routers read."""
+    """What the method sees of a backbone. guide_of: by tower, the vector that its routers read."""
 
-    def __init__(self, host: Host, guide_of: Mapping[str, str]):
-        self.attach, self.guide_of = host.attach, guide_of
+    def __init__(self, attach: Callable[..., list[LowRankLinear]], guide_of: Mapping[str, str]):
+        self.attach, self.guide_of = attach, guide_of
 
 
-class _AttachedDac(Dac):
-    """DAC on a model in one's own loop, whose towers can be others than a run's."""
+class AttachedDac(Dac):
+    """DAC on a model in one's own loop, whose towers can be others than a run's.
+
+    options: those of DAC but the guide. attach: as a backbone's; guide_of: the guide of each of its towers, or of some;
+    layers: on which linears adapters are put.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        seed: int,
+        attach: Callable[..., list[LowRankLinear]],
+        guide_of: Mapping[str, str],
+        layers: Sequence[str] = (),
+    ):
+        targets = TargetsConfig.model_construct(towers=list(guide_of), layers=list(layers))
+        # a method reads these alone of a run's configuration
+        config = RunConfig.model_construct(seed=seed, options=dict(options), targets=targets)
+        super().__init__(config, _Guided(attach, guide_of))
 
     def guide(self, tower: str) -> str:
         return self.backbone.guide_of[tower]
@@ -319,7 +336,7 @@ def attach_pool(
         **{"dropout_kind": dropout_kind, "router_grad": router_grad, "vote": vote},
         "ago": {"weight": ago_weight, "reduction": ago_reduction},
     }
-    _check_options(options)
+    check_options(options)
     host = find_host(model, targets)
     try:
         chosen = _known(towers, "towers", host.towers, host.default_towers)
@@ -330,16 +347,14 @@ def attach_pool(
                 f"router_grad={router_grad}: only for towers that run as often on every rank; set "
                 f"towers={list(host.even_towers)}"
             )
-        # a method reads these alone of a run's configuration
-        targeted = TargetsConfig.model_construct(towers=chosen, layers=on)
-        config = RunConfig.model_construct(seed=seed, options=options, targets=targeted)
-        return AttachedPool(host, _AttachedDac(config, _Guided(host, guide_of)))
+        return AttachedPool(host, AttachedDac(options, seed, host.attach, guide_of, on))
     except InputError:
         host.close()  # as if nothing had been tried
         raise
 
 
-def _check_options(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
+    """InputError: options that DAC does not have or values that they cannot have."""
     try:
         Dac.Options.model_validate(options)
     except ValidationError as error:

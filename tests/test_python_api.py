@@ -65,7 +65,13 @@ STAND_INS: dict[str, tuple[Any, str, Callable, Callable]] = {
         llava_batch,
     ),
     "timm.": (timm, "create_model", lambda name, pretrained: make_timm(), lambda: (pictures(), torch.arange(3))),
-    "AutoModelForCausalLM.": (AutoModelForCausalLM, "from_pretrained", lambda name: make_llama(), text_batch),
+    "attach_pool(model, targets=[": (AutoModelForCausalLM, "from_pretrained", lambda name: make_llama(), text_batch),
+    "R1PConfig": (
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name: make_llama(),
+        lambda: {name: value[0] for name, value in text_batch().items()},
+    ),
 }
 
 
@@ -74,6 +80,8 @@ def first_line(block: str) -> str:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=first_line)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # a Trainer's, without a GPU
 def test_an_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"accuracy": lambda model: model.training, "Network": Network}
@@ -92,6 +100,9 @@ def test_an_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    if "R1PConfig" in block:
+        assert names["config"].tasks == 2 and (tmp_path / "adapter/adapter_model.safetensors").is_file()
+        return
     pool = names["pool"]
     assert pool.merged_tasks == (0, 1)
     assert all(adapter.merged_delta().abs().max() > 0 for adapter in pool.adapters)

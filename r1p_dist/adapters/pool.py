@@ -143,11 +143,14 @@ class AdaptedLinear(LowRankLinear):
         x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         if self.guide == "first":
             return x[:, 0]
+        padding = self.routing.padding
+        # linears chosen by their names can be of towers that see something else than the tokens, a picture's patches
+        is_other = padding is not None and padding.shape != x.shape[:2]
         if self.guide in ("eot", "last_prompt"):
-            return x[torch.arange(len(x), device=x.device), self.routing.end]
-        if self.routing.padding is None:
+            return x[:, -1] if is_other else x[torch.arange(len(x), device=x.device), self.routing.end]
+        if padding is None or is_other:
             return x.mean(1)
-        real = self.routing.padding.to(x.dtype)[..., None]
+        real = padding.to(x.dtype)[..., None]
         return (x * real).sum(1) / real.sum(1)
 
     @staticmethod
