@@ -334,6 +334,20 @@ def test_padding_and_answers_do_not_vote() -> None:
     torch.testing.assert_close(expected[1], seen[1][:, 2:4].mean(1))
 
 
+def test_linears_of_an_image_tower_vote_by_its_own_tokens_whatever_the_prompts_are() -> None:
+    model = small_llava.make_model()
+    pool = attach_pool(model, targets=["q_proj"], guide="last_prompt", **POOL)
+    pool.begin_task(0)
+    seen: dict[str, torch.Tensor] = {}
+    for adapter in pool.adapters:
+        adapter.router.register_forward_hook(lambda _, x, __, name=adapter.name: seen.update({name: x[0]}))
+    tower = model.model.vision_tower.encoder.layers[0]
+    tower.layer_norm1.register_forward_hook(lambda _, __, output: seen.update(tower=output))
+    model(**llava_inputs())
+    first = next(adapter.name for adapter in pool.adapters if "vision_tower" in adapter.name)
+    assert torch.equal(seen[first], seen["tower"][:, -1]) and len(seen[first]) == 3, "three pictures"
+
+
 def test_the_guide_of_a_text_tower_is_the_token_that_it_pools_at() -> None:
     for kind, ends in (("clip", [3, 5, 2]), ("siglip", [5, 5, 5])):
         model = make_hf_clip(kind)

@@ -45,7 +45,7 @@ class AdaptedLinear(LowRankLinear):
     `local` does not sum, so ranks can use different experts. router_grad: `none` (the paper's released code: routing
     is a fixed random projection), `straight_through` or `gated` (ours: M_j = active * q_j / sum of q over the active
     experts).
-    rows, routing: given by `attach_pool` for parts of a fused projection and for what a tower's guide needs.
+    rows, routing: given by the model's side for parts of a fused projection and for what a tower's guide needs.
     Raises InputError where rank, active and merged do not fit each other or the layer.
     Source: DAC's released code, layers.py; the options `guide` and `router_grad` are ours.
     """
