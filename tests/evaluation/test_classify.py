@@ -58,7 +58,7 @@ def test_a_split_is_scored_by_the_weights_alone_on_whole_pictures(tmp_path: Path
     task = replace(one, templates=TEMPLATES, validation=other.train, sizes={})
     plain = make_model(pictures_of(one.train)[0])
     backbone = ClipBackbone(copy.deepcopy(plain), tokenize, {"size": 16})
-    for adapter in attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.5):
+    for adapter in attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.5).adapters:
         nn.init.normal_(adapter.B)
     config = load_config("mini_mtil", [f"data.evaluate_on={split}", "evaluation.batch_size=7"])
     assert config.data.augment, "or nothing could be cropped"
