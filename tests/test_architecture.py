@@ -18,7 +18,7 @@ ROOMS = (
     "evaluation protocol moments memory_faults methods recipes checks optimizer optimizer_state rendezvous engine "
     "runlog run_folder checkpoint stage_data step_meter trainer session fit scores figures page report export predict "
     "serve train dry_run forget measuring doctor method_list backbone_list planner local_ranks compare cluster "
-    "run_commands cli __main__"
+    "watch run_commands cli __main__"
 ).split()
 
 # The rooms of what the folder of a kind of backbone holds; its facts are in `kinds`, before them all.
