@@ -48,6 +48,7 @@ class Tab:
 
     def open(self, url: str, width: int = 1600, dark: bool = False) -> None:
         """Opens a page and waits until its figures are drawn."""
+        self.ask("Page.navigate", url="about:blank")  # what the page before still asks for is over
         self.size(width, dark)
         self.events.clear()
         self.ask("Page.navigate", url=url)
@@ -93,6 +94,7 @@ def browser() -> Iterator[Tab]:
     """Starts Chromium with one tab; it ends with the context."""
     from websockets.sync.client import connect
 
+    assert PROGRAM is not None, "Chromium is missing: apt install chromium"
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         arguments = [*_ARGUMENTS, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}

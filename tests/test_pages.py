@@ -21,9 +21,7 @@ from r1p_dist.report.write import write_report
 from tests import browser
 from tests.test_report import ROWS, log_of, metrics_of, write_run
 
-pytestmark = pytest.mark.skipif(browser.PROGRAM is None, reason="needs Chromium: apt install chromium")
 pytest.importorskip("uvicorn")
-pytest.importorskip("websockets")
 
 from r1p_dist.serve.local import make_server, run_server  # noqa: E402
 from r1p_dist.serve.port import listening  # noqa: E402
@@ -35,7 +33,9 @@ EVIL = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[browser.Tab]:
-    """One browser for all pages."""
+    """One browser for all pages. R1P_BROWSER=1: fail where there is none."""
+    if browser.PROGRAM is None and not os.environ.get("R1P_BROWSER"):
+        pytest.skip("needs Chromium: apt install chromium")
     with browser.browser() as found:
         yield found
 
@@ -102,7 +102,7 @@ def test_pages_are_drawn_at_all_widths_in_both_colours_and_ask_for_nothing(
     assert page.stat().st_size < 5_000_000
     address = page.as_uri()
     grounds = set()
-    for number, (width, dark) in enumerate([(400, False), (400, True), (1600, True), (2560, False)]):
+    for number, (width, dark) in enumerate([(400, False), (2560, True)]):
         if number:
             tab.size(width, dark)
         else:
@@ -137,7 +137,7 @@ def test_the_matrix_changes_its_view_by_the_keyboard_and_a_print_is_light(tab: b
     assert tab.run("[...document.querySelectorAll('table')].every((table) => table.querySelector('th[scope=col]'))")
     assert tab.run("[...document.querySelectorAll('input')].every((input) => input.labels.length === 1)")
     assert tab.run("document.documentElement.lang") == "en"
-    colour = "document.querySelector('.chart text').style.fill || getComputedStyle(document.querySelector('.chart text')).fill"
+    colour = "getComputedStyle(document.querySelector('.chart text')).fill"
     assert tab.run(colour) == "rgb(232, 232, 232)"
     tab.run("dispatchEvent(new Event('beforeprint'))")
     assert tab.run(colour) == "rgb(27, 27, 27)"
@@ -186,7 +186,7 @@ def test_watch_follows_a_run_from_its_start_through_a_resume_to_its_end(tab: bro
         tab.run("document.querySelector('details')?.setAttribute('open', '')")
         (run / "log.jsonl").write_text(lines[0] + lines[1][:20])  # a resume cuts it back, and goes on
         tab.wait(f"{steps} === '10'")
-        write_run(run, metrics_of(ROWS[:2]))
+        write_run(run, metrics_of([*ROWS[:2], None, None]))
         tab.wait("document.querySelector('.lead').textContent.includes('learnt 1 of 3 tasks')")
         assert thread.is_alive()
         write_run(run, metrics_of(ROWS))

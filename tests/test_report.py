@@ -137,7 +137,7 @@ def test_report_of_a_finished_run_shows_every_part(tmp_path: Path) -> None:
     # before the merge 70, 75, 81; after it 61.5, 71, 80
     assert (
         "dac learnt 3 tasks of birds in 10 minutes: Last is 66.0 percent against 20.0 zero-shot (+46.0); forgetting is "
-        "7.2 points; the merge cost 4.5 points of each task."
+        "7.2 points; the merge cost 4.5 points per task."
     ) in text
     assert "seed 3 · world size 2 · ZeRO stage 1 · 4,978,368 trainable parameters" in text
     assert "12 collectives with 0.30 MB per step" in text

@@ -60,9 +60,12 @@ def _by_method(
         return None
     means = [(y, fmean(own)) for y, own in enumerate(kept) if own]
     smallest, largest = (choose(value for _, value in points) for choose in (min, max))
-    scale = {"type": "log", "dtick": 1} if is_cost and largest > _LOG_FROM * smallest else {}
-    if scale:
-        scale["range"] = [math.log10(smallest) - 0.2, math.log10(largest) + 0.2]
+    if is_cost and largest > _LOG_FROM * smallest:
+        scale = {"type": "log", "dtick": 1, "range": [math.log10(smallest) - 0.2, math.log10(largest) + 0.2]}
+    else:
+        ends = [smallest, largest, *levels.values()]
+        margin = 0.06 * (max(ends) - min(ends)) or 0.1 * abs(largest) or 1.0
+        scale = {"range": [min(ends) - margin, max(ends) + margin]}
     hover = "%{text}: %{x:,.4~g}<extra></extra>"
     seeds = dots("seeds", [v for _, v in points], [y for y, _ in points], colour, "circle", hovertemplate=hover)
     seeds["marker"] |= {"size": 6, "opacity": 0.6, "line": {"width": 0}}

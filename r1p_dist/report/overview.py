@@ -52,9 +52,7 @@ def sentence(run: RunFiles) -> str:
     if metrics.get("forgetting") is not None:
         clauses.append(f"forgetting is {number(metrics['forgetting'])} points")
     if (cost := merge_cost(run)) is not None:
-        clauses.append(
-            f"the merge cost {number(cost)} points of each task" if cost > 0.05 else "the merge cost nothing"
-        )
+        clauses.append(f"the merge cost {number(cost)} points per task" if cost > 0.05 else "the merge cost nothing")
     text = "; ".join(clauses)
     minutes = f" in {_duration(metrics['wall_seconds'])}" if metrics.get("wall_seconds") is not None else ""
     return f"{state}{method} learnt {what}{minutes}{': ' if text else ''}{text}."
@@ -92,7 +90,7 @@ def tiles(run: RunFiles) -> list[Tile]:
         Tile("Own task", number(metrics.get("mft")), "right after its training"),
         Tile("Forgetting", number(metrics.get("forgetting")), "points, since the best moment"),
         Tile("Transfer", number(metrics.get("transfer")), "tasks not trained yet"),
-        Tile("Merge cost", number(merge_cost(run)), "points of each task"),
+        Tile("Merge cost", number(merge_cost(run)), "points per task"),
     ]
     return [tile for tile in found if tile.value != "–"]
 
@@ -121,10 +119,12 @@ def figures(run: RunFiles) -> list[Part]:
         for key, (name, meaning) in MEANINGS.items()
         if metrics.get(key) is not None
     ]
-    if not rows and not matrix.tasks:
+    zero_shot = mean_of(matrix.zero_shot)
+    if not rows and zero_shot is None:
         return []
-    zero_shot = number(mean_of(matrix.zero_shot))
-    rows.append(["Zero-shot", zero_shot, "mean over all tasks before any training, the reference for all above"])
+    rows.append(
+        ["Zero-shot", number(zero_shot), "mean over all tasks before any training, the reference for all above"]
+    )
     parts: list[Part] = [Table(["Figure", matrix.unit, "Meaning"], rows, frozenset({1}), 2)]
     return parts + _bad_samples(run)
 

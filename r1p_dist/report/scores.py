@@ -14,9 +14,9 @@ DOMAINS = {
 def matrix(run: RunFiles) -> list[Part]:
     """Return the matrix, as scores or as changes against zero-shot."""
     found = run.matrix
-    if not found.tasks:
-        return []
     rows = [found.zero_shot, *found.trained]
+    if all(value is None for row in rows for value in row):
+        return []
     changes = [change_from(*pair) for row in found.trained for pair in zip(found.zero_shot, row, strict=True)]
     limit = max([1.0, *(abs(change) for change in changes if change is not None)])
     lines = []
@@ -54,7 +54,7 @@ def _cell(found: ScoreMatrix, row: int, column: int, moment: str, value: float |
 def tasks(run: RunFiles) -> list[Part]:
     """Return each task around its own merge and at the end of what was trained, and the domains."""
     found, metrics = run.matrix, run.metrics
-    if not found.tasks:
+    if all(value is None for row in [found.zero_shot, *found.trained] for value in row):
         return []
     domains, before = (pad_row(metrics.get(key), len(found.tasks)) for key in ("domains", "before_merge"))
     several = found.quantity != "accuracy"

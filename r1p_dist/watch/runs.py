@@ -1,5 +1,6 @@
 """The runs that are watched: what they say by now, as pages."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Watched:
             return self._list()
         state = self.states()[name]
         page = report_page(RunFiles.read(state.run_dir, is_begun=True), has_files=False)
-        return Page(page.title, page.lead, [f"now: {_doing(state)}", *page.facts], page.tiles, page.sections)
+        facts = ["its process is gone, so it has died", *page.facts] if state.state == "died" else page.facts
+        return replace(page, facts=facts)
 
     def _list(self) -> Page:
         states = self.states()
@@ -77,7 +79,8 @@ class Watched:
 
 def _doing(state: RunState) -> str:
     place = " ".join([f" {state.task}" if state.task else "", f"step {state.step}" if state.step is not None else ""])
-    speed = f", {state.samples_per_second:g} samples per second" if state.samples_per_second else ""
+    is_training = state.state == "training" and state.samples_per_second
+    speed = f", {state.samples_per_second:g} samples per second" if is_training else ""
     return f"{state.state}{place.rstrip()}{speed}" if state.state not in _OVER else state.state
 
 
