@@ -150,9 +150,9 @@ def test_the_matrix_changes_its_view_by_the_keyboard_and_a_print_is_light(tab: b
 
 @contextmanager
 def watched(folder: Path) -> Iterator[tuple[str, threading.Thread]]:
-    """Serves a folder, asked ten times a second; gives the address and the thread, which ends with the runs."""
+    """Serves a folder, asked four times a second; gives the address and the thread, which ends with the runs."""
     with listening(0) as listener:
-        server = make_server(make_app(Watched(folder), lambda: setattr(server, "should_exit", True), refresh_s=0.1))
+        server = make_server(make_app(Watched(folder), lambda: setattr(server, "should_exit", True), refresh_s=0.25))
         thread = threading.Thread(target=run_server, args=(server, listener))
         thread.start()
         try:

@@ -130,7 +130,18 @@ def _confusion_table(judged: Judged) -> list[Part]:
         for label, guess, count, _ in now[:CONFUSIONS]
     ]
     header = ["class", "taken for", "pictures", "zero-shot"]
-    return [Table(header, rows, frozenset({2, 3}), caption="Most frequent confusions, last row")] if rows else []
+    return (
+        [
+            Table(
+                header,
+                rows,
+                frozenset({2, 3}),
+                caption="Most frequent confusions, last row; a dash: fewer than those that are kept",
+            )
+        ]
+        if rows
+        else []
+    )
 
 
 def examples(run: RunFiles) -> list[Part]:

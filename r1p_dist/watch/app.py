@@ -19,18 +19,19 @@ from r1p_dist.serve.local import guarded
 from r1p_dist.watch.runs import Watched
 
 REFRESH_S = 5.0
-_GOODBYES = 3  # refreshes that the end of the runs is still shown for
+_GOODBYES = 4  # refreshes that the end of the runs is still shown for
 
 
 def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = REFRESH_S) -> ASGIApp:
     """Returns the application. on_over: called when all runs have ended and a page that is open has shown it."""
     turn = asyncio.Lock()
     kept: dict[str | None, tuple[str, str]] = {}
+    rounds_over = 0
 
     def find(path: str) -> tuple[str | None, str] | None:
         """Returns the run's name and its tag; None where there is no such run."""
         name = None if not path and not watched.is_one else path or "."
-        return (name, watched.tag(name)) if name is None or name in watched.states() else None
+        return (name, watched.tag(name)) if name is None or name in watched.runs() else None
 
     def main_of(name: str | None, tag: str) -> str:
         if kept.get(name, ("", ""))[0] != tag:
@@ -38,6 +39,7 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
         return kept[name][1]
 
     async def show(request: Request) -> Response:
+        headers = {"x-ended": "yes"} if rounds_over else {}  # before the files are looked at: they are the last ones
         found = await run_in_threadpool(find, request.path_params["path"])
         if found is None:
             return PlainTextResponse("no such run", 404)
@@ -45,19 +47,17 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
         if "x-part" not in request.headers:
             page = await run_in_threadpool(watched.page, name)
             return HTMLResponse(await run_in_threadpool(render_page, page, refresh_s))
-        headers = {"x-tag": tag}
-        if await run_in_threadpool(watched.is_over):
-            headers["x-ended"] = "yes"
+        headers["x-tag"] = tag
         if request.query_params.get("have") == tag:
             return Response(status_code=204, headers=headers)
         async with turn:
             return HTMLResponse(await run_in_threadpool(main_of, name, tag), headers=headers)
 
     async def end_with_the_runs() -> None:
-        over = 0
-        while over < _GOODBYES:
+        nonlocal rounds_over
+        while rounds_over < _GOODBYES:
             await asyncio.sleep(refresh_s)
-            over = over + 1 if await run_in_threadpool(watched.is_over) else 0
+            rounds_over = rounds_over + 1 if await run_in_threadpool(watched.is_over) else 0
         on_over()
 
     @asynccontextmanager
@@ -68,6 +68,5 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
         with suppress(asyncio.CancelledError):
             await task
 
-    return guarded(
-        Starlette(routes=[Route("/{path:path}", show)], lifespan=lifespan), f"{POLICY}; frame-ancestors 'none'"
-    )
+    app = Starlette(routes=[Route("/{path:path}", show)], lifespan=lifespan)
+    return guarded(app, f"{POLICY}; frame-ancestors 'none'")

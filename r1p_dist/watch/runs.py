@@ -35,12 +35,16 @@ class Watched:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.is_one = any((root / name).is_file() for name in (STATUS_FILE, JOB_FILE))
-        self.states()
+        self.runs()
+
+    def runs(self) -> dict[str, Path]:
+        """Returns the folder of each run, by its path in the folder that is watched."""
+        found = [self.root] if self.is_one else find_runs([self.root])
+        return {run.relative_to(self.root).as_posix(): run for run in found}
 
     def states(self) -> dict[str, RunState]:
-        """Returns how each run stands, by its path in the folder."""
-        found = [self.root] if self.is_one else find_runs([self.root])
-        return {run.relative_to(self.root).as_posix(): describe_without_cluster(run) for run in found}
+        """Returns how each run stands, by name."""
+        return {name: describe_without_cluster(run) for name, run in self.runs().items()}
 
     def is_over(self) -> bool:
         """Whether no run goes on, or will. A job that was stopped may be queued again by itself."""
@@ -51,15 +55,15 @@ class Watched:
 
     def tag(self, name: str | None) -> str:
         """Returns a text that is another one when anything of a run has changed. name: None for the list of all."""
-        runs = [state.run_dir for own, state in self.states().items() if name in (None, own)]
+        runs = [run for own, run in self.runs().items() if name in (None, own)]
         return "-".join(f"{size:x}.{time:x}" for run in runs for size, time in map(_stamp, [run / f for f in _FILES]))
 
     def page(self, name: str | None) -> Page:
         """Returns the page of a run, or of the list of all. KeyError: there is no such run."""
         if name is None:
             return self._list()
-        state = self.states()[name]
-        page = report_page(RunFiles.read(state.run_dir, is_begun=True), has_files=False)
+        run = self.runs()[name]
+        page, state = report_page(RunFiles.read(run, is_begun=True), has_files=False), describe_without_cluster(run)
         facts = ["its process is gone, so it has died", *page.facts] if state.state == "died" else page.facts
         return replace(page, facts=facts)
 
