@@ -19,14 +19,15 @@ from r1p_dist.serve.local import guarded
 from r1p_dist.watch.runs import Watched
 
 REFRESH_S = 5.0
-_GOODBYES = 4  # refreshes that the end of the runs is still shown for
+_GOODBYES = 4  # refreshes that the runs have ended for, before the server does
+_PATIENCE_S = 60  # until a page that is busy with its figures asks again and is told so
 
 
 def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = REFRESH_S) -> ASGIApp:
     """Returns the application. on_over: called when all runs have ended and a page that is open has shown it."""
     turn = asyncio.Lock()
     kept: dict[str | None, tuple[str, str]] = {}
-    rounds_over = 0
+    rounds_over, has_asked, is_told = 0, False, False
 
     def find(path: str) -> tuple[str | None, str] | None:
         """Returns the run's name and its tag; None where there is no such run."""
@@ -39,6 +40,7 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
         return kept[name][1]
 
     async def show(request: Request) -> Response:
+        nonlocal has_asked, is_told
         headers = {"x-ended": "yes"} if rounds_over else {}  # before the files are looked at: they are the last ones
         found = await run_in_threadpool(find, request.path_params["path"])
         if found is None:
@@ -48,6 +50,7 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
             page = await run_in_threadpool(watched.page, name)
             return HTMLResponse(await run_in_threadpool(render_page, page, refresh_s))
         headers["x-tag"] = tag
+        has_asked, is_told = True, is_told or "x-ended" in headers
         if request.query_params.get("have") == tag:
             return Response(status_code=204, headers=headers)
         async with turn:
@@ -55,7 +58,7 @@ def make_app(watched: Watched, on_over: Callable[[], None], refresh_s: float = R
 
     async def end_with_the_runs() -> None:
         nonlocal rounds_over
-        while rounds_over < _GOODBYES:
+        while rounds_over < _GOODBYES or (has_asked and not is_told and rounds_over * refresh_s < _PATIENCE_S):
             await asyncio.sleep(refresh_s)
             rounds_over = rounds_over + 1 if await run_in_threadpool(watched.is_over) else 0
         on_over()
