@@ -71,7 +71,8 @@ class BackboneConfig(Section):
 
     `open_clip`: `name` and `pretrained` as in open_clip (`pretrained`: a tag or a local safetensors file). `llava`:
     `name` is a folder or a hub's name of a model of transformers, which has its weights; `feature_cache_gb` is how much
-    of host memory each rank may keep an image tower's features in, where the tower has no adapters.
+    of host memory each rank may keep an image tower's features in, where the tower does not learn; ranks and runs share
+    those in `feature_cache_dir` (null: none), as far as `feature_cache_dir_gb` allows (null: all).
     """
 
     kind: Annotated[str, AfterValidator(_known_kind)] = "open_clip"
@@ -79,6 +80,8 @@ class BackboneConfig(Section):
     pretrained: FilePlace | None = None
     force_quick_gelu: bool = False
     feature_cache_gb: NotNegative = 1.0
+    feature_cache_dir: Folder | None = None
+    feature_cache_dir_gb: Positive | None = None
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -318,6 +321,10 @@ class RunConfig(Section):
         Its folders are absolute, so that it says the same from any directory.
         """
         tree = self.model_dump(mode="json") | {"run_dir": str(self.run_dir.absolute())}
-        if self.data.cache_dir is not None:
-            tree["data"]["cache_dir"] = str(self.data.cache_dir.absolute())
+        for section, key, folder in (
+            ("data", "cache_dir", self.data.cache_dir),
+            ("backbone", "feature_cache_dir", self.backbone.feature_cache_dir),
+        ):
+            if folder is not None:
+                tree[section][key] = str(folder.absolute())
         return write_yaml(tree)

@@ -25,8 +25,8 @@ ROOMS = (
 PARTS = {
     "shapes": "kinds",
     "files": "checks",
-    **dict.fromkeys(["backbone", "catalogue", "weights", "feature_cache", "towers"], "backbones"),
-    **dict.fromkeys(["family", "families", "qwen", "paligemma"], "backbones"),
+    **dict.fromkeys(["backbone", "catalogue", "weights", "feature_cache", "feature_files", "towers"], "backbones"),
+    **dict.fromkeys(["family", "families", "qwen", "paligemma", "token_losses"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
     "planner": "planner",

@@ -245,6 +245,8 @@ def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: P
 
 # Every key, by whether it may change between two starts of a run, with another value than `mini_mtil` has.
 MAY_CHANGE = {
+    "backbone.feature_cache_dir": "elsewhere",
+    "backbone.feature_cache_dir_gb": "3",
     "run_dir": "elsewhere",
     "resume": "never",
     "data.workers": "1",

@@ -30,12 +30,13 @@ from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
-from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
+from r1p_dist.kinds.llava.feature_files import FeatureFiles, tower_fingerprint
+from r1p_dist.kinds.llava.token_losses import give_losses
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
     files_of_weights,
@@ -52,7 +53,7 @@ class Layout(NamedTuple):
     counts: list[int]  # pictures of each conversation
     per_sample: list[int]  # the same of those that have some; [1] for a batch without any
     crops: list[int]  # of each picture; a batch without any has a blank one
-    pictures: list[tuple[int, int]] | None  # (sample, number within it) of each, where samples have numbers
+    pictures: list[str] | None  # a name of what each shows, by its digest, where there are digests
 
 
 class LlavaBackbone(nn.Module):
@@ -60,8 +61,7 @@ class LlavaBackbone(nn.Module):
 
     forward(batch) returns the cross entropy (k,) of the batch's k answer tokens and the conversation (k,) of each;
     forward(batch, max_new_tokens) generates, greedily: (n, up to max_new_tokens) token ids. A batch is what
-    `ConversationEncoder.collate` returns, or `prepare` makes of it, with the samples' numbers under "sample" where
-    features are to be kept.
+    `ConversationEncoder.collate` returns, or `prepare` makes of it.
 
     The guide `cls_image` of a conversation is the vector [CLS; p]: the mean over its pictures of the image tower's
     [CLS] (in the layer that the projector reads; of the whole picture where there are crops; the mean of all tokens
@@ -72,8 +72,15 @@ class LlavaBackbone(nn.Module):
 
     kind = "llava"
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, cache_bytes: int = 0, is_sharded: bool = False):
-        """cache_bytes: of features of a tower without adapters, 0: none. is_sharded: by ZeRO-3."""
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin,
+        cache_bytes: int = 0,
+        is_sharded: bool = False,
+        files: FeatureFiles | None = None,
+    ):
+        """cache_bytes, files: of features of a tower that does not learn; 0, None: none. is_sharded: by ZeRO-3."""
         super().__init__()
         self.model = model.requires_grad_(False)
         self.is_sharded = is_sharded
@@ -85,7 +92,7 @@ class LlavaBackbone(nn.Module):
             "projector": Routing(guide_width=self.tower_width),
             "image": Routing(),
         }
-        self._cache = FeatureCache(cache_bytes, is_sharded)
+        self._cache = FeatureCache(cache_bytes, is_sharded, files)
         self._layout: Layout | None = None  # of the batch that the model looks at
         self._batch: Batch | None = None  # of the training forward under way
         self._nothing: torch.Tensor | None = None  # what is left of a blank picture, a zero with its gradient
@@ -96,6 +103,7 @@ class LlavaBackbone(nn.Module):
         # generation asks for its signature
         family.parts.get_image_features = update_wrapper(partial(self._see, get_image_features), get_image_features)
         family.decoder_module.forward = partial(self._read, family.decoder_module.forward)
+        give_losses(model.lm_head, family.finish)
 
     @property
     def device(self) -> torch.device:
@@ -150,6 +158,7 @@ class LlavaBackbone(nn.Module):
             self.config.text_config.max_position_embeddings,
             is_blind=data.blind,
             form=self.family.pictures(self.processor),
+            has_digests=self._cache.keeps,
         )
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -243,12 +252,10 @@ class LlavaBackbone(nn.Module):
             return ids[:, batch["input_ids"].shape[1] :]
         hidden = self.model.model(**given, use_cache=False)[0]
         answers = batch["answers"]
-        # of the tokens that count alone
-        logits = self.family.logits(self.model.lm_head, hidden.flatten(0, 1)[answers])
+        hidden = hidden.flatten(0, 1)[answers]  # of the tokens that count alone
         if gives_logits:
-            return logits
-        losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[answers + 1], reduction="none")
-        return losses, batch["owner"]
+            return self.family.finish(self.model.lm_head(hidden))
+        return self.model.lm_head(hidden, batch["labels"].flatten()[answers + 1]), batch["owner"]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -271,13 +278,10 @@ class LlavaBackbone(nn.Module):
         per_sample = [count for count in counts if count] or [1]
         crops = self.family.crops(batch, per_sample)
         pictures = None
-        if "sample" in batch:
-            owners = batch["sample"].tolist() if any(counts) else [BLANK]
-            pictures = [
-                (owner, number)
-                for owner, count in zip(owners, counts if any(counts) else [1], strict=True)
-                for number in range(count)
-            ]
+        if "picture_digests" in batch:
+            # crops: one that is alone in its conversation may be cut, and show more
+            digests = batch["picture_digests"].cpu().numpy()
+            pictures = [f"{digest.tobytes().hex()}-{count}" for digest, count in zip(digests, crops, strict=True)]
         return Layout(counts, per_sample, crops, pictures)
 
     def _see(self, get: Callable, *args, **options) -> BaseModelOutputWithPooling:
@@ -326,8 +330,10 @@ class LlavaBackbone(nn.Module):
 
     @cached_property
     def _tower_learns(self) -> bool:
-        blocks = self.family.tower_blocks
-        return any(isinstance(module, LowRankLinear) for block in blocks for module in block.modules())
+        """Whether adapters or weights of its own change what the image tower says."""
+        modules = [module for block in self.family.tower_blocks for module in block.modules()]
+        weights = self.tower_parameters(["image"]).values()
+        return any(isinstance(module, LowRankLinear) for module in modules) or any(w.requires_grad for w in weights)
 
     @cached_property
     def _ahead(self) -> list[AdaptedLinear]:
@@ -369,6 +375,8 @@ def load(config: BackboneConfig, placement: Placement | None, compiles: bool) ->
         config.name,
         gradient_checkpointing=config.gradient_checkpointing,
         feature_cache_gb=config.feature_cache_gb,
+        feature_cache_dir=config.feature_cache_dir,
+        feature_cache_dir_gb=config.feature_cache_dir_gb,
         placement=placement,
         compiles=compiles,
     )
@@ -384,6 +392,8 @@ def load_llava(
     *,
     gradient_checkpointing: bool = False,
     feature_cache_gb: float = 0.0,
+    feature_cache_dir: Path | None = None,
+    feature_cache_dir_gb: float | None = None,
     placement: Placement | None = None,
     compiles: bool = False,
 ) -> LlavaBackbone:
@@ -402,10 +412,22 @@ def load_llava(
     folder = model_folder(name)
     if folder is not None and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    files = None
+    if feature_cache_dir is not None:
+        limit = None if feature_cache_dir_gb is None else int(feature_cache_dir_gb * 1e9)
+        files = FeatureFiles(feature_cache_dir, _fingerprint(model, processor, placement), limit)
     place(model, placement)
-    backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None)
+    backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None, files)
     if compiles:
         backbone.compile_blocks()
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone
+
+
+def _fingerprint(model: nn.Module, processor: ProcessorMixin, placement: Placement) -> str:
+    """Returns what decides the features of a model's image tower."""
+    facts = model.config.to_dict()
+    own = {key: facts.get(key) for key in ("model_type", "vision_feature_layer", "vision_config")}
+    tower = model.model.get_submodule(FAMILIES[model.config.model_type].tower)
+    return tower_fingerprint(tower, processor, own, placement)
