@@ -185,6 +185,7 @@ class DataConfig(Section):
 
     `samples`: training samples of each task of conversations (null: all). `group_by_length`: how many global batches'
     conversations are sorted by length among themselves, so that a batch has samples of like length (null: none).
+    `packing`: the conversations of a micro batch of a rank are one row without padding, and each sees itself alone.
     `shuffle_shards`: how many shards' samples are mixed with one another (null: a whole epoch's, which needs all shards
     at hand). `replay_share`: the share of the training samples that comes from the tasks trained before;
     `reference_share` comes from the tasks of `reference`, a stream like `stream`. `max_bad_fraction`: the share of a
@@ -196,6 +197,7 @@ class DataConfig(Section):
     shots: Count | None = None
     samples: Count | None = None
     group_by_length: Count | None = None
+    packing: bool = False
     shuffle_shards: Count | None = None
     replay_share: Probability = 0.0
     reference: StreamPlace | None = None
@@ -303,10 +305,16 @@ class RunConfig(Section):
         return read_recipe(cls, recipe, overrides)[0]
 
     @model_validator(mode="after")
-    def _check_blindness(self) -> RunConfig:
-        if self.data.blind and not kind_of(self.backbone.kind).has_answers:
-            able = " or ".join(name for name in kind_names() if kind_of(name).has_answers)
-            raise ValueError(f"data.blind=true needs backbone.kind={able}, got {self.backbone.kind}")
+    def _check_conversations(self) -> RunConfig:
+        for key in ("blind", "packing"):
+            if getattr(self.data, key) and not kind_of(self.backbone.kind).has_answers:
+                able = " or ".join(name for name in kind_names() if kind_of(name).has_answers)
+                raise ValueError(f"data.{key}=true needs backbone.kind={able}, got {self.backbone.kind}")
+        if self.data.packing and self.train.compile:
+            raise ValueError(
+                "data.packing=true: train.compile=true would compile again for the lengths of every batch; set one of "
+                "both to false"
+            )
         return self
 
     @model_validator(mode="after")

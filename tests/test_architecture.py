@@ -26,7 +26,7 @@ PARTS = {
     "shapes": "kinds",
     "files": "checks",
     **dict.fromkeys(["backbone", "catalogue", "weights", "feature_cache", "feature_files", "towers"], "backbones"),
-    **dict.fromkeys(["family", "families", "qwen", "paligemma", "token_losses"], "backbones"),
+    **dict.fromkeys(["family", "families", "qwen", "paligemma", "packing", "token_losses"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
     "planner": "planner",

@@ -122,6 +122,8 @@ CASES = [
     (3, "adamw", ["backbone.gradient_checkpointing=true"]),
     (3, "sgd", ["train.gradient_accumulation_steps=2", *TOWER]),
     (3, "sgd", [], "llava_next"),
+    (3, "sgd", ["data.packing=true", "options.guide.language=mean"]),
+    (2, "adamw", ["data.packing=true", "backbone.gradient_checkpointing=true"], "qwen2_5_vl"),
 ]
 MORE_CASES = [(stage, "sgd", []) for stage in (1, 2, 3)] + [
     (2, "adamw", []),

@@ -44,7 +44,8 @@ class ConversationEncoder:
     or their crops or patches, …), what comes beside them, and crops (pictures,) where `form` says so. Training examples
     hold the whole conversation; those for evaluation end where the last answer begins. image_token: its id; max_length:
     most tokens of an example; is_blind: every picture is black, which shows what the questions alone give away;
-    has_digests: the example says what its pictures show, by picture_digests (pictures, 4), int64, a SHA-256 each.
+    has_digests: the example says what its pictures show, by picture_digests (pictures, 4), int64, a SHA-256 each;
+    packs: training batches say "is_packed", which who prepares them reads.
 
     InputError: a processor that writes no image_token for a picture, or cuts it otherwise than it says.
     """
@@ -57,9 +58,11 @@ class ConversationEncoder:
         is_blind: bool = False,
         form: Pictures | None = None,
         has_digests: bool = False,
+        packs: bool = False,
     ):
         self.processor, self.image_token, self.max_length = processor, image_token, max_length
         self.is_blind, self._form, self._has_digests = is_blind, form or Pictures(), has_digests
+        self._packs = packs
         tokenizer = processor.tokenizer
         self._mark = tokenizer.convert_tokens_to_ids(processor.image_token)
         self._blank = self._encode(
@@ -107,6 +110,8 @@ class ConversationEncoder:
         }
         if is_training:
             batch["labels"] = torch.stack([pad(example["labels"], IGNORED) for example in examples])
+            if self._packs:
+                batch["is_packed"] = True
         seen = [example for example in examples if example["pictures"]] or [self._blank]
         pixels = [example["pixel_values"] for example in seen]
         batch["pixel_values"] = torch.cat(pixels) if self._form.is_joined else _stack_pictures(pixels)

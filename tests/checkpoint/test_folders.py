@@ -293,6 +293,7 @@ MUST_STAY = {
     "data.shots": "3",
     "data.samples": "3",
     "data.group_by_length": "3",
+    "data.packing": "true",
     "data.shuffle_shards": "3",
     "data.replay_share": "0.3",
     "data.reference": "elsewhere",
@@ -306,6 +307,7 @@ NEEDED_BESIDE = {
     "data.reference": ["data.reference_share=0.3"],
     "data.reference_share": ["data.reference=elsewhere"],
     "data.blind": ["backbone.kind=llava"],
+    "data.packing": ["backbone.kind=llava"],
 }
 
 

@@ -36,6 +36,7 @@ from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.feature_files import FeatureFiles, tower_fingerprint
+from r1p_dist.kinds.llava.packing import pack, unpackable, use_packing
 from r1p_dist.kinds.llava.token_losses import give_losses
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
@@ -151,7 +152,18 @@ class LlavaBackbone(nn.Module):
             )
 
     def encoder(self, data: DataConfig) -> ConversationEncoder:
-        """Returns what makes batches of samples; pictures are taken as they are, without augmentation."""
+        """Returns what makes batches of samples; pictures are taken as they are, without augmentation.
+
+        InputError: data.packing for a decoder that cannot.
+        """
+        if data.packing:
+            decoder = self.family.decoder_module
+            reason = unpackable(decoder)
+            if reason is not None:
+                raise InputError(
+                    f"data.packing=true: the decoder of this {self.config.model_type} {reason}; set it to false"
+                )
+            use_packing(decoder)
         return ConversationEncoder(
             self.processor,
             self.config.image_token_id,
@@ -159,6 +171,7 @@ class LlavaBackbone(nn.Module):
             is_blind=data.blind,
             form=self.family.pictures(self.processor),
             has_digests=self._cache.keeps,
+            packs=data.packing,
         )
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -182,23 +195,23 @@ class LlavaBackbone(nn.Module):
 
         "answers" (k,): the places, in the flattened batch, of the tokens before them; "owner" (k,): the conversation of
         each; "answer_counts" (n,); "layout": a `Layout`; "whole" (m,): the row of guides that is about all of a
-        picture, and "picture_owner" (m,): the conversation of each picture; and what the family computes here.
+        picture, and "picture_owner" (m,): the conversation of each picture; and what the family computes here. A batch
+        that is to be packed has one row, as `pack` makes it.
         """
-        is_answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        answers, layout = is_answer.flatten().nonzero().flatten(), self._lay_out(batch)
-        counts = torch.tensor(layout.counts)
-        return (
-            batch
-            | self.family.prepare(batch)
-            | {
-                "answers": answers,
-                "owner": answers // is_answer.shape[1],
-                "answer_counts": is_answer.sum(1),
-                "layout": layout,
-                "whole": self.family.whole(layout.crops)[: sum(layout.counts)],
-                "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
-            }
-        )
+        is_answer, layout = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1)), self._lay_out(batch)
+        counts, owner = torch.tensor(layout.counts), is_answer.nonzero()[:, 0]
+        known = {
+            "owner": owner,
+            "answer_counts": is_answer.sum(1),
+            "layout": layout,
+            "whole": self.family.whole(layout.crops)[: sum(layout.counts)],
+            "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
+        }
+        batch = batch | self.family.prepare(batch) | known
+        if batch.get("is_packed", False):
+            is_answer = is_answer[batch["attention_mask"].bool()]
+            batch = pack(batch)
+        return batch | {"answers": is_answer.flatten().nonzero().flatten()}
 
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Gives each conversation of an optimizer step's micro batches its "weight" (n,), the factor of its tokens.
@@ -241,6 +254,8 @@ class LlavaBackbone(nn.Module):
         self._layout = layout = batch.get("layout") or self._lay_out(batch)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given |= self.family.arguments(batch, layout.per_sample)
+        if "places" in batch:
+            given["position_ids"] = batch["position_ids"]
         given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
         self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
@@ -324,6 +339,10 @@ class LlavaBackbone(nn.Module):
             options["inputs_embeds"] = embeddings + self._nothing.to(embeddings.dtype)
             self._nothing = None
         if self._batch is not None:
+            if "places" in self._batch:
+                options["packed_lengths"] = self._batch["lengths"]
+                # no mask is made of one that is made already; attention does not read it
+                options["attention_mask"] = embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool)
             self._prepare_routing(self._batch, embeddings)
             self._batch = None
         return forward(*args, **options)
@@ -343,13 +362,19 @@ class LlavaBackbone(nn.Module):
 
     @torch.no_grad()
     def _prepare_routing(self, batch: Batch, embeddings: torch.Tensor) -> None:
-        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too."""
+        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too.
+
+        Conversations in one row are read as if each had its own: they vote as they do without packing.
+        """
         routing, counts = self.routing["language"], batch["image_counts"]
+        routing.places = batch.get("places")
+        if routing.places is not None:
+            embeddings = embeddings.flatten(0, 1)[routing.places]
         lengths = batch["prompt_length"][:, None]
         routing.padding = torch.arange(embeddings.shape[1], device=self.device) < lengths  # the prompt
         routing.end = batch["prompt_length"] - 1
         mask = batch["attention_mask"]
-        routing.real = mask.bool() if mask.ndim == 2 else None
+        routing.real = mask.bool() if mask.ndim == 2 and routing.places is None else None
         prompt = (embeddings * routing.padding[..., None]).sum(1) / lengths
         cls = prompt.new_zeros(len(counts), self.tower_width)
         seen = self.routing["projector"].guide[batch["whole"]].to(cls.dtype)
