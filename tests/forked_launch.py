@@ -25,7 +25,8 @@ class ForkedLaunch:
 
     def __init__(self, words: Sequence[str], log: Path, in_ranks: Callable[[], None] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        self._launcher = context.Process(target=_launch, args=(list(words), log, in_ranks, dict(os.environ)))
+        arguments = (list(words), log, in_ranks, dict(os.environ))
+        self._launcher = context.Process(target=_launch, args=arguments, daemon=True)  # none outlives the tests
         self._launcher.start()
         assert self._launcher.pid is not None
         self.pid = self._launcher.pid
