@@ -214,7 +214,7 @@ def free_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of the recipe `mini_mtil` with which a whole run takes a quarter of the time (tests/toy_run.py)."""
+    """Overrides of the recipe `mini_mtil_dac` with which a whole run takes a quarter of the time (tests/toy_run.py)."""
     from tests.toy_run import write_toy
 
     return write_toy(tmp_path_factory.mktemp("toy"))

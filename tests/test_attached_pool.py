@@ -65,7 +65,7 @@ def _train_by_hand(overrides: list[str], options: dict[str, Any]) -> dict[str, A
     pool = attach_pool(backbone, **POOL, ago_weight=0.5, **options)
     model = DistributedDataParallel(backbone) if world_size() > 1 else backbone
     prepare = backbone.preparer(PROMPTS)
-    config = load_config("mini_mtil", [f"train.iterations={STEPS}", "train.lr=0.3", *overrides])
+    config = load_config("mini_mtil_dac", [f"train.iterations={STEPS}", "train.lr=0.3", *overrides])
     micro_steps = config.train.gradient_accumulation_steps
     losses, agos, counts = [], [], []
     for task in range(TASKS):

@@ -58,7 +58,7 @@ def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, 
 
 @pytest.mark.slow
 def test_too_many_bad_pictures_end_all_ranks_with_code_2(stream: Path, toy: list[str], tmp_path: Path) -> None:
-    words = ["--recipe", "mini_mtil", *overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0"]
+    words = ["--recipe", "mini_mtil_dac", *overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0"]
     code, printed = ForkedLaunch(words, tmp_path / "log").wait(timeout=240), (tmp_path / "log").read_text()
     assert code == 2
     assert "task animal_silhouettes: 1 of " in printed and "and 0 may; mend them or set" in printed

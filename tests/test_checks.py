@@ -87,7 +87,7 @@ def test_all_that_a_run_names_is_checked_without_torch(tmp_path: Path) -> None:
         ([f"run_dir={tmp_path}/file/run"], 1, "file is a file; name another run_dir"),
         ([f"run_dir={tmp_path}/new/run"], 1, "fine"),
     ]
-    given = json.dumps([("mini_mtil", words, ranks) for words, ranks, _ in cases])
+    given = json.dumps([("mini_mtil_dac", words, ranks) for words, ranks, _ in cases])
     result = subprocess.run([sys.executable, "-c", SCRIPT], input=given, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     *lines, heavy = result.stdout.splitlines()
@@ -103,4 +103,4 @@ def test_a_disk_without_room_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
     usage = checks.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: usage._replace(free=99 << 20))
     with pytest.raises(InputError, match=r"only 99 MB are free in .*; make room"):
-        check_run(RunConfig.load("mini_mtil", [f"run_dir={tmp_path}/run"]))
+        check_run(RunConfig.load("mini_mtil_dac", [f"run_dir={tmp_path}/run"]))

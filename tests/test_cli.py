@@ -45,21 +45,21 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("entry", [lambda argv: cli.main(["train", *argv]), launcher], ids=["r1p", "launcher"])
 def test_overrides_may_stand_anywhere_between_the_flags(entry, trained: list[RunConfig]) -> None:
-    assert entry(["seed=3", "--recipe", "mini_mtil", "options.rank=10", "train.lr=1e-4"]) == 0
-    assert trained == [load_config("mini_mtil", ["seed=3", "options.rank=10", "train.lr=1e-4"])]
+    assert entry(["seed=3", "--recipe", "mini_mtil_dac", "options.rank=10", "train.lr=1e-4"]) == 0
+    assert trained == [load_config("mini_mtil_dac", ["seed=3", "options.rank=10", "train.lr=1e-4"])]
 
 
 @pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
 def test_launcher_takes_deepspeeds_local_rank(flag: list[str], trained: list[RunConfig]) -> None:
-    assert launcher([*flag, "--recipe", "mini_mtil"]) == 0
-    assert trained == [load_config("mini_mtil")]
+    assert launcher([*flag, "--recipe", "mini_mtil_dac"]) == 0
+    assert trained == [load_config("mini_mtil_dac")]
 
 
 def test_print_config_prints_the_resolved_configuration_and_does_not_train(
     trained: list[RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["train", "--recipe", "mini_mtil", "--print-config", "seed=3"]) == 0
-    assert capsys.readouterr().out == load_config("mini_mtil", ["seed=3"]).dump()
+    assert cli.main(["train", "--recipe", "mini_mtil_dac", "--print-config", "seed=3"]) == 0
+    assert capsys.readouterr().out == load_config("mini_mtil_dac", ["seed=3"]).dump()
     assert trained == []
 
 
@@ -67,7 +67,7 @@ def test_only_rank_0_prints_the_configuration(
     trained: list[RunConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert launcher(["--recipe", "mini_mtil", "--print-config"]) == 0
+    assert launcher(["--recipe", "mini_mtil_dac", "--print-config"]) == 0
     assert capsys.readouterr().out == ""
 
 
@@ -75,11 +75,11 @@ def test_only_rank_0_prints_the_configuration(
     ("argv", "expected"),
     [
         (["train", "--recipe", "mini_mtill"], "error: recipe 'mini_mtill'"),
-        (["train", "--recipe", "mini_mtil", "seed"], "error: command line: 'seed' is not an override"),
-        (["train", "--recipe", "mini_mtil", "options.merged=9"], "error: command line: options.merged=9"),
-        (["train", "--recipe", "mini_mtil", "--dry"], "error: unrecognized arguments: --dry"),
+        (["train", "--recipe", "mini_mtil_dac", "seed"], "error: command line: 'seed' is not an override"),
+        (["train", "--recipe", "mini_mtil_dac", "options.merged=9"], "error: command line: options.merged=9"),
+        (["train", "--recipe", "mini_mtil_dac", "--dry"], "error: unrecognized arguments: --dry"),
         (
-            ["train", "--recipe", "mini_mtil", "--train.lr=1"],
+            ["train", "--recipe", "mini_mtil_dac", "--train.lr=1"],
             "error: unrecognized arguments: --train.lr=1; write train.lr=1 ",
         ),
         (["train"], "error: the following arguments are required: --recipe"),
@@ -130,7 +130,7 @@ def test_an_error_of_the_training_itself_is_one_line_too(
         raise InputError("shard.tar: empty")
 
     monkeypatch.setattr(sys.modules["r1p_dist.train"], "run", fail)
-    assert cli.main(["train", "--recipe", "mini_mtil"]) == 2
+    assert cli.main(["train", "--recipe", "mini_mtil_dac"]) == 2
     assert capsys.readouterr().err == "error: shard.tar: empty\n"
 
 
@@ -146,7 +146,7 @@ def test_allocator_hint_is_given_only_on_cpu_and_only_when_it_is_unset(
             monkeypatch.setenv(name, str(doctor.ALLOCATOR_VALUE))
         else:
             monkeypatch.delenv(name, raising=False)
-    launcher(["--recipe", "mini_mtil"])
+    launcher(["--recipe", "mini_mtil_dac"])
     assert capsys.readouterr().out.count("\n") == (0 if is_set else 1)
 
 
@@ -158,15 +158,15 @@ def test_launcher_script_prints_the_configuration_without_importing_what_trains(
         f"{blocked}runpy.run_path(sys.argv[0], run_name='__main__')",
         LAUNCHER,
         "--recipe",
-        "mini_mtil",
+        "mini_mtil_dac",
         "--print-config",
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == load_config("mini_mtil").dump()
+    assert result.stdout == load_config("mini_mtil_dac").dump()
 
 
 def test_launcher_script_fails_with_one_line() -> None:
-    result = _python(LAUNCHER, "--local_rank=0", "--recipe", "mini_mtil", "options.rank=many", RANK="0")
+    result = _python(LAUNCHER, "--local_rank=0", "--recipe", "mini_mtil_dac", "options.rank=many", RANK="0")
     assert result.returncode == 2
     assert result.stderr.startswith("error: command line: options.rank='many'")
     assert result.stderr.count("\n") == 1

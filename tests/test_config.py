@@ -78,15 +78,15 @@ def test_overrides_win_over_the_recipe_and_the_recipe_over_its_base(tmp_path: Pa
 
 
 def test_base_may_be_a_shipped_recipe(tmp_path: Path) -> None:
-    config = load_config(_write(tmp_path / "mine.yaml", "base: mini_mtil\nseed: 7"))
-    assert config.model_copy(update={"seed": 0, "run_dir": None}) == load_config("mini_mtil").model_copy(
+    config = load_config(_write(tmp_path / "mine.yaml", "base: mini_mtil_dac\nseed: 7"))
+    assert config.model_copy(update={"seed": 0, "run_dir": None}) == load_config("mini_mtil_dac").model_copy(
         update={"run_dir": None}
     )
 
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "0.001", "1.0e-3"])
 def test_numbers_with_an_exponent_are_numbers_also_where_no_type_is_known(text: str) -> None:
-    config = load_config("mini_mtil", [f"train.lr={text}", f"deepspeed.overrides.gradient_predivide_factor={text}"])
+    config = load_config("mini_mtil_dac", [f"train.lr={text}", f"deepspeed.overrides.gradient_predivide_factor={text}"])
     assert config.train.lr == config.deepspeed.overrides["gradient_predivide_factor"] == 1e-3
 
 
@@ -112,7 +112,7 @@ def test_numbers_are_those_that_people_write(text: str, value: int | None, tmp_p
 
 def test_words_stay_words(tmp_path: Path) -> None:
     names = ["no", "on", "007", "1:30", "2024-01-01", "1e5x", "=", "0b1"]
-    config = load_config("mini_mtil", [f"tasks=[{', '.join(names)}]", "train.compile=no"])
+    config = load_config("mini_mtil_dac", [f"tasks=[{', '.join(names)}]", "train.compile=no"])
     assert config.tasks == names and config.train.compile is False
     assert load_config(_write(tmp_path / "config.yaml", config.dump())).tasks == names
     for text in ("1e3", "0o17", "yes", "1:30", "~", "010", "1_0", "null", "<<", ""):
@@ -174,7 +174,7 @@ def test_names_are_not_taken_for_what_lies_around(tmp_path: Path, monkeypatch: p
         (tmp_path / name).mkdir()
     (tmp_path / "tiny/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    config = load_config("mini_mtil")
+    config = load_config("mini_mtil_dac")
     names = (config.stream, config.backbone.name, config.resume, config.deepspeed.config)
     assert names == ("mini_mtil", "tiny", "auto", "zero2")
 
@@ -183,12 +183,12 @@ def test_the_home_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "pictures").mkdir()
     _write(tmp_path / "pictures/stream.yaml", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = load_config("mini_mtil", ["run_dir=~/run", "stream=~/pictures"])
+    config = load_config("mini_mtil_dac", ["run_dir=~/run", "stream=~/pictures"])
     assert (config.run_dir, config.stream) == (tmp_path / "run", str(tmp_path / "pictures"))
 
 
 def test_task_entry_lays_over_the_common_training() -> None:
-    train = load_config("mini_mtil", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
+    train = load_config("mini_mtil_dac", ["train.lr=1e-2", "train.per_task.fashion.iterations=7"]).train
     assert (train.for_task("fashion").iterations, train.for_task("fashion").lr) == (7, 1e-2)
     assert train.for_task("other").iterations == train.iterations
 
@@ -221,7 +221,7 @@ def test_missing_recipe_names_the_recipes_that_exist() -> None:
     ],
 )
 def test_unknown_override_names_the_nearest_key(override: str, expected: str) -> None:
-    message = _error("mini_mtil", [override])
+    message = _error("mini_mtil_dac", [override])
     assert message.startswith("command line: ")
     assert expected in message
     assert "allowed: " in message
@@ -261,7 +261,7 @@ def test_unknown_key_in_a_recipe_names_the_file_it_stands_in(tmp_path: Path) -> 
     ],
 )
 def test_wrong_value_names_source_key_value_and_reason(override: str, expected: str) -> None:
-    assert _error("mini_mtil", [override]).startswith(f"command line: {expected}")
+    assert _error("mini_mtil_dac", [override]).startswith(f"command line: {expected}")
 
 
 @pytest.mark.parametrize(
@@ -285,14 +285,14 @@ def test_wrong_value_names_source_key_value_and_reason(override: str, expected: 
     ],
 )
 def test_values_that_contradict_each_other_are_both_named(overrides: list[str], expected: str) -> None:
-    message = _error("mini_mtil", overrides)
+    message = _error("mini_mtil_dac", overrides)
     assert expected in message
     assert "command line" in message
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "pool.=3", ".seed=1", "--seed"])
 def test_override_without_key_or_value_is_refused(override: str) -> None:
-    assert "is not an override; write key.sub=value" in _error("mini_mtil", [override])
+    assert "is not an override; write key.sub=value" in _error("mini_mtil_dac", [override])
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_file_in_another_encoding_is_one_line_that_names_file_and_line(
     path = tmp_path / "binary.yaml"
     path.write_bytes(content)
     assert _error(path).startswith(f"{path}: line {line} is no UTF-8 text (")
-    assert _error("mini_mtil", [f"deepspeed.config={path}"]).startswith(f"{path}: line {line} is no UTF-8 text (")
+    assert _error("mini_mtil_dac", [f"deepspeed.config={path}"]).startswith(f"{path}: line {line} is no UTF-8 text (")
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["pool.rank", "ago.weight", "lora.restart"])
 def test_a_moved_key_is_refused_with_its_new_name(key: str) -> None:
     new = {"pool.rank": "options.rank", "ago.weight": "options.ago.weight", "lora.restart": "options.restart"}[key]
-    assert f"{key} has moved: write {new}" in _error("mini_mtil", [f"{key}=1"])
+    assert f"{key} has moved: write {new}" in _error("mini_mtil_dac", [f"{key}=1"])
 
 
 def test_another_method_drops_the_options_below_it_and_reads_its_own(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_our_deepspeed_key_lists_are_those_of_the_installed_deepspeed() -> None:
 
 def test_deepspeed_overrides_come_through_the_common_mechanism() -> None:
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             "deepspeed.overrides.zero_optimization.stage=3",
             "deepspeed.overrides.zero_optimization.reduce_bucket_size=5e8",
@@ -440,10 +440,12 @@ def test_deepspeed_overrides_come_through_the_common_mechanism() -> None:
 )
 def test_wrong_deepspeed_key_names_file_and_key(key: str, value: object, expected: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "mine.json", json.dumps({key: value}))
-    message = _error("mini_mtil", [f"deepspeed.config={path}"])
+    message = _error("mini_mtil_dac", [f"deepspeed.config={path}"])
     assert message.startswith(f"{path}: ")
     assert expected in message
-    overriding = _error("mini_mtil", [f"deepspeed.overrides.{key}={yaml.safe_dump(value, default_flow_style=True)}"])
+    overriding = _error(
+        "mini_mtil_dac", [f"deepspeed.overrides.{key}={yaml.safe_dump(value, default_flow_style=True)}"]
+    )
     assert overriding.startswith("deepspeed.overrides over ")
     assert expected in overriding
 
@@ -451,10 +453,10 @@ def test_wrong_deepspeed_key_names_file_and_key(key: str, value: object, expecte
 @pytest.mark.parametrize("text", ["{", "[1]", '{"zero_optimization": {}, "zero_optimization": {}}', "\x00"])
 def test_malformed_deepspeed_file_is_one_line_that_names_the_file(text: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "mine.json", text)
-    assert _error("mini_mtil", [f"deepspeed.config={path}"]).startswith(f"{path}: ")
+    assert _error("mini_mtil_dac", [f"deepspeed.config={path}"]).startswith(f"{path}: ")
 
 
 def test_missing_deepspeed_file_names_the_shipped_ones() -> None:
-    message = _error("mini_mtil", ["deepspeed.config=zero22"])
+    message = _error("mini_mtil_dac", ["deepspeed.config=zero22"])
     assert "did you mean zero2?" in message
     assert all(name in message for name in DS_CONFIGS)

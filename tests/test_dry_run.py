@@ -71,14 +71,14 @@ def _two_real_ranks(rank: int, ranks: int, folder: str, toy: list[str]) -> list[
         "train.iterations=3",
         "checkpoint.every_steps=null",
     ]
-    return by_kind(run(load_config("mini_mtil_smoke", overrides))["collectives_per_step"])
+    return by_kind(run(load_config("mini_mtil_dac", overrides))["collectives_per_step"])
 
 
 @pytest.fixture(scope="module")
 def dry_run(toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict, str]:
     """The command for two ranks: the files that it left where it ran, its JSON, and what it printed."""
     folder = tmp_path_factory.mktemp("dry")
-    words = ["--recipe", "mini_mtil_smoke", *WORDS, *toy, "tasks=[country_flags]", "run_dir=nothing"]
+    words = ["--recipe", "mini_mtil_dac", *WORDS, *toy, "tasks=[country_flags]", "run_dir=nothing"]
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
         patch.chdir(folder)
         assert main(["dry-run", "--ranks", "2", "--json", str(folder / "dry.json"), *words]) == 0
@@ -117,6 +117,6 @@ def test_a_step_is_that_of_real_ranks(run_distributed, toy: list[str], dry_run, 
     ],
 )
 def test_wrong_input_is_one_line(capsys, words: list[str], message: str) -> None:
-    assert main(["dry-run", "--recipe", "mini_mtil", *words]) == 2
+    assert main(["dry-run", "--recipe", "mini_mtil_dac", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1, error

@@ -43,7 +43,7 @@ def ends(command: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> t
 
 
 def test_want_of_memory_names_batch_model_and_remedies(capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config("mini_mtil", ["train.global_batch_size=64"])
+    config = load_config("mini_mtil_dac", ["train.global_batch_size=64"])
 
     def too_much() -> None:
         with memory_faults_named(config):
@@ -320,7 +320,7 @@ def test_a_first_hour(toy: list[str], tmp_path: Path) -> None:
     """Train on two ranks, Ctrl-C, the same command from another directory, export: what is printed, where, and when."""
     run = tmp_path / "run"
     words = [*toy, f"run_dir={run}", "tasks=[country_flags]", "train.global_batch_size=8", "log.every_steps=2"]
-    command = [sys.executable, "-m", "r1p_dist", "train", "--ranks", "2", "--recipe", "mini_mtil", *words]
+    command = [sys.executable, "-m", "r1p_dist", "train", "--ranks", "2", "--recipe", "mini_mtil_dac", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(
         [*command, "train.iterations=6", "checkpoint.every_steps=null"],
@@ -388,10 +388,10 @@ def _text_of(path: Path) -> str:
 
 
 def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config("mini_mtil", [f"run_dir={tmp_path}"])
+    config = load_config("mini_mtil_dac", [f"run_dir={tmp_path}"])
     (tmp_path / "config.yaml").write_text(config.dump())
     (tmp_path / "status.json").write_text('{"state": "finished"}')
-    assert main(["train", "--recipe", "mini_mtil", f"run_dir={tmp_path}"]) == 0
+    assert main(["train", "--recipe", "mini_mtil_dac", f"run_dir={tmp_path}"]) == 0
     expected = f"{tmp_path}: this run is finished; report: {tmp_path / 'report.html'}; resume=never starts it over\n"
     assert capsys.readouterr().out == expected
 
@@ -404,7 +404,7 @@ def test_a_save_that_failed_is_not_called_saved(monkeypatch: pytest.MonkeyPatch,
         locals = staticmethod(lambda: torch.zeros(1, 1))
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    saves = Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}"]))
+    saves = Checkpoints(load_config("mini_mtil_dac", [f"run_dir={tmp_path}"]))
 
     def save(step: int, fault: OSError | None) -> bool:
         def write(*_: object) -> None:

@@ -24,7 +24,7 @@ def process_group() -> Iterator[None]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_hooks_that_others_put_on_modules_stay_and_deepspeeds_go(process_group: None, stage: int) -> None:
-    config = load_config("mini_mtil", [f"deepspeed.config=zero{stage}", "train.global_batch_size=4"])
+    config = load_config("mini_mtil_dac", [f"deepspeed.config=zero{stage}", "train.global_batch_size=4"])
     backbone = make_backbone()
     method = make_method(config, backbone)
     module = method.adapters[0].linear

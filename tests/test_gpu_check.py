@@ -34,7 +34,7 @@ def test_the_cpu_form_passes_every_part_but_the_recipes(tool: ModuleType, tmp_pa
     assert [part["outcome"] for part in result["parts"].values()].count("PASS") == 4, out
     assert found["zero3"]["different_votes"] == 0 and found["zero3"]["update"] <= 1e-3
     assert found["resume bit for bit"]["equal_tasks"] == 2
-    assert found["mini_mtil"] == {"name": "mini_mtil", "outcome": "pass", "steps": 2, "waits": {}}
+    assert found["mini_mtil_dac"] == {"name": "mini_mtil_dac", "outcome": "pass", "steps": 2, "waits": {}}
     assert found["tiny, 2"]["step/limit"] > 0 and found["tiny_llava, 2, checkpointing: forward"]["merged/plain"] > 0
     assert result["machine"]["versions"]["torch"] and result["machine"]["card"] is None
 

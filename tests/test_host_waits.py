@@ -50,7 +50,7 @@ def test_what_waits_is_counted(name: str) -> None:
 def waits_of_a_step(rank: int, world_size: int, cases: list[list[str]]) -> list[dict[str, int]]:
     found = []
     for overrides in cases:
-        config = load_config("mini_mtil", [*SMALL, *overrides])
+        config = load_config("mini_mtil_dac", [*SMALL, *overrides])
         backbone = make_backbone()
         method = make_method(config, backbone)
         stages = Stages(method, config)
@@ -94,7 +94,7 @@ def steps_with_a_bad_one(rank: int, world_size: int, cases: list[list[str]]) -> 
     """Three steps, the second with a loss that is no number; returns what was found, the weights and the rates."""
     found = []
     for overrides in cases:
-        config = load_config("mini_mtil", [*SMALL, *overrides, "train.iterations=10"])
+        config = load_config("mini_mtil_dac", [*SMALL, *overrides, "train.iterations=10"])
         backbone = make_backbone()
         method = make_method(config, backbone)
         stages = Stages(method, config)

@@ -34,7 +34,7 @@ def start(toy: list[str], free_port: int) -> Iterator[Callable[..., subprocess.P
 
     def start(run_dir: Path, flags: list[str], *settings: str) -> subprocess.Popen:
         command = [DEEPSPEED, *flags, "--master_port", str(free_port), "launchers/train.py"]
-        command += ["--recipe", "mini_mtil", *SHORT, *toy, f"run_dir={run_dir}", *settings]
+        command += ["--recipe", "mini_mtil_dac", *SHORT, *toy, f"run_dir={run_dir}", *settings]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
         return process
@@ -131,7 +131,7 @@ def run_with_bad_losses(rank: int, world_size: int, overrides: list[str], bad_at
 
     Dac.loss = loss
     try:
-        return {"metrics": json.dumps(run(load_config("mini_mtil", [*SHORT, *overrides])))}
+        return {"metrics": json.dumps(run(load_config("mini_mtil_dac", [*SHORT, *overrides])))}
     except InputError as error:
         return {"error": str(error)}
 
@@ -190,7 +190,7 @@ def wait_for_nothing() -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_with_their_stacks(shallow_toy: list[str], tmp_path: Path) -> None:
-    words = ["--recipe", "mini_mtil", *SHORT, *shallow_toy, f"run_dir={tmp_path}/run", "faults.hang_minutes=0.25"]
+    words = ["--recipe", "mini_mtil_dac", *SHORT, *shallow_toy, f"run_dir={tmp_path}/run", "faults.hang_minutes=0.25"]
     process = ForkedLaunch(words, tmp_path / "log", hang_on_rank_1)
     code, output = process.wait(timeout=500), (tmp_path / "log").read_text()
     assert code == EXIT_HANGS, output

@@ -38,7 +38,7 @@ def sample(task: int, number: int, has_one_turn: bool = False) -> Sample:
 
 def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava") -> dict[str, Any]:
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             "backbone.kind=llava",
             f"train.global_batch_size={GLOBAL_BATCH}",

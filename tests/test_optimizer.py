@@ -44,7 +44,7 @@ def process_group() -> None:
 
 def configure(stage: int, *overrides: str) -> RunConfig:
     own = [f"train.iterations={ITERATIONS}", "train.global_batch_size=1", f"deepspeed.config=zero{stage}"]
-    return load_config("mini_mtil", [*own, *overrides])
+    return load_config("mini_mtil_dac", [*own, *overrides])
 
 
 def adamw(train: TrainConfig, rates: list[float]) -> Iterator[list[float]]:

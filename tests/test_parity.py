@@ -31,7 +31,7 @@ def global_batch(task: int, micro_step: int, size: int) -> dict[str, torch.Tenso
 
 def train(stage: int, optimizer: str, overrides: list[str], checkpointing: bool) -> dict[str, Any]:
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             f"train.global_batch_size={GLOBAL_BATCH}",
             f"train.iterations={STEPS}",

@@ -44,13 +44,13 @@ def run_in_parts(rank: int, world_size: int, folder: str, overrides: list[str], 
             if not left and rank == world_size - 1:
                 os.kill(os.getpid(), next(kinds))
 
-    run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/calm"]))
+    run(load_config("mini_mtil_dac", [*SHORT, *overrides, f"run_dir={folder}/calm"]))
     Watchdog.moved = stop
     endings, kinds = [], itertools.cycle([signal.SIGUSR2, signal.SIGINT])
     for wanted in [*signals, 0]:
         left = [None] * wanted
         try:
-            run(load_config("mini_mtil", [*SHORT, *overrides, f"run_dir={folder}/stopped"]))
+            run(load_config("mini_mtil_dac", [*SHORT, *overrides, f"run_dir={folder}/stopped"]))
             endings.append("finished")
         except Interrupted as error:
             endings.append(str(error))
@@ -137,7 +137,7 @@ def run_once(rank: int, world_size: int, overrides: list[str], stop_at: int | No
 
     Watchdog.moved = at_step
     try:
-        run(load_config("mini_mtil", [*SHORT, *overrides]))
+        run(load_config("mini_mtil_dac", [*SHORT, *overrides]))
     except (InputError, Interrupted) as error:
         return str(error)
     return "finished"

@@ -95,7 +95,7 @@ def few_questions(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "small", "other"),
-    [("mini_mtil", "toy", "transformers.models.llava"), ("mini_instruct", "few_questions", "open_clip")],
+    [("mini_mtil_dac", "toy", "transformers.models.llava"), ("mini_instruct", "few_questions", "open_clip")],
 )
 def test_a_run_imports_the_libraries_of_its_own_backbone_alone(
     recipe: str, small: str, other: str, tmp_path: Path, request: pytest.FixtureRequest

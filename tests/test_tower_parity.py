@@ -27,7 +27,7 @@ CASES = [*((family, 3) for family in FAMILIES), ("siglip", 2), ("roberta", 2)]
 def train(family: str, folder: str, stage: int) -> dict[str, Any]:
     """A task of two steps, with the weights sharded from the start where the stage does so."""
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             *("train.global_batch_size=8", "train.iterations=2", "train.lr=1e-2", "train.precision=fp32"),
             *("options.rank=6", "options.active=3", "options.merged=2", "options.alpha=6.0"),

@@ -190,8 +190,8 @@ def test_one_that_is_not_installed_ends_a_run_before_it_begins(failing: None) ->
 
 
 def test_a_recipe_takes_known_ones_alone() -> None:
-    assert RunConfig.load("mini_mtil", ["log.trackers=[wandb, mlflow]"]).log.trackers == ("wandb", "mlflow")
+    assert RunConfig.load("mini_mtil_dac", ["log.trackers=[wandb, mlflow]"]).log.trackers == ("wandb", "mlflow")
     with pytest.raises(InputError, match="log.trackers"):
-        RunConfig.load("mini_mtil", ["log.trackers=[comet]"])
+        RunConfig.load("mini_mtil_dac", ["log.trackers=[comet]"])
     with pytest.raises(InputError, match="did you mean log.trackers"):
-        RunConfig.load("mini_mtil", ["log.tensorboard=true"])
+        RunConfig.load("mini_mtil_dac", ["log.tensorboard=true"])

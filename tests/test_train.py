@@ -28,7 +28,7 @@ SHORT = [f"tasks=[{', '.join(TASKS)}]", "train.iterations=4", "train.lr=2e-2", "
 def run_stream(rank: int, world_size: int, overrides: list[str]) -> str:
     from r1p_dist.train import run
 
-    return json.dumps(run(load_config("mini_mtil", overrides)))
+    return json.dumps(run(load_config("mini_mtil_dac", overrides)))
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def metrics_of(rows: list[list[float]], stages: int) -> dict[str, Any]:
 
     tasks = [SimpleNamespace(name=name, metric="accuracy", domain=None) for name in "abc"]
     session = SimpleNamespace(
-        config=load_config("mini_mtil"),
+        config=load_config("mini_mtil_dac"),
         progress=Progress(rows=rows),
         method=SimpleNamespace(count_parameters=lambda: 7, inference="merged"),
         stages=[None] * stages,
@@ -201,7 +201,7 @@ def fail_for(rank: int, world_size: int, cases: list[list[str]]) -> list[str]:
     messages = []
     for overrides in cases:
         try:
-            run(load_config("mini_mtil", overrides))
+            run(load_config("mini_mtil_dac", overrides))
         except InputError as error:
             messages.append(str(error))
         else:
@@ -229,7 +229,7 @@ def test_each_stage_mixes_in_the_tasks_before_it_and_the_reference(monkeypatch, 
     monkeypatch.setattr(r1p_dist.train, "train_stages", lambda data, *rest: found.extend(d.train for d in data) or {})
     reference = write_stream(tmp_path / "reference", [("a.cls", b"1"), ("a.png", b"")])
     shares = ["data.replay_share=0.25", "data.reference_share=0.125", f"data.reference={reference}"]
-    config = load_config("mini_mtil", [*SHORT, *toy, *shares, f"run_dir={tmp_path}/run", "deepspeed.config=zero0"])
+    config = load_config("mini_mtil_dac", [*SHORT, *toy, *shares, f"run_dir={tmp_path}/run", "deepspeed.config=zero0"])
     r1p_dist.train.run(config)
     cards, flags = (
         [task.prompt(label) for label in range(8)] for task in Stream.load(config.stream, None, TASKS).tasks

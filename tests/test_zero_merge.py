@@ -40,7 +40,7 @@ CONFIGS = {name: [f"deepspeed.config={name}"] for name in ON_CPU} | VARIANTS
 
 def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: int) -> dict[str, bool]:
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             "train.global_batch_size=8",
             "train.lr=1e-1",
@@ -158,7 +158,7 @@ def merge_on_disk(rank_: int, world: int, name: str, disk: str) -> dict[str, boo
     """Trains and merges a model whose larger weights lie in files; returns facts about its weights."""
     nvme = f"deepspeed.overrides.zero_optimization.offload_param={{nvme_path: {disk}, buffer_size: 2000000}}"
     options = ["train.global_batch_size=4", "train.lr=1e-1", "targets.layers=[q, fc1]"]
-    config = load_config("mini_mtil", ["deepspeed.config=zero3_nvme", SHARDED, nvme, *options])
+    config = load_config("mini_mtil_dac", ["deepspeed.config=zero3_nvme", SHARDED, nvme, *options])
     backbone = load_clip(name, placement=weights_placement(config, start_process_group()))
     method = make_method(config, backbone)
     prepare = backbone.preparer(["cat", "tree", "sea"])
@@ -213,4 +213,4 @@ def test_merge_reaches_weights_on_nvme(run_distributed, tmp_path: Path) -> None:
 )
 def test_weights_that_cannot_take_a_merge_are_refused_before_training(override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_config("mini_mtil", ["deepspeed.config=zero3", f"deepspeed.overrides.zero_optimization.{override}"])
+        load_config("mini_mtil_dac", ["deepspeed.config=zero3", f"deepspeed.overrides.zero_optimization.{override}"])

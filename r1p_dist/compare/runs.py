@@ -126,7 +126,7 @@ def _finished(run: Run) -> Result | None:
         )
     if metrics["world_size"] != run.ranks:
         raise RuntimeError(
-            f"{run.folder} is there, made by {metrics['world_size']} ranks: --ranks {run.ranks} is not it"
+            f"{run.folder} is there, made by {metrics['world_size']} ranks: --ranks {run.ranks} is wrong"
         )
     return Result(run.folder, metrics)
 

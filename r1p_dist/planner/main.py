@@ -71,7 +71,9 @@ def _parse(prog: str, argv: Sequence[str]) -> argparse.Namespace:
         default="infiniband-400",
         help=f"(infiniband-400); {', '.join(NETWORKS)}, or bandwidth=GB/s,latency=microseconds",
     )
-    parser.add_argument("--recipe", default="mini_mtil", help="recipe of pool, targets and DeepSpeed (mini_mtil)")
+    parser.add_argument(
+        "--recipe", default="mini_mtil_dac", help="recipe of pool, targets and DeepSpeed (mini_mtil_dac)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw memory and efficiency")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="laid over the recipe")

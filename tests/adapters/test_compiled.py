@@ -101,7 +101,7 @@ def test_compiled_blocks_give_what_eager_ones_give(case: str) -> None:
 
 
 def test_weights_that_zero_takes_away_are_not_compiled() -> None:
-    config = load_config("mini_mtil", ["train.compile=true", "deepspeed.config=zero3"])
+    config = load_config("mini_mtil_dac", ["train.compile=true", "deepspeed.config=zero3"])
     with pytest.raises(
         InputError, match="train.compile=true with deepspeed.config=zero3: .* use deepspeed.config=zero2"
     ):

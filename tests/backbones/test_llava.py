@@ -261,7 +261,7 @@ def test_blind_runs_see_black_pictures() -> None:
     assert torch.equal(seen["input_ids"], blind["input_ids"])
     assert blind["pixel_values"].flatten(2).std(-1).max() == 0 and seen["pixel_values"].flatten(2).std(-1).min() > 0
     with pytest.raises(InputError, match="data.blind=true needs backbone.kind=llava, got open_clip"):
-        load_config("mini_mtil", ["data.blind=true"])
+        load_config("mini_mtil_dac", ["data.blind=true"])
 
 
 @pytest.mark.parametrize("by_sensitivity", [False, True])

@@ -130,4 +130,4 @@ def test_sliding_windows_cannot_be_packed() -> None:
 )
 def test_what_packing_does_not_go_with_is_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_config("mini_mtil", overrides)
+        load_config("mini_mtil_dac", overrides)

@@ -105,7 +105,7 @@ def anonymous_mb() -> float:
 
 def load_sharded(rank: int, world_size: int, name: str) -> dict[str, Any]:
     """Loads a model under ZeRO-3; returns what memory that took at its peak and in the end, and its weights' sums."""
-    config = load_config("mini_mtil", ["deepspeed.config=zero3", "train.global_batch_size=8"])
+    config = load_config("mini_mtil_dac", ["deepspeed.config=zero3", "train.global_batch_size=8"])
     placement = weights_placement(config, start_process_group())
     load_clip("tiny", placement=placement)  # what DeepSpeed allocates once
     before, peak, is_over = anonymous_mb(), [0.0], threading.Event()

@@ -32,7 +32,7 @@ CONTENT = {
 def whole(tmp_path: Path) -> Path:
     adapter = tmp_path / "adapter.safetensors"
     adapter.write_bytes(os.urandom(9000))
-    config = load_config("mini_mtil", [f"run_dir={tmp_path}"]).dump().encode()
+    config = load_config("mini_mtil_dac", [f"run_dir={tmp_path}"]).dump().encode()
     folder = tmp_path / "checkpoints/00-fashion/step-4"
     write_folder(folder, CONTENT | {"config.yaml": config}, {"merged-00.safetensors": adapter})
     return folder
@@ -105,7 +105,7 @@ def test_a_full_or_read_only_disk_is_noticed_before_and_while_writing(
         assert line.startswith("error: [Errno 30] Read-only file system") and "mount it for writing" in line
         assert fault_of(disk / "step-2") is None
         with pytest.raises(InputError, match=f"run_dir={disk}: cannot write in .*; name another run_dir"):
-            check_run(RunConfig.load("mini_mtil", [f"run_dir={disk}"]))
+            check_run(RunConfig.load("mini_mtil_dac", [f"run_dir={disk}"]))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -185,7 +185,7 @@ def write_steps(root: Path, config: RunConfig, steps: dict[str, int]) -> None:
     ],
 )
 def test_a_hostile_state_is_one_clean_line(tmp_path: Path, key: str, value: object) -> None:
-    config = load_config("mini_mtil", [f"run_dir={tmp_path}"])
+    config = load_config("mini_mtil_dac", [f"run_dir={tmp_path}"])
     write_steps(tmp_path / "first", config, {"00-a/step-2": 2})
     state = json.loads((tmp_path / "first/00-a/step-2/state.json").read_text())
     state[key] = value
@@ -197,7 +197,7 @@ def test_a_hostile_state_is_one_clean_line(tmp_path: Path, key: str, value: obje
 
 
 def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Path, caplog) -> None:
-    config = load_config("mini_mtil", [f"run_dir={tmp_path}"])
+    config = load_config("mini_mtil_dac", [f"run_dir={tmp_path}"])
     root = tmp_path / "checkpoints"
     write_steps(root, config, {"00-a/step-9": 9, "00-a/step-10": 10, "01-b/step-2": 2, "01-b/step-100": 100})
     names = [str(folder.relative_to(root)) for folder in checkpoint_folders(root)]
@@ -210,22 +210,22 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_named(tmp_path: Pat
     assert "step-100 is skipped: state.json has 2 bytes" in caplog.text
     assert "step-2 is skipped: manifest.json is missing" in caplog.text
 
-    path = load_config("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
+    path = load_config("mini_mtil_dac", [f"run_dir={tmp_path}", f"resume={root / '00-a/step-9'}"])
     assert Checkpoints(path).find().step == 9
     for folder in checkpoint_folders(root):
         shutil.copytree(folder, tmp_path / "other/checkpoints" / folder.relative_to(root))
         (tmp_path / "other/checkpoints" / folder.relative_to(root) / "state.json").write_text("{}")
     with pytest.raises(InputError, match="none of 4 checkpoints is whole; resume=never starts over"):
-        Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path / 'other'}"])).find()
-    broken = load_config("mini_mtil", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
+        Checkpoints(load_config("mini_mtil_dac", [f"run_dir={tmp_path / 'other'}"])).find()
+    broken = load_config("mini_mtil_dac", [f"run_dir={tmp_path}", f"resume={root / '01-b/step-2'}"])
     with pytest.raises(InputError, match="resume=.*step-2: not a whole checkpoint: manifest.json is missing"):
         Checkpoints(broken).find()
-    assert Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}", "resume=never"])).find() is None
+    assert Checkpoints(load_config("mini_mtil_dac", [f"run_dir={tmp_path}", "resume=never"])).find() is None
     assert not root.exists()
 
 
 def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: Path) -> None:
-    before = load_config("mini_mtil", [f"run_dir={tmp_path}"])
+    before = load_config("mini_mtil_dac", [f"run_dir={tmp_path}"])
     write_steps(tmp_path / "checkpoints", before, {"00-a/step-2": 2})
     free = [
         "deepspeed.config=zero3",
@@ -234,8 +234,8 @@ def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: P
         "checkpoint.keep=5",
         "faults.hang_minutes=1",
     ]
-    assert Checkpoints(load_config("mini_mtil", [f"run_dir={tmp_path}", *free])).find().step == 2
-    now = load_config("mini_mtil", [f"run_dir={tmp_path}", "train.lr=0.5", "options.guide.text=eot"])
+    assert Checkpoints(load_config("mini_mtil_dac", [f"run_dir={tmp_path}", *free])).find().step == 2
+    now = load_config("mini_mtil_dac", [f"run_dir={tmp_path}", "train.lr=0.5", "options.guide.text=eot"])
     with pytest.raises(InputError) as caught:
         Checkpoints(now).find()
     message = str(caught.value)
@@ -326,14 +326,14 @@ def test_every_key_is_known_to_stay_or_to_be_free() -> None:
 
 @pytest.mark.parametrize("key", MAY_CHANGE)
 def test_a_free_key_may_change(key: str) -> None:
-    before, now = load_config("mini_mtil"), load_config("mini_mtil", [f"{key}={MAY_CHANGE[key]}"])
+    before, now = load_config("mini_mtil_dac"), load_config("mini_mtil_dac", [f"{key}={MAY_CHANGE[key]}"])
     assert before != now and config_differences(before, now) == config_differences(now, before) == []
 
 
 @pytest.mark.parametrize("key", MUST_STAY)
 def test_any_other_key_must_stay(key: str) -> None:
-    before = load_config("mini_mtil")
-    now = load_config("mini_mtil", [f"{key}={MUST_STAY[key]}", *NEEDED_BESIDE.get(key, ())])
+    before = load_config("mini_mtil_dac")
+    now = load_config("mini_mtil_dac", [f"{key}={MUST_STAY[key]}", *NEEDED_BESIDE.get(key, ())])
     differences = config_differences(before, now)
     assert all(" there, " in difference and difference.endswith(" here") for difference in differences)
     named = [difference.partition(":")[0] for difference in differences]
@@ -350,6 +350,6 @@ def test_the_page_names_the_keys_that_may_change() -> None:
 
 
 def test_more_tasks_are_no_other_configuration_but_fewer_are() -> None:
-    one, two = (load_config("mini_mtil", [f"extend={tasks}"]) for tasks in ("[a:x]", "[a:x, a:y]"))
+    one, two = (load_config("mini_mtil_dac", [f"extend={tasks}"]) for tasks in ("[a:x]", "[a:x, a:y]"))
     assert config_differences(one, two) == []
     assert config_differences(two, one) == ["extend: ['a:x', 'a:y'] there, ['a:x'] here"]

@@ -38,7 +38,7 @@ class Training:
             "options.rank=6",
             "options.active=3",
         ]
-        self.config = load_config("mini_mtil", [*settings, "options.merged=2", *overrides])
+        self.config = load_config("mini_mtil_dac", [*settings, "options.merged=2", *overrides])
         self.backbone = make_backbone(layers=1)
         self.method = make_method(self.config, self.backbone)
         self.prepare = self.backbone.preparer(["cat", "tree", "sea"])

@@ -23,7 +23,7 @@ LR = "train.lr=loguniform(1e-4, 1e-1)"
 
 
 def sweep_of(*words: str, samples: int = 8, seed: int = 0) -> Sweep:
-    return Sweep.parse("mini_mtil", words, samples, seed)
+    return Sweep.parse("mini_mtil_dac", words, samples, seed)
 
 
 def score(values: dict[str, str]) -> float:
@@ -210,6 +210,6 @@ def test_the_best_point_becomes_a_recipe(cluster: Cluster) -> None:
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys, words: list[str], reason: str) -> None:
-    code = run_command("submit", ["sweep", "--recipe", "mini_mtil", "--folder", str(tmp_path / "s"), *words])
+    code = run_command("submit", ["sweep", "--recipe", "mini_mtil_dac", "--folder", str(tmp_path / "s"), *words])
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2 and reason in line

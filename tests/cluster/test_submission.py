@@ -26,7 +26,15 @@ def submit(capsys, *words: str) -> tuple[int, str, str]:
 def test_a_dry_run_prints_the_script_and_does_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")  # needs no SLURM
     flags = "--nodes 2 --gpus-per-node 8 --cpus-per-task 6 --partition gpu --time 1-0 --slurm qos=high --slurm=hold"
-    words = ["--recipe", "mini_mtil", *flags.split(), "--slurm", "reservation=r1", "--dry-run", f"run_dir={tmp_path}/a"]
+    words = [
+        "--recipe",
+        "mini_mtil_dac",
+        *flags.split(),
+        "--slurm",
+        "reservation=r1",
+        "--dry-run",
+        f"run_dir={tmp_path}/a",
+    ]
     code, script, _ = submit(capsys, *words)
     assert code == 0 and list(tmp_path.iterdir()) == []
     for option in (
@@ -51,7 +59,7 @@ def test_a_profiles_lines_are_in_the_script(tmp_path: Path, capsys) -> None:
     profile.write_text(
         "setup: ['module load cuda']\nsrun_args: ['--container-image=/a b.sqsh']\npython: singularity exec x python\n"
     )
-    words = ["--recipe", "mini_mtil", "--profile", str(profile), "--parallel", "2", "--dry-run"]
+    words = ["--recipe", "mini_mtil_dac", "--profile", str(profile), "--parallel", "2", "--dry-run"]
     code, script, _ = submit(capsys, "sweep", *words, "seed=0,1,2", "--folder", str(tmp_path / "s"))
     assert code == 0 and "\nmodule load cuda\n" in script and "#SBATCH --array=0-2%2\n" in script
     assert "'--container-image=/a b.sqsh' singularity exec x python -u -m submitit" in script
@@ -61,13 +69,13 @@ def test_a_profiles_lines_are_in_the_script(tmp_path: Path, capsys) -> None:
     ("words", "reasons"),
     [
         (["--recipe", "nowhere"], ["recipe 'nowhere'"]),
-        (["--recipe", "mini_mtil", "--nodes", "5"], ["train.global_batch_size=32", "5 ranks"]),
-        (["--recipe", "mini_mtil", "--node", "x"], ["--node"]),
-        (["--recipe", "mini_mtil", "--nodez", "2"], ["--nodez"]),
-        (["sweep", "--recipe", "mini_mtil", "seed=1"], ["several values"]),
-        (["sweep", "--recipe", "mini_mtil", "seed=1,2", "--parallel", "0"], ["--parallel 0"]),
-        (["sweep", "--recipe", "mini_mtil", "method=lora", "options.rank=0,-1"], ["none of the 2 points"]),
-        (["sweep", "--recipe", "mini_mtil", "--cluster", "debug", "seed=1,2"], ["cluster=debug"]),
+        (["--recipe", "mini_mtil_dac", "--nodes", "5"], ["train.global_batch_size=32", "5 ranks"]),
+        (["--recipe", "mini_mtil_dac", "--node", "x"], ["--node"]),
+        (["--recipe", "mini_mtil_dac", "--nodez", "2"], ["--nodez"]),
+        (["sweep", "--recipe", "mini_mtil_dac", "seed=1"], ["several values"]),
+        (["sweep", "--recipe", "mini_mtil_dac", "seed=1,2", "--parallel", "0"], ["--parallel 0"]),
+        (["sweep", "--recipe", "mini_mtil_dac", "method=lora", "options.rank=0,-1"], ["none of the 2 points"]),
+        (["sweep", "--recipe", "mini_mtil_dac", "--cluster", "debug", "seed=1,2"], ["cluster=debug"]),
         (["status", "nowhere"], ["nowhere"]),
         (["logs", "nowhere"], ["no job was submitted"]),
         (["cancel", "nowhere"], ["no job was submitted"]),
@@ -81,7 +89,7 @@ def test_wrong_input_is_one_line_and_code_2(tmp_path: Path, capsys, monkeypatch,
 
 def test_without_slurm_the_remedy_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    code, _, error = submit(capsys, "--recipe", "mini_mtil", f"run_dir={tmp_path}/a")
+    code, _, error = submit(capsys, "--recipe", "mini_mtil_dac", f"run_dir={tmp_path}/a")
     assert code == 2 and len(error.splitlines()) == 1 and "srun" in error
 
 
@@ -199,7 +207,7 @@ def test_a_sweeps_table_has_every_point(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_on_this_machine_trains_only_what_is_due(toy: list[str], tmp_path: Path) -> None:
-    words = "sweep --recipe mini_mtil --cluster local --wait --folder".split() + [str(tmp_path / "s")]
+    words = "sweep --recipe mini_mtil_dac --cluster local --wait --folder".split() + [str(tmp_path / "s")]
     words += [*toy, "train.lr=1e-3,1e-2", "tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
     tool = [sys.executable, str(Path(__file__).resolve().parents[2] / "launchers/submit.py")]
     first = subprocess.run([*tool, *words], capture_output=True, text=True)

@@ -378,10 +378,10 @@ def test_validation_samples_join_the_training_and_sizes_are_checked(task: Task, 
 
 def test_the_configuration_decides_samples_and_grouping(task: Task):
     settings = ["data.samples=12", "data.group_by_length=2", "train.global_batch_size=4", "seed=3"]
-    loader = train_loader(load_config("mini_mtil", settings), [task], 6, ToyEncoder())
+    loader = train_loader(load_config("mini_mtil_dac", settings), [task], 6, ToyEncoder())
     expected = train([task], global_batch_size=4, samples=12, group_by_length=2)
     check_equal(list(loader), list(expected))
-    (test,) = evaluation_loaders(load_config("mini_mtil", settings), [task], ToyEncoder()).values()
+    (test,) = evaluation_loaders(load_config("mini_mtil_dac", settings), [task], ToyEncoder()).values()
     assert len(test.dataset) == COUNT
     with pytest.raises(InputError, match="shots=2 counts samples of a class"):
-        train_loader(load_config("mini_mtil", ["data.shots=2"]), [task], 6, ToyEncoder())
+        train_loader(load_config("mini_mtil_dac", ["data.shots=2"]), [task], 6, ToyEncoder())

@@ -441,7 +441,7 @@ def test_what_is_scored_is_never_trained_on(task: Task, tmp_path: Path, evaluate
     task = replace(task, test=other.train, sizes={})
     pixels = {split: pixels_of(getattr(task, split), task.class_names) for split in ("train", "validation", "test")}
     sizes = ["train.global_batch_size=5", "evaluation.batch_size=4"]
-    config = load_config("mini_mtil", [f"data.evaluate_on={evaluate_on}", *sizes])
+    config = load_config("mini_mtil_dac", [f"data.evaluate_on={evaluate_on}", *sizes])
 
     def seen(loader: TrainLoader | EvaluationLoader) -> list[bytes]:
         return sorted(image.numpy().tobytes() for batch in loader for image in batch["image"])
@@ -458,7 +458,7 @@ def test_replay_and_reference_each_have_their_own_share(task: Task, tmp_path: Pa
     tools = make_task(tmp_path, "tools", [1, 0, 1, 1, 0], ["saw", "axe"], first=100)
     birds = make_task(tmp_path, "birds", [0, 1, 0], ["owl", "tit"], first=200)
     shares = ["data.replay_share=0.25", "data.reference_share=0.125", "data.reference=birds"]
-    config = load_config("mini_mtil", ["train.global_batch_size=8", *shares])
+    config = load_config("mini_mtil_dac", ["train.global_batch_size=8", *shares])
     loader = train_loader(config, [task], 6, FIXED, past=[tools], reference=[birds])
     for batch in loader:
         names = [loader.prompts[label].removesuffix(".").split()[-1] for label in batch["label"]]

@@ -62,7 +62,7 @@ def test_a_split_is_scored_by_the_weights_alone_on_whole_pictures(tmp_path: Path
     backbone = ClipBackbone(copy.deepcopy(plain), tokenize, {"size": 16})
     for adapter in attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.5).adapters:
         nn.init.normal_(adapter.B)
-    config = load_config("mini_mtil", [f"data.evaluate_on={split}", "evaluation.batch_size=7"])
+    config = load_config("mini_mtil_dac", [f"data.evaluate_on={split}", "evaluation.batch_size=7"])
     assert config.data.augment, "or nothing could be cropped"
     loaders = evaluation_loaders(config, [task], backbone.encoder(config.data))
     evaluator = make_evaluator(config.evaluation, backbone, loaders)
@@ -79,7 +79,7 @@ def test_a_split_is_scored_by_the_weights_alone_on_whole_pictures(tmp_path: Path
 def test_each_task_is_evaluated_with_the_model_that_is_selected_for_it(tmp_path: Path) -> None:
     tasks = [make_task(tmp_path, name, [0, 1], ["apple", "fig"]) for name in ("one", "other")]
     backbone, selected, seen = make_backbone(), [], []
-    config = load_config("mini_mtil", [])
+    config = load_config("mini_mtil_dac", [])
     tasks = [replace(task, test=task.train, sizes={}) for task in tasks]
     loaders = evaluation_loaders(config, tasks, backbone.encoder(config.data))
     evaluator = make_evaluator(config.evaluation, backbone, loaders)

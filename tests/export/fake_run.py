@@ -49,7 +49,7 @@ def write_run(
     folder: Path, overrides: Sequence[str] = (), tasks: Sequence[str] = TASKS, ranks: Sequence[int] = (2, 2)
 ) -> Path:
     """Writes a run folder whose tasks merged random updates of these ranks; returns it."""
-    config = load_config("mini_mtil", overrides)
+    config = load_config("mini_mtil_dac", overrides)
     folder.mkdir()
     (folder / "config.yaml").write_text(config.dump())
     backbone = load_backbone(config.backbone, Placement(torch.device("meta")))

@@ -25,7 +25,7 @@ def stages_of() -> Iterator[Callable]:
 
     def make(name: str, *overrides: str) -> tuple[Stages, Callable[[int], dict[str, float]]]:
         own = ["train.global_batch_size=8", "train.iterations=2", "train.lr=1e-2", "deepspeed.config=zero0"]
-        config = load_config("mini_mtil", [*own, *options_of(name), *overrides])
+        config = load_config("mini_mtil_dac", [*own, *options_of(name), *overrides])
         backbone = make_backbone()
         method = make_method(config, backbone)
         prepare = backbone.preparer(PROMPTS)

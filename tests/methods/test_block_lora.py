@@ -47,4 +47,4 @@ def test_each_task_begins_anew_and_is_merged(stages_of) -> None:
 
 def test_blocks_must_divide_the_rank() -> None:
     with pytest.raises(InputError, match="options.rank=6 must be a multiple of options.blocks=4"):
-        load_config("mini_mtil", ["method=block_lora", "options.rank=6", "options.blocks=4"])
+        load_config("mini_mtil_dac", ["method=block_lora", "options.rank=6", "options.blocks=4"])

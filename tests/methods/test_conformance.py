@@ -94,7 +94,7 @@ class Loader:
 def train(name: str, overrides: list[str]) -> dict[str, Any]:
     """Trains two tasks; returns losses, and what is trained and left, whole."""
     own = [f"train.global_batch_size={GLOBAL_BATCH}", f"train.iterations={STEPS[0]}", "train.lr=0.1", *options_of(name)]
-    config = load_config("mini_mtil", [*own, *overrides])
+    config = load_config("mini_mtil_dac", [*own, *overrides])
     backbone = make_backbone(layers=1)  # ZeRO-3 takes its time per module; test_parity.py has more of them
     if config.backbone.gradient_checkpointing:
         backbone.checkpoint_blocks()
@@ -165,12 +165,12 @@ def test_ranks_stages_accumulation_and_checkpointing_change_nothing(trained, nam
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_go_round_and_others_are_named(name: str, tmp_path: Path) -> None:
-    config = load_config("mini_mtil", [f"run_dir={tmp_path}/run", *options_of(name)])
+    config = load_config("mini_mtil_dac", [f"run_dir={tmp_path}/run", *options_of(name)])
     (tmp_path / "config.yaml").write_text(config.dump())
     assert load_config(tmp_path / "config.yaml") == config
     assert set(config.options) == set(method_class(name).Options.model_fields)
     with pytest.raises(InputError, match=rf"unknown key options.nonsense of method={name}; allowed: "):
-        load_config("mini_mtil", [f"method={name}", "options.nonsense=1"])
+        load_config("mini_mtil_dac", [f"method={name}", "options.nonsense=1"])
 
 
 @pytest.mark.parametrize("name", shipped_methods())
@@ -203,7 +203,7 @@ def forward_twice(rank: int, world_size: int, names: list[str]) -> dict[str, boo
     for name in names:
         states = []
         for times in (1, 2):
-            config = load_config("mini_mtil", [f"train.global_batch_size={GLOBAL_BATCH}", *options_of(name)])
+            config = load_config("mini_mtil_dac", [f"train.global_batch_size={GLOBAL_BATCH}", *options_of(name)])
             backbone = make_backbone(layers=1)
             method = make_method(config, backbone)
             method.stages(SimpleNamespace(tasks=(SimpleNamespace(name="t0"),)))
@@ -260,7 +260,7 @@ def run_and_resume(rank: int, world_size: int, folder: str, toy: list[str], name
         calm, stopped = (Path(folder, name, part) for part in ("calm", "stopped"))
         own = ["train.global_batch_size=4", "deepspeed.config=zero2", "checkpoint.every_steps=2", "checkpoint.keep=9"]
         overrides = [*SHORT, *toy, *own, *options_of(name)]
-        run(load_config("mini_mtil", [*overrides, f"run_dir={calm}"]))
+        run(load_config("mini_mtil_dac", [*overrides, f"run_dir={calm}"]))
         if rank == 0:
             shutil.copytree(calm, stopped)
             last = sorted((stopped / "checkpoints").iterdir())[-1]
@@ -269,7 +269,7 @@ def run_and_resume(rank: int, world_size: int, folder: str, toy: list[str], name
             assert [path.name for path in last.iterdir()] == ["step-2"]
             (stopped / "metrics.json").unlink()
         torch.distributed.barrier()
-        run(load_config("mini_mtil", [*overrides, f"run_dir={stopped}"]))
+        run(load_config("mini_mtil_dac", [*overrides, f"run_dir={stopped}"]))
     return found
 
 

@@ -17,7 +17,7 @@ FIRST_STAGE = {"lora": [], "slao": [], "ewc": []}
 
 def drawn(name: str, overrides: list[str], seed: int, stages: int) -> list[list[torch.Tensor]]:
     """Returns all that is random of each layer, as one vector, after the preparation of so many stages."""
-    method = make_method(load_config("mini_mtil", [*options_of(name), *overrides, f"seed={seed}"]), make_backbone())
+    method = make_method(load_config("mini_mtil_dac", [*options_of(name), *overrides, f"seed={seed}"]), make_backbone())
     torch.seed()  # nothing may come from the global state
     for stage in range(stages):
         method.prepare(stage)

@@ -119,7 +119,7 @@ def inputs_of_first_block(model: torch.nn.Module, *calls: dict) -> dict[str, tor
 
 def test_pairs_are_measured_on_real_tokens_alone(pairs: list[Path], tmp_path: Path, capsys) -> None:
     out = tmp_path / "m.safetensors"
-    words = ["--recipe", "mini_mtil", "--pairs", *map(str, pairs), "targets.layers=[k, fc1]", "--samples", "3"]
+    words = ["--recipe", "mini_mtil_dac", "--pairs", *map(str, pairs), "targets.layers=[k, fc1]", "--samples", "3"]
     assert run_command("moments", [*words, "--keep", "192", "--out", str(out)]) == 0
     assert "moments of 3 samples" in capsys.readouterr().out
     model = load_clip("tiny")
@@ -144,9 +144,9 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
     stream, name = toy[0].removeprefix("stream="), toy[1]
     out = tmp_path / "m.safetensors"
     own = [name, "train.global_batch_size=8", "targets.towers=[image]", "tasks=[playing_cards]"]
-    words = ["--recipe", "mini_mtil", "--stream", stream, "--keep", "192", "--out", str(out), *own]
+    words = ["--recipe", "mini_mtil_dac", "--stream", stream, "--keep", "192", "--out", str(out), *own]
     assert run_command("moments", words) == 0
-    config = load_config("mini_mtil", [*toy, "train.global_batch_size=8", "data.augment=false"])
+    config = load_config("mini_mtil_dac", [*toy, "train.global_batch_size=8", "data.augment=false"])
     model = load_clip(config.backbone.name)
     tasks = Stream.load(config.stream, None, ["playing_cards"]).tasks
     loader = train_loader(config, tasks, None, model.encoder(config.data))
@@ -181,6 +181,6 @@ def test_wrong_input_is_one_line(words: list[str], error: str, pairs: list[Path]
         "empty": write_tar(tmp_path / "empty.tar", []),
     }
     words = [word.format(**files) for word in words]
-    assert run_command("moments", ["--recipe", "mini_mtil", *words, "--out", str(tmp_path / "m")]) == 2
+    assert run_command("moments", ["--recipe", "mini_mtil_dac", *words, "--out", str(tmp_path / "m")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert error in lines[-1] and not (tmp_path / "m").exists()

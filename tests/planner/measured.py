@@ -170,7 +170,7 @@ class _Run:
     """A run's steps without its data and evaluations."""
 
     def __init__(self, rank: int, sizes: dict, overrides: list[str]) -> None:
-        self.config = load_config("mini_mtil", overrides)
+        self.config = load_config("mini_mtil_dac", overrides)
         self.sizes, self.rank, self.seen = sizes, rank, 0
         self.backbone = make_backbone(self.config, sizes)
         if self.config.backbone.gradient_checkpointing:

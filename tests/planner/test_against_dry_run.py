@@ -24,7 +24,7 @@ TIGHT = [
 
 
 def check(ranks: int, *overrides: str) -> None:
-    config = set_ranks(load_config("mini_mtil", [BUCKET, FEW, *overrides]), ranks, 8)
+    config = set_ranks(load_config("mini_mtil_dac", [BUCKET, FEW, *overrides]), ranks, 8)
     found = compare(config, ranks)
     assert found.run.ranks == ranks
     assert (found.step, found.boundary) == (found.real_step, found.real_boundary)
@@ -67,7 +67,7 @@ def test_big_widths(tmp_path: Path, name: str, stage: int, depth: int | None) ->
         config[tower]["layers"] = depth or config[tower]["layers"]
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     overrides = [f'backbone={{"name": "local-dir:{tmp_path}"}}', f"deepspeed.config=zero{stage}"]
-    run = set_ranks(load_config("mini_mtil", [*overrides, FEW]), 64, 2)
+    run = set_ranks(load_config("mini_mtil_dac", [*overrides, FEW]), 64, 2)
     found = compare(run, 64)
     assert found.is_exact
     assert found.memory_ratio == pytest.approx(1, abs=0.1), (found.run.phases["step"].memory, found.memory)

@@ -81,7 +81,7 @@ CASES += [conversations(stage, f"options.vote={vote}") for stage in (0, 1, 2, 3)
 
 
 def describe(sizes: dict, overrides: list[str], ranks: int) -> tuple[ModelShape, Zero, RunConfig]:
-    config = load_config("mini_mtil", overrides)
+    config = load_config("mini_mtil_dac", overrides)
     samples = config.train.global_batch_size // config.train.gradient_accumulation_steps // ranks
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backbone = make_backbone(config, sizes, "meta")
@@ -144,7 +144,7 @@ def test_step_of_towers_of_timm_and_of_the_sigmoid_loss_is_predicted_exactly(run
 
 
 def test_a_coca_is_described_and_a_text_tower_of_transformers_is_refused(tmp_path) -> None:
-    config, batch = load_config("mini_mtil", POOL), Pictures(4, 3, 10)
+    config, batch = load_config("mini_mtil_dac", POOL), Pictures(4, 3, 10)
     shape = describe_clip(config, small_towers.make_backbone("coca", tmp_path), batch, torch.float32)
     assert shape.trace.outputs_with_gradient == 2 and shape.trace.forward_flops > 0
     with pytest.raises(InputError, match="its text tower is of transformers, .*; r1p dry-run tries a step"):

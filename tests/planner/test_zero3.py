@@ -61,7 +61,7 @@ def test_persistent_weights_are_held_with_their_padding() -> None:
 
 
 def test_the_backbone_itself_is_entered_first_and_left_last() -> None:
-    config = load_config("mini_mtil", [])
+    config = load_config("mini_mtil_dac", [])
     shape = describe_clip(config, build_clip(config.backbone), Pictures(2, 2, 8), torch.float32)
     forward = [visit for visit in shape.trace.visits if not visit.is_backward]
     assert (forward[0].module, forward[0].is_fetch) == (0, True)

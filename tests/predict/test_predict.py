@@ -195,7 +195,7 @@ def test_the_weights_of_before_come_back_for_the_next_pictures(run: Path, tmp_pa
 
 def write_full_run(folder: Path, base: Path) -> Path:
     """Writes a run that trained every weight."""
-    config = load_config("mini_mtil", ["method=full", f"backbone.name=local-dir:{base}"])
+    config = load_config("mini_mtil_dac", ["method=full", f"backbone.name=local-dir:{base}"])
     places = make_method(config, load_backbone(config.backbone, Placement(torch.device("cpu")))).update_places()
     at = folder / "adapters/00-fashion"
     at.mkdir(parents=True)

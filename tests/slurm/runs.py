@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ["--recipe", "mini_mtil", "tasks=[country_flags, playing_cards]"]
+RECIPE = ["--recipe", "mini_mtil_dac", "tasks=[country_flags, playing_cards]"]
 # Dropout makes every step depend on the random states, so that a wrong one shows in the weights.
 SETTINGS = [
     "train.global_batch_size=8",

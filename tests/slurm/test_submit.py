@@ -18,12 +18,12 @@ from tests.test_train import read_metrics
 pytestmark = SLURM
 SHORT = [
     "--recipe",
-    "mini_mtil",
+    "mini_mtil_dac",
     "tasks=[country_flags, playing_cards]",
     "train.iterations=6",
     "train.global_batch_size=8",
 ]
-SHORTEST = ["--recipe", "mini_mtil", "tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
+SHORTEST = ["--recipe", "mini_mtil_dac", "tasks=[country_flags]", "train.iterations=2", "train.global_batch_size=8"]
 TWO_NODES = ["--profile", "loopback"]
 # DeepSpeed's launcher would log in on the first host, to see that it can and to ask for its address.
 WITHOUT_SSH = ["--no_ssh_check", "--master_addr", "127.0.0.1"]

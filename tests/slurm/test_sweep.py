@@ -25,7 +25,7 @@ def test_points_are_trained_and_the_one_that_failed_again(toy: list[str], tmp_pa
     sweep = [
         "sweep",
         "--recipe",
-        "mini_mtil",
+        "mini_mtil_dac",
         *ALTERNATIVES,
         *SHORT,
         *toy,

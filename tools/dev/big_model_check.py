@@ -35,9 +35,10 @@ from r1p_dist.kinds.llava.shapes import SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PICTURES = 2, {"train": 8, "test": 2}
-SOURCE_TASKS = {
-    "mini_mtil": ("fashion", "country_flags", "playing_cards", "planet_surface"),
-    "mini_instruct": ("yes_no", "which_flag", "read_card", "name_object"),
+# recipe -> the stream that it is tried on, and tasks of that
+SOURCES = {
+    "mini_mtil_dac": ("mini_mtil", ("fashion", "country_flags", "playing_cards", "planet_surface")),
+    "mini_instruct": ("mini_instruct", ("yes_no", "which_flag", "read_card", "name_object")),
 }
 SETTINGS = (
     "deepspeed.config=zero3_low_memory train.precision=bf16 backbone.gradient_checkpointing=true log.every_steps=1"
@@ -82,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains, and returns the phases in their order with their seconds and peaks of memory in GB (1e9 bytes)."""
     run_dir = arguments.folder / "run"
-    recipe = "mini_instruct" if arguments.model in SHAPES else "mini_mtil"
-    stream = write_stream(arguments.folder / "stream", recipe, SOURCE_TASKS[recipe][: arguments.tasks])
+    recipe = "mini_instruct" if arguments.model in SHAPES else "mini_mtil_dac"
+    source, tasks = SOURCES[recipe]
+    stream = write_stream(arguments.folder / "stream", source, tasks[: arguments.tasks])
     settings = [*SETTINGS, f"train.iterations={arguments.steps}"]
     if arguments.model in SHAPES:
         model = write_llava(arguments.folder / "model", arguments.model, arguments.depth)

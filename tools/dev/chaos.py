@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="emptied first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="laid over the recipe mini_mtil")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="laid over the recipe mini_mtil_dac")
     arguments = parser.parse_args(argv)
     result = campaign(arguments)
     text = json.dumps(result, indent=1)
@@ -127,7 +127,7 @@ def _command(run_dir: Path, tasks: Sequence[str], arguments: argparse.Namespace)
         port = server.getsockname()[1]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(arguments.ranks)]
     settings = [f"tasks=[{', '.join(tasks)}]", f"run_dir={run_dir.resolve()}", *SETTINGS, *arguments.settings]
-    return [*launcher, "--master_port", str(port), "launchers/train.py", "--recipe", "mini_mtil", *settings]
+    return [*launcher, "--master_port", str(port), "launchers/train.py", "--recipe", "mini_mtil_dac", *settings]
 
 
 def _start(run_dir: Path, tasks: Sequence[str], arguments: argparse.Namespace) -> subprocess.Popen:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="pictures of a rank in a micro step (8)")
     parser.add_argument("--bucket", type=float, default=5e5, metavar="N", help="reduce_bucket_size in numbers (5e5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe mini_mtil")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="laid over the recipe mini_mtil_dac")
     return report_errors(partial(_check, parser.parse_intermixed_args(argv)))
 
 
@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
                 overrides = [f"backbone={json.dumps(own[0])}", f"deepspeed.config=zero{stage}"]
                 overrides += ["evaluation.batch_size=4", *arguments.overrides]  # no plan is made of evaluations
                 overrides.append(f"deepspeed.overrides={json.dumps({'zero_optimization': own[1]})}")
-                config = set_ranks(load_config("mini_mtil", overrides), ranks, arguments.batch)
+                config = set_ranks(load_config("mini_mtil_dac", overrides), ranks, arguments.batch)
                 found.append(compare(config, ranks))
                 print(".", end="", file=sys.stderr, flush=True)
     print(table(HEAD, [_row(arguments, comparison) for comparison in found]))

@@ -114,7 +114,7 @@ def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
     own = [f"stream={folder / 'stream' / 'stream.yaml'}", f"run_dir={folder / name}", f"train.iterations={STEPS}"]
-    run(load_config("mini_mtil", [*SETTINGS.split(), *own, *settings]))
+    run(load_config("mini_mtil_dac", [*SETTINGS.split(), *own, *settings]))
     return folder / name
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from big_model_check import SOURCE_TASKS, write_stream
+from big_model_check import SOURCES, write_stream
 
 from gpu_check_parts.case import ROOT, Report
 from r1p_dist import fit
@@ -37,7 +37,8 @@ def steps(report: Report, recipe: str, must_be_none: bool) -> None:
             train_step(*arguments, **keywords)
 
     fit.train_step = watched
-    stream = write_stream(report.folder / f"stream-{recipe}", recipe, SOURCE_TASKS[recipe][:1])
+    source, tasks = SOURCES[recipe]
+    stream = write_stream(report.folder / f"stream-{recipe}", source, tasks[:1])
     settings = f"train.global_batch_size=4 train.iterations={STEPS} log.every_steps={STEPS} checkpoint.every_steps=null"
     own = [f"stream={stream}", f"run_dir={report.folder / f'waits-{recipe}'}"]
     run(load_config(recipe, [*settings.split(), *own]))

@@ -57,10 +57,10 @@ def _steps(quick: bool) -> list[Case]:
 
 def _dry_run(quick: bool) -> list[Case]:
     if quick:
-        options = [{"name": "tiny", "recipe": "mini_mtil", "ranks": 8, "batch": 2, "checkpointing": False}]
+        options = [{"name": "tiny", "recipe": "mini_mtil_dac", "ranks": 8, "batch": 2, "checkpointing": False}]
     else:
         options = [
-            {"name": "ViT-bigG-14", "recipe": "mini_mtil", "ranks": 64, "batch": 16, "checkpointing": True},
+            {"name": "ViT-bigG-14", "recipe": "mini_mtil_dac", "ranks": 64, "batch": 16, "checkpointing": True},
             {"name": "llava-1.5-7b", "recipe": "mini_instruct", "ranks": 64, "batch": 8, "checkpointing": True},
         ]
     needs_s = {"llava-1.5-7b": 90.0, "ViT-bigG-14": 40.0}  # their weights are drawn on the host, as in training
@@ -71,7 +71,7 @@ def _dry_run(quick: bool) -> list[Case]:
 
 def _host_waits(quick: bool) -> list[Case]:
     clip, llava = (
-        {"recipe": recipe, "must_be_none": recipe == "mini_mtil"} for recipe in ("mini_mtil", "mini_instruct")
+        {"recipe": recipe, "must_be_none": recipe == "mini_mtil_dac"} for recipe in ("mini_mtil_dac", "mini_instruct")
     )
     return [
         Case(f"waits-{options['recipe']}", "gpu_check_parts.host_waits:steps", options)

@@ -153,5 +153,5 @@ def _equals_pil(decode: Callable[[bytes], np.ndarray]) -> bool:
 def _data_wait(folder: Path, steps: int, workers: int) -> float:
     run_dir = folder / f"run-{workers}"
     settings = [f"tasks=[{TASK}]", f"train.iterations={steps}", f"log.every_steps={steps}", f"data.workers={workers}"]
-    train(load_config("mini_mtil", [*settings, f"run_dir={run_dir}"]))
+    train(load_config("mini_mtil_dac", [*settings, f"run_dir={run_dir}"]))
     return json.loads((run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["data_wait"]

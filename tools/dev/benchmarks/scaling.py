@@ -69,7 +69,7 @@ def _train(rank: int, arguments: argparse.Namespace, vote: str, ranks: int, port
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = load_config(
-        "mini_mtil",
+        "mini_mtil_dac",
         [
             f"backbone.name={arguments.model}",
             f"train.global_batch_size={arguments.batch}",

@@ -57,7 +57,7 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace):
         overrides = [f"backbone.name={arguments.model}", f"train.global_batch_size={arguments.batch}"]
-        self.config = load_config("mini_mtil", overrides)
+        self.config = load_config("mini_mtil_dac", overrides)
         self.backbone = load_backbone(self.config.backbone)
         self.method = make_method(self.config, self.backbone)
         self.prepare = self.backbone.preparer([f"a photo of a {name}." for name in CLASSES])

@@ -110,7 +110,7 @@ class Limit(Variant):
 class Step(Variant):
     def prepare(self) -> None:
         dropout = [f"options.dropout={self.arguments.dropout}", f"options.dropout_kind={self.arguments.dropout_kind}"]
-        recipe = "mini_mtil" if self.is_clip else "mini_instruct"
+        recipe = "mini_mtil_dac" if self.is_clip else "mini_instruct"
         config = load_config(recipe, [*dropout, f"options.rank={RANK}", f"options.alpha={ALPHA}"])
         self.method = make_method(config, self.backbone)
 
