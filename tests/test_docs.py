@@ -1,4 +1,4 @@
-"""README and docs/: every link leads somewhere, the pages build without a warning, and what they quote is in the code."""
+"""README and docs/: links lead somewhere, the pages build without a warning, and what they quote is in the code."""
 
 import ast
 import json
@@ -43,7 +43,10 @@ def test_the_site_has_every_page_and_shows_what_it_has_not_as_code(site: Path) -
     data = (site / "data.html").read_text(encoding="utf-8")
     assert "sample (<code>r1p_dist/data/order.py</code>)" not in data
     assert "<code>r1p_dist/data/stream.py</code>" in data
-    assert "The shipped stream" not in data and "the shipped stream (<code>r1p_dist/assets/mini_mtil/stream.yaml</code>)" in data
+    assert (
+        "The shipped stream" not in data
+        and "the shipped stream (<code>r1p_dist/assets/mini_mtil/stream.yaml</code>)" in data
+    )
     navigation = (site / "index.html").read_text(encoding="utf-8")
     assert all(f'href="methods/{path.stem}.html"' in navigation for path in DOCS.glob("methods/[a-z]*.md"))
 
