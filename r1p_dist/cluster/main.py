@@ -18,6 +18,8 @@ from r1p_dist.run_files import JOBS
 if TYPE_CHECKING:
     from r1p_dist.cluster.profile import ClusterProfile
     from r1p_dist.cluster.runs import RunState
+    from r1p_dist.cluster.search import Search
+    from r1p_dist.cluster.sweep import Point, Sweep
 
 _PROFILE_FLAGS = {
     "cluster": dict(choices=("slurm", "local", "debug"), help="where (default: slurm)"),
@@ -87,17 +89,18 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--parallel", type=int, metavar="N", help="points that run at a time")
     parser.add_argument("--samples", type=int, metavar="N", help="draw N points instead of all combinations")
     parser.add_argument("--sweep-seed", type=int, default=0, metavar="N", help="of the drawing (0)")
+    parser.add_argument(
+        "--sampler", choices=("tpe", "random"), help="choose each point by those before (tpe), by Optuna; waits for all"
+    )
+    parser.add_argument("--prune", action="store_true", help="end a point that falls behind the others; tpe by default")
     _add_flags(parser)
     arguments, words = parse_with_overrides(parser, argv)
     for flag, value in (("--parallel", arguments.parallel), ("--samples", arguments.samples)):
         if value is not None and value < 1:
             parser.error(f"{flag} {value}: must be at least 1")
     profile = _profile(arguments)
-    from r1p_dist.cluster.runs import describe_runs, wait_for
     from r1p_dist.cluster.submission import dry_run
-    from r1p_dist.cluster.sweep import Sweep, SweepFile, make_points
-    from r1p_dist.cluster.sweep_table import best_of, split_in_words, write_sweep_file, write_sweep_table
-    from r1p_dist.cluster.sweeping import submit_points
+    from r1p_dist.cluster.sweep import Sweep, SweepFile
 
     if arguments.file is None:
         sweep = Sweep.parse(arguments.recipe, words, arguments.samples, arguments.sweep_seed)
@@ -107,14 +110,48 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
         sweep = Sweep.load(SweepFile.load(arguments.file))
     stem = (arguments.file or Path(sweep.recipe)).stem
     folder = arguments.folder or Path("runs") / f"{stem}-sweep"
+    if not (arguments.sampler or arguments.prune):
+        return _submit_all(sweep, folder, profile, arguments)
+    if arguments.dry_run:
+        print(dry_run(1, profile, folder / JOBS, _job_name(folder)))
+        return 0
+    search = _search_class()(
+        sweep,
+        folder,
+        profile,
+        _job_name(folder),
+        arguments.sampler or "tpe",
+        arguments.parallel or 1,
+        arguments.prune,
+    )
+    return _end_sweep(folder, search.run(), is_over=True)
+
+
+def _search_class() -> type[Search]:
+    try:
+        from r1p_dist.cluster.search import Search
+    except ModuleNotFoundError as error:
+        if error.name != "optuna":
+            raise
+        raise InputError("--sampler, --prune: need Optuna; pip install 'r1p-dist[sweep]' brings it") from error
+    return Search
+
+
+def _submit_all(sweep: Sweep, folder: Path, profile: ClusterProfile, arguments: argparse.Namespace) -> int:
+    """Submits the points of a grid or a random sweep."""
+    from r1p_dist.cluster.runs import wait_for
+    from r1p_dist.cluster.submission import dry_run
+    from r1p_dist.cluster.sweep import make_points
+    from r1p_dist.cluster.sweep_table import write_sweep_file
+    from r1p_dist.cluster.sweeping import submit_points
+
     points = make_points(sweep, folder, profile.world_size)
     good = [point for point in points if point.config is not None]
-    for point in points:
-        if point.refused is not None:
-            print(f"refused: {point.name}: {point.refused}")
     if not good:
+        _print_refusals(points)
         raise InputError(f"none of the {len(points)} points can be trained; see the reasons above")
     if arguments.dry_run:
+        _print_refusals(points)
         print(dry_run(len(good), profile, folder / JOBS, _job_name(folder), arguments.parallel))
         return 0
     refused = {point.name: point.refused for point in points if point.refused is not None}
@@ -124,12 +161,28 @@ def submit_sweep(prog: str, argv: Sequence[str]) -> int:
     print(f"{len(points)} points, {len(submitted)} submitted now: {folder}", flush=True)
     if arguments.wait:
         wait_for([point.config.run_dir for point in good])
+    return _end_sweep(folder, points, is_over=arguments.wait)
+
+
+def _end_sweep(folder: Path, points: Sequence[Point], is_over: bool) -> int:
+    """Writes the table and prints how the points stand; 1 where all should have ended and one failed."""
+    from r1p_dist.cluster.runs import describe_runs
+    from r1p_dist.cluster.sweep_table import best_of, pruned_points, split_in_words, write_best, write_sweep_table
+
+    _print_refusals(points)
     rows = write_sweep_table(folder, ask_cluster=True)
-    print_states(describe_runs([point.config.run_dir for point in good]))
+    print_states(describe_runs([point.config.run_dir for point in points if point.config is not None]))
     if (best := best_of(rows)) is not None:
-        where = split_in_words(best.split)
-        print(f"best by Last: {best.name}: {best.best_metric:.1f} on {where}; the table: {folder / 'sweep.csv'}")
-    return 0 if not arguments.wait or all(row.state in ("finished", "refused") for row in rows) else 1
+        print(f"best by Last: {best.name}: {best.best_metric:.1f} on {split_in_words(best.split)}")
+        print(f"the table: {folder / 'sweep.csv'}; the best as a recipe: {write_best(folder, best)}")
+    pruned = pruned_points(folder)
+    return 0 if not is_over or all(row.state in ("finished", "refused") or row.name in pruned for row in rows) else 1
+
+
+def _print_refusals(points: Sequence[Point]) -> None:
+    for point in points:
+        if point.refused is not None:
+            print(f"refused: {point.name}: {point.refused}")
 
 
 def print_status(prog: str, argv: Sequence[str]) -> int:

@@ -56,12 +56,14 @@ class Range:
 
     def draw(self, generator: random.Random) -> str:
         if self.kind == "integer":
-            return str(generator.randint(int(self.low), int(self.high)))
+            return self.as_text(generator.randint(int(self.low), int(self.high)))
         if self.kind == "loguniform":
-            value = math.exp(generator.uniform(math.log(self.low), math.log(self.high)))
-        else:
-            value = generator.uniform(self.low, self.high)
-        return f"{value:.4g}"
+            return self.as_text(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
+        return self.as_text(generator.uniform(self.low, self.high))
+
+    def as_text(self, value: float) -> str:
+        """Returns a number as it stands in a point's folder and overrides."""
+        return str(value) if self.kind == "integer" else f"{value:.4g}"
 
 
 class SweepFile(BaseModel):
@@ -170,12 +172,13 @@ def make_points(sweep: Sweep, folder: Path, ranks: int = 1) -> list[Point]:
 
     ranks: of each run. InputError: the sweep names a run_dir.
     """
+    return [make_point(sweep, values, folder, ranks) for values in sweep.points()]
+
+
+def make_point(sweep: Sweep, values: dict[str, str], folder: Path, ranks: int = 1) -> Point:
+    """Returns one point of a sweep, as `make_points` does."""
     if any(word.partition("=")[0] == "run_dir" for word in (*sweep.overrides, *sweep.parameters)):
         raise InputError("run_dir: every point of a sweep has its own; name the folder of all with --folder")
-    return [_make_point(sweep, values, folder, ranks) for values in sweep.points()]
-
-
-def _make_point(sweep: Sweep, values: dict[str, str], folder: Path, ranks: int) -> Point:
     name = point_name(values)
     words = [CHOICE, *sweep.overrides, *(f"{key}={value}" for key, value in values.items()), f"run_dir={folder / name}"]
     try:

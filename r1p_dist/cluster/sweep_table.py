@@ -15,9 +15,11 @@ from r1p_dist.errors import InputError
 from r1p_dist.figures import BLUE, GREY, INK, RULE, mean_of
 from r1p_dist.files import lock_file, write_atomically
 from r1p_dist.page import figure, number, page, table, text
-from r1p_dist.run_files import METRICS_FILE, REPORT_FILE
+from r1p_dist.run_files import CONFIG_FILE, METRICS_FILE, REPORT_FILE
+from r1p_dist.safe_yaml import read_yaml, write_yaml
 
 SWEEP_FILE = "sweep.json"
+BEST_FILE = "best.yaml"
 _LOCK = ".table"  # points that end at the same time write the table one after the other
 METRICS = ("last", "average", "transfer", "bwt", "forgetting")
 _BEST = "last"
@@ -43,7 +45,7 @@ class Row:
     @property
     def means(self) -> list[float]:
         """Accuracy over all tasks, before and after each task."""
-        return [mean for row in self.metrics.get("accuracy", []) if (mean := mean_of(row)) is not None]
+        return means_of(self.metrics)
 
 
 def write_sweep_file(
@@ -61,6 +63,36 @@ def write_sweep_file(
         write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
 
 
+def noted_points(folder: Path) -> dict[str, dict[str, str]]:
+    """Returns key -> value of each point that the sweep in a folder has by now; nothing where none began there."""
+    return _read(folder)["points"] if (folder / SWEEP_FILE).is_file() else {}
+
+
+def pruned_points(folder: Path) -> dict[str, int]:
+    """Returns after how many tasks each point that fell behind was told to end."""
+    return _read(folder).get("pruned", {})
+
+
+def note_pruned(folder: Path, name: str, tasks: int) -> None:
+    """Notes that a point fell behind after so many tasks."""
+    with lock_file(folder / _LOCK):
+        content = _read(folder)
+        content["pruned"] = content.get("pruned", {}) | {name: tasks}
+        write_atomically(folder / SWEEP_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def write_best(folder: Path, best: Row) -> Path:
+    """Writes FOLDER/best.yaml, a recipe with the values of the best point, and returns its path."""
+    tree = read_yaml(folder / best.name / CONFIG_FILE)
+    del tree["run_dir"]
+    del tree["data"]["evaluate_on"]  # what was chosen on one split is to be measured on another
+    path = folder / BEST_FILE
+    write_atomically(
+        path, f"# The best of {folder.name} by Last, on {split_in_words(best.split)}: {best.name}\n{write_yaml(tree)}"
+    )
+    return path
+
+
 def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
     """Writes FOLDER/sweep.csv and FOLDER/report.html for what there is by now, and returns its rows.
 
@@ -71,7 +103,7 @@ def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
         run_dirs = [folder / name for name in content["points"]]
         states = describe_runs(run_dirs) if ask_cluster else [describe_without_cluster(path) for path in run_dirs]
         rows = [
-            _row(name, values, content["refused"].get(name), content.get("splits", {}).get(name, TEST), state)
+            _row(name, values, content, state)
             for (name, values), state in zip(content["points"].items(), states, strict=True)
         ]
         write_atomically(folder / "sweep.csv", _csv(rows))
@@ -89,14 +121,26 @@ def split_in_words(split: str) -> str:
     return f"the {split} split" + (": it is no measure of the chosen any more" if split == TEST else "")
 
 
-def _row(name: str, values: dict[str, str], refused: str | None, split: str, state: RunState) -> Row:
+def _row(name: str, values: dict[str, str], content: dict[str, Any], run: RunState) -> Row:
+    split, refused = content.get("splits", {}).get(name, TEST), content["refused"].get(name)
     if refused is not None:
         return Row(name, values, split, "refused", None, refused, {})
+    tasks = content.get("pruned", {}).get(name)
+    state = run.state if tasks is None else f"pruned after {tasks}"
+    return Row(name, values, split, state, run.job and run.job.job_id, run.error, metrics_of(run.run_dir))
+
+
+def means_of(metrics: dict[str, Any]) -> list[float]:
+    """Returns the mean score over all tasks, before and after each task, of what metrics.json says."""
+    return [mean for row in metrics.get("accuracy", []) if (mean := mean_of(row)) is not None]
+
+
+def metrics_of(run_dir: Path) -> dict[str, Any]:
+    """Returns what metrics.json of a run says by now; nothing where there is none."""
     try:
-        metrics = json.loads((state.run_dir / METRICS_FILE).read_text(encoding="utf-8"))
+        return json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        metrics = {}
-    return Row(name, values, split, state.state, state.job and state.job.job_id, state.error, metrics)
+        return {}
 
 
 def _read(folder: Path) -> dict[str, Any]:

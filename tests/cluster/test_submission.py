@@ -14,6 +14,7 @@ from r1p_dist.cluster.runs import describe_runs, find_runs, last_error
 from r1p_dist.cluster.scheduler import JobRecord
 from r1p_dist.cluster.submission import _outside_of_jobs, _start_again_after_a_crash
 from r1p_dist.cluster.sweep_table import write_sweep_file, write_sweep_table
+from r1p_dist.recipes import load_config
 from r1p_dist.rendezvous import export_rendezvous, port_of
 
 
@@ -202,7 +203,9 @@ def test_a_sweep_on_this_machine_trains_only_what_is_due(toy: list[str], tmp_pat
     first = subprocess.run([*tool, *words], capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert "2 points, 2 submitted now" in first.stdout and "best by Last: train.lr=" in first.stdout
-    assert " on the validation split; the table: " in first.stdout
+    assert f" on the validation split\nthe table: {tmp_path}/s/sweep.csv; the best as a recipe: " in first.stdout
+    best = load_config(tmp_path / "s/best.yaml")
+    assert best.train.lr in (1e-3, 1e-2) and best.data.evaluate_on == "test" and best.tasks == ["country_flags"]
     (tmp_path / "s" / "train.lr=1e-2" / "status.json").unlink()
     again = subprocess.run([*tool, *words], capture_output=True, text=True)
     assert "2 points, 1 submitted now" in again.stdout and again.returncode == 0
