@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from r1p_dist import errors
+from r1p_dist import errors, run_files
 from r1p_dist.safe_yaml import parse_yaml
 from tests.documents import DOCS, PAGES, ROOT, fences, name_of, without_fences
 
@@ -75,6 +75,12 @@ def test_the_page_of_backbones_shows_the_code_that_is_shipped() -> None:
     code = (ROOT / "r1p_dist/kinds/open_clip/__init__.py").read_text(encoding="utf-8")
     blocks = fences(DOCS / "add_a_backbone.md", "python")
     assert blocks and all(block in code for block in blocks)
+
+
+def test_the_page_of_files_names_all_that_a_run_writes() -> None:
+    page = (DOCS / "files.md").read_text(encoding="utf-8")
+    names = [name for key, name in vars(run_files).items() if key.isupper()]
+    assert len(names) > 10 and not [name for name in names if f"`{name}" not in page]
 
 
 def _texts_of_code() -> list[str]:
