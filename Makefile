@@ -29,7 +29,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
 	@echo 'make train      train a recipe: ARGS="--recipe mini_mtil train.lr=5e-3", ACCELERATORS=2 ranks'
-	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them'
+	@echo 'make test       the tests, without the long campaigns: TESTS=tests/test_config.py for some of them;'
+	@echo '                those of pages need Chromium (apt install chromium), those of clusters SLURM, or are skipped'
 	@echo 'make test-all   all tests'
 	@echo 'make test-quick the tests that take seconds, without SLURM and the other programs that read shards'
 	@echo 'make smoke      two trainings of a minute, which must end above zero-shot'

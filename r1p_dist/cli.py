@@ -30,6 +30,7 @@ COMMANDS = {
     "forget": Command(
         "take one task out of a finished run and evaluate it again", "r1p_dist.run_commands", "forget_task"
     ),
+    "watch": Command("show the report of a run while it goes on", "r1p_dist.watch.main"),
     "report": Command("write the report of a run again", "r1p_dist.run_commands", "rewrite_report"),
     "export": Command("write a finished run's model, or its tasks' updates as adapters", "r1p_dist.export.main"),
     "predict": Command("classify pictures, or ask about them, before and after a run", "r1p_dist.predict.main"),

@@ -1,9 +1,12 @@
 """The loop over the steps of one stage, for every method and backbone."""
 
+import resource
 import signal
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+
+import torch
 
 from r1p_dist.backbones.backbone import Batch
 from r1p_dist.config import TrainConfig
@@ -52,6 +55,7 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
             samples = seen * config.train.global_batch_size / config.train.gradient_accumulation_steps
             values = means | {"lr": lr}
             values |= {"samples_per_second": round(samples / seconds, 2), "data_wait": round(waited / seconds, 4)}
+            values["memory_gb"] = round(_peak_memory() / 1e9, 3)
             log.step(stage.name, running.step, values)
             log.status("training", stage.name, running.step, session.steps_left(running))
             if faults:
@@ -68,6 +72,13 @@ def fit(running: Running, session: Session, agreement: StepAgreement, watchdog: 
                 saved = f"not saved, the same command resumes from {session.last_saved or 'the beginning'}"
             raise Interrupted(f"{stop.name} at task {stage.name} step {running.step}: {saved}", stop)
     log.end()
+
+
+def _peak_memory() -> int:
+    """Returns the most bytes that this rank has used: of its accelerator, or of its process where it has none."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def train_step(method: Method, trainer: TaskTrainer, batches: Sequence[Batch], train: TrainConfig) -> None:

@@ -63,3 +63,9 @@ def hint_at_section(key: Sequence[str], value: Any) -> str:
     """Returns which key of a section was meant where the section itself was given a value, or nothing."""
     meant = _MEANT.get(key[-1])
     return f"; did you mean {meant}={value}?" if meant else ""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Returns `, did you mean …?` for a name that is not among the known ones, or nothing."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -26,7 +26,8 @@ _REPORT = """Write the report of a run again, and its accuracy matrix as a pictu
     r1p report runs/mini_mtil
     r1p report runs/mini_mtil --matrix docs/accuracy_matrix.png
 
-Reads RUN_DIR/metrics.json, log.jsonl and config.yaml and writes RUN_DIR/report.html.
+Reads what is in RUN_DIR, and the pictures of the test shards where they are still there, and writes
+RUN_DIR/report.html. A run writes it itself after every task; `r1p watch` shows it while the run goes on.
 """
 
 
@@ -165,7 +166,7 @@ def rewrite_report(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--matrix", type=Path, metavar="PNG", help="write the accuracy matrix there too")
     arguments = parser.parse_args(argv)
-    from r1p_dist.report import plot_matrix, write_report
+    from r1p_dist.report.write import plot_matrix, write_report
 
     write_report(arguments.run_dir)
     if arguments.matrix:

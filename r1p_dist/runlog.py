@@ -133,13 +133,14 @@ class RunLog:
             self._trackers.step(task, step, values)
 
     def result(self, row: int, result: TaskResult) -> None:
-        """Keeps each sample's score for paired comparisons (1 is right; bits where there is nothing between), and
-        each answer."""
+        """Keeps each sample's score for paired comparisons (1 is right; bits where there is nothing between), each
+        answer, and the most frequent confusions."""
         if self.is_silent:
             return
         shares = (result.scores / 100).tolist()
         correct = "".join(str(int(share)) for share in shares) if {*shares} <= {0, 1} else shares
-        self._append(CORRECT_FILE, {"row": row, "task": result.task, "correct": correct})
+        confusions = {"confusions": result.confusions} if result.confusions else {}
+        self._append(CORRECT_FILE, {"row": row, "task": result.task, "correct": correct, **confusions})
         if result.answers:
             self._append(ANSWERS_FILE, {"row": row, "task": result.task, "answers": result.answers})
 

@@ -16,7 +16,7 @@ from r1p_dist.data import Stream, evaluation_loaders
 from r1p_dist.data.task_list import write_tasks
 from r1p_dist.distributed import agree, rank, world_size
 from r1p_dist.engine import TaskEngine, start_process_group, weights_placement
-from r1p_dist.errors import Interrupted
+from r1p_dist.errors import Interrupted, one_line
 from r1p_dist.evaluation.make import make_evaluator
 from r1p_dist.fit import fit
 from r1p_dist.interrupts import StepAgreement, Watchdog
@@ -122,12 +122,21 @@ def train_stages(
             scores.begin(method.backbone, index)
             scores.repeat_row()
         log.say(summary(index, stage, session.stages, scores.write()))
+        write_page(session)
     session.checkpoints.wait()
     metrics = scores.write()
-    if rank() == 0:
-        from r1p_dist.report import write_report  # which draws: its library is for this rank and moment alone
-
-        write_report(config.run_dir)
+    write_page(session)
     log.status("finished", steps_left=0)  # not before: a run that is ended while it draws is to draw again
     log.say(ending(metrics, config.run_dir / REPORT_FILE))
     return metrics
+
+
+def write_page(session: Session) -> None:
+    """Writes report.html on rank 0; no run ends because something of its page cannot be shown."""
+    if rank() == 0:
+        from r1p_dist.report.write import write_report  # its libraries are for this rank and moment alone
+
+        try:
+            write_report(session.config.run_dir)
+        except Exception as error:
+            session.log.say(f"{REPORT_FILE} is not written: {one_line(error)}; `r1p report` writes it again")

@@ -26,7 +26,7 @@ from xdist.scheduler import LoadScopeScheduling
 PRELOADED = [
     "pytest",
     "r1p_dist.train",
-    "r1p_dist.report",
+    "r1p_dist.report.write",
     "tests.small_clip",
     "tests.small_llava",
     "torch.utils.cpp_extension",

@@ -1,6 +1,5 @@
 """`r1p compare` with a stand-in for `deepspeed` that writes the metrics it is told to."""
 
-import base64
 import csv
 import itertools
 import json
@@ -16,11 +15,11 @@ import pytest
 
 from r1p_dist.cli import main
 from r1p_dist.compare import output, runs
+from r1p_dist.compare.charts import charts
 from r1p_dist.compare.settings import read_settings, settings_path
 from r1p_dist.evaluation import continual_metrics
 from r1p_dist.evaluation.comparison import Result
 from r1p_dist.evaluation.paired import last_interval, rank_intervals, read_correct
-from r1p_dist.figures import png_of
 from r1p_dist.files import lock_file
 from r1p_dist.methods import shipped_methods
 from r1p_dist.recipes import load_config
@@ -99,7 +98,6 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         monkeypatch.delenv(name, raising=False)
     bench = Bench(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(output, "png_of", lambda drawing: b"")  # a second for each page
     for method, seeds in ROWS.items():
         for seed, rows in seeds.items():
             bench.answer(f"{method}-seed{seed}", metrics_of(rows, method))
@@ -435,8 +433,7 @@ def test_costs_of_runs(bench: Bench) -> None:
     assert costs["step_time"] is None and costs["memory_mb"] == 0.02
 
 
-def test_files_beside_the_page(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "png_of", png_of)
+def test_files_beside_the_page(bench: Bench) -> None:
     arguments = ("--methods", "zero_shot,lora,joint,dac", "--seeds", "0,1", "train.lr=1e-3")
     assert bench.compare(*arguments) == 0
     with open(bench.output / "comparison.csv", newline="") as file:
@@ -447,24 +444,42 @@ def test_files_beside_the_page(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     assert (dac["last"], dac["before_merge"], dac["minutes"], dac["trained"]) == ("59.0", "70.0", "1.5", "")
     assert float(dac["recovered"]) == 29 / 49
 
+    (bench.output / "dac-seed1" / "report.html").write_text("the report of that run")
+    assert bench.compare(*arguments, "--tabulate") == 0
     page = (bench.output / "comparison.html").read_text()
-    png = (bench.output / "comparison.png").read_bytes()
-    assert base64.b64encode(png).decode() in page and page.count("<img") == 1 and "http" not in page
-    assert page.count("<table>") == 4 and "<h2>What it costs</h2>" in page and "56.5 ± 3.5" in page
+    assert '<a href="dac-seed1/report.html">dac, seed 1</a>' in page and "dac, seed 0" in page
+    assert page.count('<table class="plain">') == 5 and ">What it costs</h2>" in page and "56.5 ± 3.5" in page
     assert "<li>dac: recipe and <code>options." not in page and "<code>train.lr=1e-3</code>" in page
+    assert "dac ends highest of 2 methods: Last is 56.5 percent, with zero_shot at 30.0 and joint at 77.0." in page
 
 
-def test_picture_shows_each_seed_and_the_two_lines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(output, "png_of", lambda drawing: drawn.append(drawing) or b"")
+def test_figures_show_each_seed_and_the_two_lines(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+    monkeypatch.setattr(output, "render_page", lambda page: pages.append(page) or "")
     assert bench.compare("--methods", "dac,zero_shot,joint,lora", "--seeds", "0,1") == 0
-    last, forgetting = drawn[0].axes
-    assert [tick.get_text() for tick in last.get_yticklabels()] == ["lora", "dac"]  # from below, the best on top
-    dots = [line.get_xydata().tolist() for line in last.lines if line.get_linestyle() == "None"]
-    assert dots == [[[50, 0], [48, 0]], [[49, 0]], [[54, 1], [59, 1]], [[56.5, 1]]]
-    lines = {line.get_label(): set(line.get_xdata()) for line in last.lines if line.get_linestyle() == "--"}
-    assert lines == {"zero-shot": {30.0}, "joint training": {77.0}}
-    assert forgetting.lines[1].get_xydata().tolist() == [[(30 + 44) / 2, 0]]
+    (columns,) = pages[0].sections[0].parts
+    last, forgetting, *_ = columns.parts
+    assert last.layout["yaxis"]["ticktext"] == ["lora", "dac"]  # from below, the best on top
+    drawn = {trace["name"]: [*zip(trace["x"], trace["y"], strict=True)] for trace in last.data}
+    assert drawn["seeds"] == [(50, 0), (48, 0), (54, 1), (59, 1)]
+    assert drawn["mean"] == [(49, 0), (56.5, 1)]
+    assert {x for x, _ in drawn["zero-shot"]} == {30.0} and {x for x, _ in drawn["joint training"]} == {77.0}
+    assert forgetting.data[-1]["x"][0] == (30 + 44) / 2
+
+
+def test_costs_that_differ_much_are_drawn_by_their_logarithm() -> None:
+    figures = {(name, 0): {"last": 1.0, "forgetting": None} for name in ("small", "large", "free")}
+    spent = {"small": 10.0, "large": 5000.0, "free": 0.0}
+    costs = {
+        (name, 0): {"trained": value, "update_mb": 1.0, "memory_mb": 0.0, "minutes": None}
+        for name, value in spent.items()
+    }
+    (columns,) = charts(figures, costs, "percent")
+    by_title = {chart.title: chart for chart in columns.parts}
+    assert [*by_title] == ["Last, percent", "Trained numbers", "Update, MB"]  # of the rest nothing is known
+    trained = by_title["Trained numbers"]
+    assert trained.layout["xaxis"]["type"] == "log" and trained.data[0]["x"] == [10.0, 5000.0]
+    assert "type" not in by_title["Update, MB"].layout["xaxis"]
 
 
 # Instruction tasks

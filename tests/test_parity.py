@@ -185,7 +185,7 @@ def test_local_votes_really_differ_between_ranks(run_distributed) -> None:
 
 def active_experts(rank: int, world_size: int) -> list[list[int]]:
     backbone = make_backbone()
-    adapted = attach_pool(backbone, rank=6, active=3, merged=2, vote="local")
+    adapted = attach_pool(backbone, rank=6, active=3, merged=2, vote="local").adapters
     backbone(image=global_batch(0, 0, GLOBAL_BATCH)["image"].chunk(world_size)[rank])
     return [adapter._active.tolist() for adapter in adapted if adapter.name.startswith("image")]
 
@@ -193,7 +193,7 @@ def active_experts(rank: int, world_size: int) -> list[list[int]]:
 def collectives(rank: int, world_size: int, vote: str) -> list[dict]:
     """Returns what travels in each of three steps."""
     backbone = make_backbone()
-    adapted = attach_pool(backbone, rank=6, active=3, merged=2, vote=vote)
+    adapted = attach_pool(backbone, rank=6, active=3, merged=2, vote=vote).adapters
     prepare = backbone.preparer(PROMPTS)
     steps = []
     for step in range(3):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import r1p_dist.report
+import r1p_dist.report.write
 from r1p_dist.checkpoint.checkpoints import checkpoint_folders
 from r1p_dist.errors import InputError, Interrupted
 from r1p_dist.recipes import load_config
@@ -23,8 +23,8 @@ SHORT = [TASKS, "train.iterations=4", "train.global_batch_size=8", "train.lr=1e-
 
 def without_reports() -> None:
     """A run's page is not what is compared here, and takes a quarter of a short run."""
-    assert callable(r1p_dist.report.write_report)
-    r1p_dist.report.write_report = lambda run_dir: None
+    assert callable(r1p_dist.report.write.write_report)
+    r1p_dist.report.write.write_report = lambda run_dir: None
 
 
 def run_in_parts(

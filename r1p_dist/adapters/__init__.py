@@ -7,6 +7,7 @@ from r1p_dist.adapters.low_rank import FusedProjection as FusedProjection
 from r1p_dist.adapters.low_rank import LayerPlan as LayerPlan
 from r1p_dist.adapters.low_rank import LowRankLinear as LowRankLinear
 from r1p_dist.adapters.low_rank import recorded as recorded
+from r1p_dist.adapters.low_rank import take_penalties as take_penalties
 from r1p_dist.adapters.merged_weight import Dense as Dense
 from r1p_dist.adapters.merged_weight import Factors as Factors
 from r1p_dist.adapters.merged_weight import MergedWeight as MergedWeight

@@ -181,13 +181,20 @@ def recorded(adapters: Sequence[LowRankLinear]) -> Iterator[dict[str, torch.Tens
         adapter.is_recorded, adapter.terms = False, {}
     found: dict[str, torch.Tensor] = {}
     yield found
+    found.update(take_penalties(adapters))
+    for adapter in adapters:
+        # the flag as the first forward found it: when a checkpoint runs that again, compiled code must be the same
+        adapter.is_recorded = False
+
+
+def take_penalties(adapters: Sequence[LowRankLinear]) -> dict[str, torch.Tensor]:
+    """Returns the penalties of the adapters' last forward, by name, summed over layers, and keeps none of them."""
     terms: dict[str, list[torch.Tensor]] = {}
     for adapter in adapters:
         for name, term in adapter.terms.items():
             terms.setdefault(name, []).append(term)
-        # the flag as the first forward found it: when a checkpoint runs that again, compiled code must be the same
-        adapter.is_recorded, adapter.terms = False, {}
-    found.update({name: torch.stack(parts).sum() for name, parts in terms.items()})
+        adapter.terms = {}
+    return {name: torch.stack(parts).sum() for name, parts in terms.items()}
 
 
 def fill_uniform(parameter: nn.Parameter, bound: float, generator: torch.Generator | None) -> None:

@@ -45,7 +45,7 @@ class AdaptedLinear(LowRankLinear):
     `local` does not sum, so ranks can use different experts. router_grad: `none` (the paper's released code: routing
     is a fixed random projection), `straight_through` or `gated` (ours: M_j = active * q_j / sum of q over the active
     experts).
-    rows, routing: given by `attach_pool` for parts of a fused projection and for what a tower's guide needs.
+    rows, routing: given by the model's side for parts of a fused projection and for what a tower's guide needs.
     Raises InputError where rank, active and merged do not fit each other or the layer.
     Source: DAC's released code, layers.py; the options `guide` and `router_grad` are ours.
     """
@@ -127,24 +127,30 @@ class AdaptedLinear(LowRankLinear):
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
+        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed,
+        in the router's precision.
 
-        Rows and columns of a picture may stand in place of the tokens. Packed: (tokens, in), the routing has the
-        samples' lengths.
+        Rows and columns of a picture may stand in place of the tokens; without any, (batch, in), a sample is its own
+        guide. Packed: (tokens, in), the routing has the samples' lengths.
         """
-        if self.guide == "cls_image":
-            return self.routing.guide.to(self.router.weight.dtype)
+        guide = self.routing.guide if self.guide == "cls_image" else self._token(x)
+        return guide.to(self.router.weight.dtype)
+
+    def _token(self, x: torch.Tensor) -> torch.Tensor:
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
-        x = x.flatten(1, -2)
+        x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         if self.guide == "first":
             return x[:, 0]
+        padding = self.routing.padding
+        # linears chosen by their names can be of towers that see something else than the tokens, a picture's patches
+        is_other = padding is not None and padding.shape != x.shape[:2]
         if self.guide in ("eot", "last_prompt"):
-            return x[torch.arange(len(x), device=x.device), self.routing.end]
-        if self.routing.padding is None:
+            return x[:, -1] if is_other else x[torch.arange(len(x), device=x.device), self.routing.end]
+        if padding is None or is_other:
             return x.mean(1)
-        real = self.routing.padding.to(x.dtype)[..., None]
+        real = padding.to(x.dtype)[..., None]
         return (x * real).sum(1) / real.sum(1)
 
     @staticmethod

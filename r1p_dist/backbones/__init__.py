@@ -9,7 +9,6 @@ _EXPORTS = {
     "load_llava": "r1p_dist.kinds.llava.backbone",
     "load_backbone": "r1p_dist.backbones.load",
     "ClipBackbone": "r1p_dist.kinds.open_clip.backbone",
-    "attach_pool": "r1p_dist.kinds.open_clip.backbone",
     "load_clip": "r1p_dist.kinds.open_clip.backbone",
     "Slot": "r1p_dist.backbones.slots",
     "Placement": "r1p_dist.backbones.weights",

@@ -47,7 +47,18 @@ class Block(nn.Module):
         self.ln_1, self.ls_1, self.ln_2, self.ls_2 = source.ln_1, source.ls_1, source.ln_2, source.ls_2
         self.attn, self.mlp = Attention(source.attn), source.mlp
         set_recompute(self.attn.in_proj, self.ln_1)
+        object.__setattr__(self, "_source", source)  # not a child: it has the same modules
         self.beside: nn.Module | None = None  # of the MLP: what it makes of the same residual is added too
+
+    def close(self) -> ResidualAttentionBlock:
+        """Returns open_clip's own block with the weights that this one has now; it must have no adapters."""
+        source, attention = self._source, self.attn
+        source.attn.in_proj_weight, source.attn.in_proj_bias = (
+            attention.in_proj.linear.weight,
+            attention.in_proj.linear.bias,
+        )
+        source.attn.out_proj.weight, source.attn.out_proj.bias = attention.out_proj.weight, attention.out_proj.bias
+        return source.train(self.training)
 
     def get_weight_dtype(self) -> torch.dtype:
         return self.mlp.c_fc.weight.dtype

@@ -22,12 +22,16 @@ Places = Mapping[str, tuple[nn.Parameter, slice | None]]
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, read when they are asked for. InputError: it is none."""
+    """The tensors of a safetensors file, read when they are asked for, and the facts beside them.
+
+    InputError: it is none.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, "pt")
             self._names = set(self._file.keys())
+            self.facts: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: cannot be read as safetensors: {error}") from error
 
@@ -47,6 +51,12 @@ def save_updates(path: Path, updates: Mapping[str, Update]) -> None:
     """Writes a stage's updates: `<layer>.A` (k, in), `<layer>.B` (out, k), `<layer>.scaling` (), or `<layer>.value`,
     fp32; a collective. InputError: it cannot be written.
     """
+    tensors = tensors_of(updates)
+    agree(lambda: write_tensors(path, tensors))
+
+
+def tensors_of(updates: Mapping[str, Update]) -> dict[str, torch.Tensor]:
+    """Returns updates by the names that they have in a file, dense ones on rank 0 alone; a collective under ZeRO-3."""
     tensors: dict[str, torch.Tensor] = {}
     for layer, update in updates.items():
         if isinstance(update, Dense):
@@ -56,7 +66,7 @@ def save_updates(path: Path, updates: Mapping[str, Update]) -> None:
             continue
         tensors[f"{layer}.A"], tensors[f"{layer}.B"] = update.A, update.B
         tensors[f"{layer}.scaling"] = torch.tensor(update.scaling, dtype=torch.float64)
-    agree(lambda: _write(path, tensors))
+    return tensors
 
 
 def save_memory(path: Path, memory: Mapping[str, torch.Tensor]) -> None:
@@ -73,14 +83,16 @@ def save_memory(path: Path, memory: Mapping[str, torch.Tensor]) -> None:
             tensor = shaped_from_rank(tensor, owners[name], "cpu")
         if rank() == 0:
             tensors[name] = tensor.detach().float()
-    agree(lambda: _write(path, tensors))
+    agree(lambda: write_tensors(path, tensors))
 
 
-def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file, whole or not at all. facts: what stands beside them. InputError: it cannot be."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_host, partial, None if facts is None else dict(facts))
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -104,7 +116,13 @@ def load_updates(path: Path, places: Places, device: torch.device | None = None)
 
     places: of each layer its weight and rows. InputError: no such file, or of other layers, or not finite.
     """
-    tensors = TensorFile(path)
+    return updates_in(TensorFile(path), places, str(path), device)
+
+
+def updates_in(
+    tensors: Mapping[str, torch.Tensor], places: Places, path: str, device: torch.device | None = None
+) -> dict[str, Update]:
+    """Returns updates from what `tensors_of` gave; the rest as of `load_updates`."""
     found: dict[str, Update] = {}
     expected = set()
     for layer, (weight, rows) in places.items():

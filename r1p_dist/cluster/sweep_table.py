@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
+from urllib.parse import quote
 
 from r1p_dist.cluster.runs import RunState, describe_runs, describe_without_cluster
 from r1p_dist.errors import InputError
-from r1p_dist.figures import BLUE, GREY, INK, RULE, mean_of
+from r1p_dist.evaluation.score_matrix import mean_of
 from r1p_dist.files import lock_file, write_atomically
-from r1p_dist.page import figure, number, page, table, text
+from r1p_dist.page.charts import COLOURS, axis, dots, layout, line, plain
+from r1p_dist.page.parts import Cell, Chart, Columns, Link, Page, Part, Section, Table, number, shortened
+from r1p_dist.page.render import render_page
 from r1p_dist.run_files import CONFIG_FILE, METRICS_FILE, REPORT_FILE
 from r1p_dist.safe_yaml import read_yaml, write_yaml
 
@@ -107,7 +108,7 @@ def write_sweep_table(folder: Path, ask_cluster: bool = False) -> list[Row]:
             for (name, values), state in zip(content["points"].items(), states, strict=True)
         ]
         write_atomically(folder / "sweep.csv", _csv(rows))
-        write_atomically(folder / REPORT_FILE, _page(folder, rows))
+        write_atomically(folder / REPORT_FILE, render_page(_page(folder, rows)))
     return rows
 
 
@@ -168,71 +169,87 @@ def _csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def _page(folder: Path, rows: Sequence[Row]) -> str:
+def _page(folder: Path, rows: Sequence[Row]) -> Page:
     finished = [row for row in rows if row.best_metric is not None]
     best = best_of(rows)
     title = f"Sweep {folder.name}: {len(finished)} of {len(rows)} points finished"
-    sections = [f"<h1>{text(title)}</h1>"]
+    lead = ""
     if best is not None:
         setting = ", ".join(f"{key}={value}" for key, value in best.values.items())
-        where = split_in_words(best.split)
-        sections.append(
-            f"<p>Best by Last: <b>{text(setting)}</b>, {number(best.best_metric)} percent on {text(where)}.</p>"
-        )
-    sections += [_points_section(rows), _parameters_section(finished, _keys(rows)), _curves_section(finished, best)]
-    return page(title, sections)
+        lead = f"Best by Last: `{setting}`, {number(best.best_metric)} percent on {split_in_words(best.split)}."
+    sections = [
+        Section("Points", [_points(folder, rows)]),
+        Section("Parameters", _parameters(finished, _keys(rows))),
+        Section("Curves", _curves(finished, best)),
+    ]
+    return Page(title, lead, sections=sections)
 
 
-def _points_section(rows: Sequence[Row]) -> str:
+def _points(folder: Path, rows: Sequence[Row]) -> Table:
     keys = _keys(rows)
-    ordered = sorted(rows, key=lambda row: (row.best_metric is None, -(row.best_metric or 0)))
     lines = []
-    for row in ordered:
+    for row in sorted(rows, key=lambda row: (row.best_metric is None, -(row.best_metric or 0))):
+        report = Path(row.name) / REPORT_FILE
+        name: Cell = Link(row.name, quote(report.as_posix())) if (folder / report).is_file() else row.name
         values, found = [row.values.get(key, "") for key in keys], [number(row.metrics.get(key)) for key in METRICS]
-        lines.append([*values, row.split, row.state, *found, row.error or ""])
-    columns = range(len(keys) + 2, len(keys) + 2 + len(METRICS))
-    header = [*keys, "split", "state", *METRICS, ""]
-    return "<h2>Points</h2>\n" + table(header, lines, numbers=set(columns), meaning=len(header) - 1)
+        lines.append([name, *values, row.split, row.state, *found, row.error or ""])
+    first = len(keys) + 3
+    header = ["point", *keys, "split", "state", *METRICS, "error"]
+    return Table(header, lines, frozenset(range(first, first + len(METRICS))), len(header) - 1)
 
 
-def _parameters_section(finished: Sequence[Row], keys: Sequence[str]) -> str:
-    """One plot per parameter that has several values: every point, and the mean over the points of a value."""
+def _parameters(finished: Sequence[Row], keys: Sequence[str]) -> list[Part]:
+    """One figure per parameter that has several values: every point, and the mean over the points of a value."""
     shown = [key for key in keys if len({row.values.get(key) for row in finished}) > 1]
-    if not shown:
-        return ""
-    drawing = Figure(figsize=(3.2 * len(shown), 2.8), layout="constrained")
-    for axes, key in zip(drawing.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        rows = [row for row in finished if key in row.values]
-        labels = sorted({row.values[key] for row in rows}, key=_order)
-        is_number = all(_is_number(label) for label in labels)
-        place = {label: float(label) if is_number else at for at, label in enumerate(labels)}
-        axes.plot([place[row.values[key]] for row in rows], [row.best_metric for row in rows], ".", color=GREY)
-        means = [mean_of(row.best_metric for row in rows if row.values[key] == label) for label in labels]
-        axes.plot([place[label] for label in labels], means, "-o" if is_number else "o", color=BLUE)
-        if not is_number:
-            axes.set_xticks(list(place.values()), labels, rotation=30, ha="right")
-        elif min(place.values()) > 0 and max(place.values()) >= 50 * min(place.values()):
-            axes.set_xscale("log")
-        axes.set_xlabel(key, color=INK)
-        axes.set_ylabel("Last, percent", color=INK)
-        axes.grid(color=RULE, linewidth=0.5)
-    caption = "Last by the value of each parameter. Grey: the points; blue: their mean, over all values of the others."
-    return "<h2>Parameters</h2>\n" + figure(drawing, "Last by parameter value", caption)
+    return [Columns([_parameter(finished, key) for key in shown])] if shown else []
 
 
-def _curves_section(finished: Sequence[Row], best: Row | None) -> str:
+def _parameter(finished: Sequence[Row], key: str) -> Chart:
+    rows = [row for row in finished if key in row.values]
+    labels = sorted({row.values[key] for row in rows}, key=_order)
+    is_number = all(_is_number(label) for label in labels)
+    place = {label: float(label) if is_number else at for at, label in enumerate(labels)}
+    means = [mean_of(row.best_metric for row in rows if row.values[key] == label) for label in labels]
+    hover = [plain(row.name) for row in rows]
+    look = {"text": hover, "hovertemplate": "%{text}: %{y:.1f}<extra></extra>"}
+    points = dots(
+        "points",
+        [place[row.values[key]] for row in rows],
+        [row.best_metric for row in rows],
+        COLOURS[-1],
+        "circle",
+        **look,
+    )
+    points["marker"] |= {"size": 7, "line": {"width": 0}}
+    mean = line(
+        "their mean", list(place.values()), means, COLOURS[0], hovertemplate="%{x}: mean %{y:.1f}<extra></extra>"
+    )
+    mean["mode"] = "lines+markers" if is_number else "markers"
+    scale = {"tickvals": list(place.values()), "ticktext": [plain(shortened(label)) for label in labels]}
+    if is_number and min(place.values()) > 0 and max(place.values()) >= 50 * min(place.values()):
+        scale |= {"type": "log"}
+    title = f"Last by {key}"
+    caption = "Grey: the points; blue: their mean, over all values of the others."
+    values = Table(
+        [key, "mean Last"], [[label, number(mean)] for label, mean in zip(labels, means, strict=True)], frozenset({1})
+    )
+    return Chart(title, [points, mean], layout(axis(plain(key), **scale), axis("Last, percent")), 280, caption, values)
+
+
+def _curves(finished: Sequence[Row], best: Row | None) -> list[Part]:
     rows = [row for row in finished if len(row.means) > 1]
     if not rows:
-        return ""
-    drawing = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = drawing.subplots()
+        return []
+    lines = []
     for row in sorted(rows, key=lambda row: row is best):  # the best one last, on top
-        look = {"color": BLUE, "linewidth": 2, "marker": "."} if row is best else {"color": RULE, "linewidth": 1}
-        axes.plot(row.means, **look)
-    axes.set_xlabel("tasks trained", color=INK)
-    axes.set_ylabel("accuracy, percent", color=INK)
+        colour = COLOURS[0] if row is best else "var(--line)"
+        hover = f"{plain(row.name)}, %{{x}} tasks: %{{y:.1f}}<extra></extra>"
+        lines.append(line(row.name, list(range(len(row.means))), row.means, colour, hovertemplate=hover))
     caption = "Mean accuracy over all tasks as the stream goes on, a line per point; blue: the best one."
-    return "<h2>Curves</h2>\n" + figure(drawing, "mean accuracy after each task", caption)
+    look = layout(
+        axis("tasks trained", dtick=max(1, max(len(row.means) for row in rows) // 12)), axis("accuracy, percent")
+    )
+    return [Chart("Mean accuracy after each task", lines, look, 360, caption)]
 
 
 def _is_number(label: str) -> bool:

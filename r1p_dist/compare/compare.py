@@ -65,7 +65,7 @@ def compare(arguments: argparse.Namespace) -> int:
         sections = found.sections
         sections += remarks
         files = page_files("comparison", sections, found.data | facts)
-        files |= further_files(f"Comparison {arguments.output.resolve().name}", found)
+        files |= further_files(f"Comparison {arguments.output.resolve().name}", arguments.output, found)
     write_files(arguments.output, files)
     print(f"\n{markdown_page(sections)}")
     if outcome.failures:

@@ -1,20 +1,23 @@
-"""The files of a comparison beside its Markdown page: a table for spreadsheets, a page for browsers, a picture."""
+"""The files of a comparison beside its Markdown page: a table for spreadsheets, a page for browsers."""
 
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from r1p_dist.compare import costs
+from r1p_dist.compare.charts import charts, known
 from r1p_dist.compare.pages import Comparison, Section, markdown_page
-from r1p_dist.compare.picture import CAPTION, methods_figure
-from r1p_dist.evaluation.comparison import COLUMNS
-from r1p_dist.figures import png_of
+from r1p_dist.evaluation.comparison import COLUMNS, JOINT, PAIRED, ZERO_SHOT, cell, runs_of
 from r1p_dist.files import lock_file, write_atomically
-from r1p_dist.page import image, page, table, text
+from r1p_dist.page.parts import Cell, Link, Page, Part, Points, Table, Text
+from r1p_dist.page.parts import Section as PageSection
+from r1p_dist.page.render import render_page
+from r1p_dist.run_files import REPORT_FILE
 
 
 def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> None:
@@ -29,16 +32,37 @@ def page_files(name: str, sections: Sequence[Section], data: Mapping[str, Any]) 
     return {f"{name}.md": markdown_page(sections), f"{name}.json": json.dumps(data, indent=1) + "\n"}
 
 
-def further_files(title: str, found: Comparison) -> dict[str, str | bytes]:
-    """Return comparison.csv, comparison.html and, where there is a method to draw, comparison.png."""
-    drawing = methods_figure(found.figures, found.unit)
-    parts = [f"<h1>{text(title)}</h1>", *map(_html, found.sections)]
-    files: dict[str, str | bytes] = {"comparison.csv": _csv(found)}
-    if drawing is not None:
-        png = png_of(drawing)
-        parts.insert(1, image(png, drawing.get_figwidth(), "Last and forgetting of each method", CAPTION))
-        files["comparison.png"] = png
-    return files | {"comparison.html": page(title, parts)}
+def further_files(title: str, folder: Path, found: Comparison) -> dict[str, str | bytes]:
+    """Return comparison.csv and comparison.html. folder: that of the runs, whose reports are linked."""
+    sections = [PageSection("Figures", charts(found.figures, found.costs, found.unit))]
+    sections += [PageSection(section.title, _parts(section)) for section in found.sections]
+    sections.append(PageSection("Runs", _runs(folder, found)))
+    page = Page(title, _lead(found), sections=sections)
+    return {"comparison.csv": _csv(found), "comparison.html": render_page(page)}
+
+
+def _lead(found: Comparison) -> str:
+    """Return which method ends highest; nothing where none has ended."""
+    lasts = {label: runs_of(label, found.figures) for label, _ in found.figures}
+    means = {label: fmean(values) for label, runs in lasts.items() if (values := known(runs, "last"))}
+    ranked = sorted((label for label in means if label not in (ZERO_SHOT, JOINT)), key=means.__getitem__, reverse=True)
+    if not ranked:
+        return ""
+    bounds = [f"{name} at {means[name]:.1f}" for name in (ZERO_SHOT, JOINT) if name in means]
+    against = f", with {' and '.join(bounds)}" if bounds else ""
+    return f"{ranked[0]} ends highest of {len(ranked)} methods: Last is {means[ranked[0]]:.1f} {found.unit}{against}."
+
+
+def _runs(folder: Path, found: Comparison) -> list[Part]:
+    rows = []
+    for label, seed in sorted(found.figures):
+        report = Path(f"{label}-seed{seed}") / REPORT_FILE
+        name: Cell = f"{label}, seed {seed}"
+        if (folder / report).is_file():
+            name = Link(name, quote(report.as_posix()))
+        rows.append([name, *(cell([found.figures[label, seed][key]]) for key in PAIRED)])
+    header = ["Run", *(COLUMNS[key] for key in PAIRED)]
+    return [Table(header, rows, frozenset(range(1, len(header))))] if rows else []
 
 
 def _csv(found: Comparison) -> str:
@@ -52,15 +76,10 @@ def _csv(found: Comparison) -> str:
     return buffer.getvalue()
 
 
-def _html(section: Section) -> str:
-    parts = [f"<h2>{text(section.title)}</h2>" if section.title else ""]
+def _parts(section: Section) -> list[Part]:
+    parts: list[Part] = []
     if section.table is not None:
-        parts.append(table(section.table.header, section.table.rows, {*range(1, len(section.table.header))}))
-    parts.append(f"<p>{_inline(section.note)}</p>" if section.note else "")
-    if section.points:
-        parts.append("<ul>" + "".join(f"<li>{_inline(point)}</li>" for point in section.points) + "</ul>")
-    return "\n".join(part for part in parts if part)
-
-
-def _inline(markdown: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(markdown))
+        header = section.table.header
+        parts.append(Table(header, section.table.rows, frozenset(range(1, len(header)))))
+    parts += [Text(section.note)] if section.note else []
+    return [*parts, Points(section.points)] if section.points else parts

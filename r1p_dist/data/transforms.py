@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 
 from r1p_dist.data.pictures import LONGEST, trim_ends
 
-TrainTransform = Callable[[Image.Image, torch.Generator], torch.Tensor]
+TrainTransform = Callable[..., torch.Tensor]  # picture, and the generator
 EvaluationTransform = Callable[[Image.Image], torch.Tensor]
 
 _SCALE = (0.9, 1.0)  # part of the picture's area
@@ -37,7 +37,7 @@ def evaluation_transform(preprocess: dict[str, Any]) -> EvaluationTransform:
 
 
 def train_transform(preprocess: dict[str, Any], augment: bool) -> TrainTransform:
-    """Return the training transform: (RGB picture, generator) -> (3, H, W) float32.
+    """Return the training transform: (RGB picture, generator) -> (3, H, W) float32; without one, torch's global one.
 
     With `augment` it is open_clip's: a random crop of 0.9 to 1 of the area, resized bicubic; equal to open_clip's bit
     for bit when the generator has the state of torch's global one. Without, the evaluation transform.
@@ -59,7 +59,7 @@ class _Fixed:
     def __init__(self, transform: EvaluationTransform) -> None:
         self.transform = transform
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
         return self.transform(image)
 
 
@@ -69,13 +69,13 @@ class _RandomCrop:
         self.size = list(size) if isinstance(size, (tuple, list)) else [size, size]
         self.mean, self.std = list(preprocess.mean), list(preprocess.std)
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
         top, left, height, width = _sample_crop(image.height, image.width, generator)
         image = F.resized_crop(image, top, left, height, width, self.size, InterpolationMode.BICUBIC)
         return F.normalize(F.to_tensor(image.convert("RGB")), self.mean, self.std)
 
 
-def _sample_crop(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+def _sample_crop(height: int, width: int, generator: torch.Generator | None) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) in pixels, as torchvision's RandomResizedCrop.get_params draws it."""
 
     # torchvision reads torch's global generator, which would tie a sample's crop to the rank and worker that loads it.

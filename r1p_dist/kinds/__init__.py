@@ -3,8 +3,8 @@
 A folder's `KIND` says what there is to know without the kind's libraries. Its parts, modules of fixed names, are
 imported when they are asked for; the room that uses a part says what it must hold: `backbone` in
 r1p_dist.backbones.load, `catalogue` in r1p_dist.backbone_list, `evaluation` in r1p_dist.evaluation.make, `export` in
-r1p_dist.export.part, `files` in r1p_dist.checks, `planner` in r1p_dist.planner.part and `predict` in
-r1p_dist.predict.part.
+r1p_dist.export.part, `files` in r1p_dist.checks, `own_loop` in r1p_dist.backbones.hosts, `planner` in
+r1p_dist.planner.part and `predict` in r1p_dist.predict.part.
 """
 
 import importlib
@@ -25,7 +25,8 @@ class Kind:
     NOTICE.md on the shipped model. sizes: of a planned micro batch, by flag: the value unless it is given (None: it
     depends on others), and the meaning. shapes: names of models that can be planned without their files. model_file:
     what makes a folder a model whose path can be its name; None where a path has a word before it. has_catalogue: there
-    is a part `catalogue`, for the library has models by name.
+    is a part `catalogue`, for the library has models by name. libraries: how the modules' names begin whose classes of
+    models can be of this kind.
     """
 
     name: str
@@ -38,13 +39,15 @@ class Kind:
     pipeline: str
     notice: str
     sizes: Mapping[str, tuple[int | None, str]]
+    libraries: tuple[str, ...]
     unknown: Mapping[str, str] = field(default_factory=dict)
     shapes: tuple[str, ...] = ()
     model_file: str | None = None
     has_catalogue: bool = False
 
     def part(
-        self, name: Literal["backbone", "catalogue", "evaluation", "export", "files", "planner", "predict"]
+        self,
+        name: Literal["backbone", "catalogue", "evaluation", "export", "files", "own_loop", "planner", "predict"],
     ) -> Any:
         """Imports a part of the kind's folder."""
         return importlib.import_module(f"{__name__}.{self.name}.{name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -105,7 +106,7 @@ class Dac(Method):
                 options.active,
                 options.merged,
                 options.dropout,
-                guide=getattr(options.guide, slot.tower),
+                guide=self.guide(slot.tower),
                 vote=options.vote,
                 dropout_kind=options.dropout_kind,
                 router_grad=options.router_grad,
@@ -115,10 +116,16 @@ class Dac(Method):
 
         self.adapters = self.backbone.attach(make, targets.towers, targets.layers)
 
+    def guide(self, tower: str) -> str:
+        """Returns which vector the routers of a tower read."""
+        return getattr(self.options.guide, tower)
+
     def begin(self, stage: Stage, trainer: Trainer) -> None:
-        """Sets the columns that the AGO loss is orthogonal to."""
+        self.set_past(trainer.past_memory())
+
+    def set_past(self, memories: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Sets the columns that the AGO loss is orthogonal to. memories: what `memory` returned in each past stage."""
         ago = self.options.ago
-        memories = trainer.past_memory() if ago.reduction == "code_all" else []
         for adapter in self.adapters:
             past = adapter.past_B
             if ago.reduction == "code_all":

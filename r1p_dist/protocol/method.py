@@ -134,9 +134,11 @@ class Method:
         for adapter in self.adapters:
             # those of an adapter are Factors
             adapter.set_weight([*adapter.merged, trained[adapter.name]])  # pyright: ignore[reportArgumentType]
-        yield
-        for adapter in self.adapters:
-            adapter.set_weight(adapter.merged)
+        try:
+            yield
+        finally:
+            for adapter in self.adapters:
+                adapter.set_weight(adapter.merged)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         """Consolidates what the stage learnt, before its updates are taken; weights are as in training."""

@@ -15,11 +15,10 @@ import anyio
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from r1p_dist.data.pictures import decode_picture
 from r1p_dist.data.stream import ASSETS
@@ -28,8 +27,8 @@ from r1p_dist.predict.model import PredictingModel
 from r1p_dist.predict.render import Found, as_json
 from r1p_dist.predict.request import Classes, make_request
 from r1p_dist.predict.request import Request as Asked
+from r1p_dist.serve.local import guarded
 
-HOSTS = ("127.0.0.1", "localhost")
 MOST_BYTES = 20 << 20  # of a picture
 MOST_LETTERS = 10_000  # of classes, or of a question
 _PATIENCE_S = 30  # for a picture to arrive
@@ -43,15 +42,6 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_HEADERS = {
-    "content-security-policy": _POLICY,
-    "x-frame-options": "DENY",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
-}
 
 
 def make_app(model: PredictingModel) -> ASGIApp:
@@ -69,7 +59,7 @@ def make_app(model: PredictingModel) -> ASGIApp:
     routes.append(Route("/predict", predict, methods=["POST"]))
     faults: Any = {InputError: _refuse, HTTPException: _refuse, ClientDisconnect: _refuse, Exception: _fail}
     app = Starlette(routes=routes, exception_handlers=faults)
-    return Guard(TrustedHostMiddleware(app, allowed_hosts=list(HOSTS), www_redirect=False))
+    return guarded(app, _POLICY)
 
 
 def _sends(name: str, kind: str) -> Any:
@@ -133,30 +123,3 @@ def _refuse(request: Request, error: Exception) -> JSONResponse:
 def _fail(request: Request, error: Exception) -> JSONResponse:
     logging.getLogger(__name__).warning("a request failed", exc_info=error)
     return JSONResponse({"error": "the server failed; its terminal says more"}, 500)
-
-
-class Guard:
-    """Refuses what pages of other origins send, and gives every answer the headers of _HEADERS."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                more = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                if message["status"] >= 400:
-                    more.append((b"connection", b"close"))  # what is still on its way is not read
-                message = {**message, "headers": [*message["headers"], *more]}
-            await send(message)
-
-        app = self.app
-        if scope["type"] == "http" and _is_foreign(dict(scope["headers"])):
-            app = PlainTextResponse("this page is for requests of its own alone", 403)
-        await app(scope, receive, send_guarded)
-
-
-def _is_foreign(headers: Mapping[bytes, bytes]) -> bool:
-    """Whether a browser says that another origin's page sent the request; browsers say so of all that are not GET."""
-    origin = headers.get(b"origin")
-    return origin is not None and origin != b"http://" + headers.get(b"host", b"")

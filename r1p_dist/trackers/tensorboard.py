@@ -5,7 +5,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from r1p_dist.figures import ScoreMatrix, matrix_figure
+from r1p_dist.evaluation.score_matrix import ScoreMatrix
+from r1p_dist.figures import matrix_figure
 from r1p_dist.trackers.tracker import TrackedRun
 
 

@@ -55,7 +55,7 @@ def test_the_operator_computes_the_dense_formula() -> None:
 def train(compiles: bool, checkpoints: bool, past: bool, options: dict) -> list[Sequence[torch.Tensor]]:
     """Three steps of a small CLIP; returns per step the loss, gradients and counts."""
     backbone = make_backbone(layers=1)  # blocks are compiled one by one, for seconds each
-    adapters = attach_pool(backbone, rank=6, active=3, merged=2, **options)
+    adapters = attach_pool(backbone, rank=6, active=3, merged=2, **options).adapters
     if compiles:
         torch.compiler.reset()
         compile_blocks(backbone.blocks, fullgraph=True, backend="aot_eager")

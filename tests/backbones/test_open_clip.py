@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch._inductor.config
+from PIL import Image
 from torch import nn
 
 from r1p_dist import attach_pool, load_clip
@@ -15,6 +16,7 @@ from r1p_dist.adapters.pool import share_votes
 from r1p_dist.backbones import load_backbone
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.open_clip import LAYERS, TOWERS
 from r1p_dist.kinds.open_clip.backbone import ClipBackbone
 from tests.small_clip import CONFIG, make_backbone, make_clip, tokenize
 
@@ -38,14 +40,14 @@ def test_a_plain_open_clip_model_takes_a_pool() -> None:
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**CONFIG)
     expected = model.encode_image(images()), model.encode_text(tokenize(PROMPTS))
-    adapted = attach_pool(model, rank=6, active=3, merged=2)
+    adapted = attach_pool(model, rank=6, active=3, merged=2).adapters
     torch.testing.assert_close((model.encode_image(images()), model.encode_text(tokenize(PROMPTS))), expected)
     assert len(adapted) == 2 * 2 * 6 and all(a.activation_counts.sum() > 0 for a in adapted)
 
 
 def test_merged_model_equals_open_clip_loaded_with_the_merged_weights() -> None:
     backbone = make_backbone()
-    adapted = attach_pool(backbone, rank=6, alpha=6.0, active=3, merged=2)
+    adapted = attach_pool(backbone, rank=6, alpha=6.0, active=3, merged=2).adapters
     for adapter in adapted:
         nn.init.normal_(adapter.B, std=0.1)
     before = backbone.eval()(images())[0]
@@ -69,7 +71,7 @@ def test_merged_model_equals_open_clip_loaded_with_the_merged_weights() -> None:
 
 def test_every_projection_of_both_towers_gets_a_gradient() -> None:
     backbone = make_backbone()
-    adapted = attach_pool(backbone, rank=6, active=3, merged=2)
+    adapted = attach_pool(backbone, rank=6, active=3, merged=2).adapters
     for adapter in adapted:
         nn.init.normal_(adapter.B, std=0.1)
     prepare = backbone.preparer(PROMPTS)
@@ -84,7 +86,7 @@ def test_every_projection_of_both_towers_gets_a_gradient() -> None:
 def test_vit_b_16_has_the_papers_number_of_trainable_numbers() -> None:
     with torch.device("meta"):
         model = open_clip.model.CLIP(**open_clip.get_model_config("ViT-B-16"))
-    adapted = attach_pool(model)
+    adapted = attach_pool(model).adapters
     assert len(adapted) == 144
     count = sum(p.numel() for a in adapted for p in (a.A, a.B, *a.router.parameters()))
     assert count == 4_978_368
@@ -94,8 +96,7 @@ def test_distinct_prompts_are_encoded_once_and_give_the_same_loss_votes_and_grad
     """Deduplicated and trimmed prompts against one full-length prompt per sample."""
     labels = torch.tensor([0, 2, 2, 0, 2, 1, 2, 2])
     fast = make_backbone()
-    adapted = attach_pool(fast, rank=6, active=3, merged=2, guide="eot", towers=["text"])
-    adapted += attach_pool(fast, rank=6, active=3, merged=2, towers=["image"])
+    adapted = attach_pool(fast, rank=6, active=3, merged=2, guide={"text": "eot"}).adapters
     for adapter in adapted:
         nn.init.normal_(adapter.B, std=0.1, generator=torch.Generator().manual_seed(1))
     plain = copy.deepcopy(fast)
@@ -137,7 +138,7 @@ def test_block_checkpointing_gives_the_same_gradients_and_counts() -> None:
         if use_checkpointing:
             backbone.checkpoint_blocks()
         torch.manual_seed(0)
-        adapted = attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.2)
+        adapted = attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.2).adapters
         for adapter in adapted:
             nn.init.normal_(adapter.B, std=0.1)
         prepare = backbone.preparer(PROMPTS)
@@ -170,7 +171,7 @@ def test_checkpointed_blocks_run_again_in_the_backward_and_keep_nothing_but_thei
 @torch._inductor.config.patch(fallback_random=True)
 def compare_compiled(rank: int, world_size: int, backend: str, vote: str, dropout: float) -> None:
     plain = make_backbone(layers=1)
-    for adapter in attach_pool(plain, rank=6, active=3, merged=2, vote=vote, dropout=dropout):
+    for adapter in attach_pool(plain, rank=6, active=3, merged=2, vote=vote, dropout=dropout).adapters:
         nn.init.normal_(adapter.B, std=0.1)
     ours = copy.deepcopy(plain)
     compiled = torch.compile(ours, backend=backend)
@@ -211,10 +212,10 @@ def test_a_compiled_model_gives_the_same_losses_gradients_votes_and_features(
 
 def test_attaching_again_replaces_the_adapters() -> None:
     backbone = make_backbone()
-    attach_pool(backbone, rank=6, active=3, merged=2)
+    backbone.attach(lambda slot, _: AdaptedLinear(slot.linear, 12, rows=slot.rows), TOWERS, LAYERS)
     parameters = sum(1 for _ in backbone.parameters())
-    again = attach_pool(backbone, rank=4, active=3, merged=2)
-    assert all(isinstance(adapter.linear, nn.Linear) and adapter.rank == 4 for adapter in again)
+    again = backbone.attach(lambda slot, _: AdaptedLinear(slot.linear, 8, rows=slot.rows), TOWERS, LAYERS)
+    assert all(isinstance(adapter.linear, nn.Linear) and adapter.rank == 8 for adapter in again)
     assert [module for module in backbone.modules() if isinstance(module, AdaptedLinear)] == again
     assert sum(1 for _ in backbone.parameters()) == parameters
 
@@ -250,6 +251,13 @@ def test_tiny_loads_with_plain_open_clip() -> None:
     expected = plain.encode_image(images(2, 64), normalize=True), plain.encode_text(tokens, normalize=True)
     torch.testing.assert_close(ours(images(2, 64), tokens), expected)
     assert ours.preprocess["size"] == (64, 64) and isinstance(ours.logit_scale, float)
+    picture = Image.fromarray(torch.randint(256, (90, 70, 3), dtype=torch.uint8).numpy())
+    _, train, evaluate = open_clip.create_model_and_transforms(folder)
+    assert torch.equal(ours.transform(picture), evaluate(picture))
+    torch.manual_seed(0)
+    expected = train(picture)
+    torch.manual_seed(0)
+    assert torch.equal(ours.train_transform(picture), expected)
 
 
 @pytest.mark.parametrize(
@@ -282,6 +290,8 @@ def test_a_tower_without_linears_is_refused_and_the_other_one_serves() -> None:
         model = open_clip.create_model("RN50", device="meta")
     with pytest.raises(InputError, match="the image tower, a ModifiedResNet, has no linears q, k, v, .*r1p backbones"):
         attach_pool(model)
-    assert len(attach_pool(model, towers=["text"])) == 12 * 6
+    pool = attach_pool(model, towers=["text"])
+    assert len(pool.adapters) == 12 * 6
+    pool.detach()
     with pytest.raises(InputError, match="the text tower, a CLIP, has no linears gate that"):
         attach_pool(model, towers=["text"], layers=["gate"])

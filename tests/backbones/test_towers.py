@@ -42,7 +42,7 @@ def test_features_equal_open_clips_untouched_with_adapters_and_merged(family: st
     expected = features(plain, family)
     backbone = make_backbone(family, tmp_path)
     torch.testing.assert_close(backbone.eval()(pictures(family, 4), tokenize(PROMPTS)), expected)
-    adapters = attach_pool(backbone, guide="auto", **POOL)
+    adapters = attach_pool(backbone, guide="auto", **POOL).adapters
     layers, image_guide, text_guide = EXPECTED[family]
     tower = "text" if family in ("roberta", "bert", "mt5", "m2m_100") else "image"
     found = [adapter.name.split(".")[2] for adapter in adapters if adapter.name.startswith(f"{tower}.0.")]
@@ -81,7 +81,7 @@ def make_names(backbone: nn.Module) -> dict[str, nn.Parameter]:
 def test_gradients_equal_those_of_a_low_rank_update_of_plain_weights(family: str, tmp_path: Path) -> None:
     """The model with its weights replaced by W + scaling B A, by torch.func, against the adapters."""
     backbone = make_backbone(family, tmp_path)
-    adapters = attach_pool(backbone, guide="auto", **POOL | {"active": 6, "merged": 6})
+    adapters = attach_pool(backbone, guide="auto", **POOL | {"active": 6, "merged": 6}).adapters
     for adapter in adapters:
         nn.init.normal_(adapter.B, std=0.1)
     plain = make_model(family, tmp_path).eval().requires_grad_(False)

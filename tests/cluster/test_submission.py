@@ -182,9 +182,11 @@ def test_a_sweeps_table_has_every_point(tmp_path: Path) -> None:
     assert lines[2] == '"lr=1e-3,m=b",1e-3,b,validation,finished,,11.0,,,,,7,'
     assert lines[4] == '"lr=1e-2,m=b",1e-2,b,validation,refused,,,,,,,,m=b has no lr'
     page = (tmp_path / "report.html").read_text()
-    assert (
-        "Best by Last: <b>lr=1e-3, m=b</b>, 11.0 percent on the validation split." in page and page.count("<img") == 2
-    )
+    assert "Best by Last: <code>lr=1e-3, m=b</code>, 11.0 percent on the validation split." in page
+    assert page.count('class="chart"') == 2 and "Last by m" in page and "<a href" not in page.replace('href="#', "")
+    (tmp_path / "lr=1e-3,m=b" / "report.html").write_text("the report of that point")
+    write_sweep_table(tmp_path)
+    assert 'href="lr%3D1e-3%2Cm%3Db/report.html"' in (tmp_path / "report.html").read_text()
     # a later sweep into the same folder
     write_sweep_file(tmp_path, {"lr=1": {"lr": "1"}}, {}, {"lr=1": "test"})
     later = write_sweep_table(tmp_path)[-1]

@@ -1,6 +1,7 @@
 """Classification of a split: by the weights alone, of pictures as they are, against plain open_clip."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from r1p_dist.config import DataConfig
 from r1p_dist.data import Task, evaluation_loaders
 from r1p_dist.data.shards import ShardDataset
 from r1p_dist.evaluation.make import make_evaluator
+from r1p_dist.evaluation.results import CONFUSIONS, confusions_of
 from r1p_dist.recipes import load_config
 from tests.data.toy_task import make_task
 from tests.small_clip import make_backbone, make_clip, tokenize
@@ -58,7 +60,7 @@ def test_a_split_is_scored_by_the_weights_alone_on_whole_pictures(tmp_path: Path
     task = replace(one, templates=TEMPLATES, validation=other.train, sizes={})
     plain = make_model(pictures_of(one.train)[0])
     backbone = ClipBackbone(copy.deepcopy(plain), tokenize, {"size": 16})
-    for adapter in attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.5):
+    for adapter in attach_pool(backbone, rank=6, active=3, merged=2, dropout=0.5).adapters:
         nn.init.normal_(adapter.B)
     config = load_config("mini_mtil", [f"data.evaluate_on={split}", "evaluation.batch_size=7"])
     assert config.data.augment, "or nothing could be cropped"
@@ -104,3 +106,17 @@ def test_training_pictures_are_cropped_only_where_that_is_asked_for(tmp_path: Pa
         drawn = [encoder.train(sample, torch.Generator().manual_seed(seed))["image"] for seed in range(4)]
         assert [torch.equal(image, whole) for image in drawn] == [not augment] * 4
         assert torch.equal(encoder.evaluate(sample)["image"], whole)
+
+
+def test_confusions_are_the_most_frequent_wrong_predictions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(9, (400,), generator=generator)
+    predicted = torch.randint(-1, 9, (400,), generator=generator)  # -1: not seen
+    pairs = [*zip(labels.tolist(), predicted.tolist(), strict=True)]
+    counts = Counter((label, guess) for label, guess in pairs if guess not in (-1, label))
+    found = confusions_of(labels, predicted)
+    assert len(found) == CONFUSIONS < len(counts)
+    assert [count for *_, count, _ in found] == sorted(counts.values(), reverse=True)[:CONFUSIONS]
+    for label, guess, count, first in found:
+        assert counts[label, guess] == count and pairs.index((label, guess)) == first
+    assert confusions_of(labels, labels) == ()

@@ -26,15 +26,15 @@ from tests.export.fake_run import TASKS
 uvicorn = pytest.importorskip("uvicorn")
 
 from r1p_dist.serve import app as serving  # noqa: E402
-from r1p_dist.serve.main import _listening  # noqa: E402
+from r1p_dist.serve.local import make_server  # noqa: E402
+from r1p_dist.serve.port import listening  # noqa: E402
 
 
 @contextmanager
 def served(model: PredictingModel) -> Iterator[int]:
     """Serves a model from a thread; gives the port."""
-    with _listening(0) as listener:
-        config = uvicorn.Config(serving.make_app(model), log_config=None, access_log=False, ws="none")
-        server = uvicorn.Server(config)
+    with listening(0) as listener:
+        server = make_server(serving.make_app(model))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
@@ -262,7 +262,7 @@ def test_the_command_of_the_documentation_serves_the_page_until_it_is_ended(
 def test_a_port_that_is_taken_and_a_missing_library_are_told_first(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with _listening(0) as taken:
+    with listening(0) as taken:
         taken.listen()
         number = taken.getsockname()[1]
         assert cli.main(["serve", str(run), "--port", str(number)]) == 2

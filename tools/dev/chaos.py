@@ -224,7 +224,7 @@ def _victims(everyone: Sequence[psutil.Process], victim: str) -> list[psutil.Pro
 
 
 def compare(calm: Path, hunted: Path) -> list[str]:
-    """Returns what differs between two finished runs: merged experts, metrics, logs; speeds and times left out."""
+    """Returns what differs between two finished runs: experts, metrics, logs; speeds, times and memory left out."""
     one, other = _essence(calm), _essence(hunted)
     return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
@@ -237,7 +237,8 @@ def _essence(run_dir: Path) -> dict[str, str]:
     contents["correct.jsonl"] = (run_dir / "correct.jsonl").read_bytes()
     for number, line in enumerate((run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()):
         record = json.loads(line)
-        del record["samples_per_second"], record["data_wait"]
+        for name in ("samples_per_second", "data_wait", "memory_gb"):
+            record.pop(name, None)
         contents[f"log.jsonl line {number + 1}"] = json.dumps(record).encode()
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 

@@ -20,6 +20,7 @@ KIND = Kind(
         "--answer-tokens": (64, "LLaVA: of them, those of answers (64)"),
         "--pictures": (1, "LLaVA: of each conversation (1)"),
     },
+    libraries=("transformers.models.", f"{__name__}."),
     unknown={"pretrained": _NAME_SAYS_IT, "force_quick_gelu": "its activation is that of its files"},
     shapes=tuple(SHAPES),
     model_file="config.json",

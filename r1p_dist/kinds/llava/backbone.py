@@ -10,7 +10,7 @@ family cuts large pictures), d widths of the parts.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial, update_wrapper
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.families import FAMILIES
-from r1p_dist.kinds.llava.family import Batch, slots_of
+from r1p_dist.kinds.llava.family import Batch, slots_of, stand_back, stand_in
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
@@ -72,13 +72,16 @@ class LlavaBackbone(nn.Module):
 
     kind = "llava"
 
-    def __init__(self, model: nn.Module, processor: ProcessorMixin, cache_bytes: int = 0, is_sharded: bool = False):
-        """cache_bytes: of features of a tower without adapters, 0: none. is_sharded: by ZeRO-3."""
+    def __init__(
+        self, model: nn.Module, processor: ProcessorMixin | None, cache_bytes: int = 0, is_sharded: bool = False
+    ):
+        """processor: None where only the model itself is called, which `expect` prepares. cache_bytes: of features of a
+        tower without adapters, 0: none. is_sharded: by ZeRO-3."""
         super().__init__()
         self.model = model.requires_grad_(False)
         self.is_sharded = is_sharded
         self.family = family = FAMILIES[model.config.model_type](model)
-        self.processor = family.processor(processor)
+        self.processor = None if processor is None else family.processor(processor)
         self.tower_width, self.width = family.tower_width, model.config.text_config.hidden_size
         self.routing = {
             "language": Routing(guide_width=self.tower_width + self.width),
@@ -91,11 +94,9 @@ class LlavaBackbone(nn.Module):
         self._nothing: torch.Tensor | None = None  # what is left of a blank picture, a zero with its gradient
         # transformers would put its hooks in later, and an engine takes away all hooks that came in its time
         maybe_install_capturing_hooks(family.tower_module)
-        family.tower_module.forward = partial(self._look, family.tower_module.forward)
-        get_image_features = family.parts.get_image_features
-        # generation asks for its signature
-        family.parts.get_image_features = update_wrapper(partial(self._see, get_image_features), get_image_features)
-        family.decoder_module.forward = partial(self._read, family.decoder_module.forward)
+        stand_in(family.tower_module, "forward", self._look)
+        stand_in(family.parts, "get_image_features", self._see)
+        stand_in(family.decoder_module, "forward", self._read)
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +178,6 @@ class LlavaBackbone(nn.Module):
         """
         is_answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
         answers, layout = is_answer.flatten().nonzero().flatten(), self._lay_out(batch)
-        counts = torch.tensor(layout.counts)
         return (
             batch
             | self.family.prepare(batch)
@@ -186,10 +186,47 @@ class LlavaBackbone(nn.Module):
                 "owner": answers // is_answer.shape[1],
                 "answer_counts": is_answer.sum(1),
                 "layout": layout,
-                "whole": self.family.whole(layout.crops)[: sum(layout.counts)],
-                "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
+                **self._owners(layout),
             }
         )
+
+    def _owners(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """Returns which guide is about all of a picture, and whose conversation's each picture is."""
+        counts = torch.tensor(layout.counts)
+        return {
+            "whole": self.family.whole(layout.crops)[: sum(layout.counts)],
+            "picture_owner": torch.arange(len(counts)).repeat_interleave(counts),
+        }
+
+    def expect(self, batch: Batch) -> None:
+        """Is told the training batch that the model is about to see, in a loop that calls the model itself.
+
+        batch: on the device: input_ids and attention_mask (n, t), prompt_length and image_counts (n,), and what the
+        family's crops are found by; no pixel_values where there is no picture, so the tower does not run.
+        """
+        if "pixel_values" in batch:
+            layout = self._lay_out(batch)
+        else:
+            layout = Layout([0] * len(batch["image_counts"]), [1], [1], None)
+            self.routing["projector"].guide = torch.zeros(1, self.tower_width, device=self.device)
+        self._layout = layout
+        self._batch = batch | {name: places.to(self.device) for name, places in self._owners(layout).items()}
+
+    def expect_nothing(self) -> None:
+        """Is told that what the model sees next is not trained on: nothing stands in."""
+        self._layout = self._batch = None
+
+    def close(self) -> nn.Module:
+        """Returns transformers' model with nothing standing in any more; it must have no adapters."""
+        family = self.family
+        for module, name in (
+            (family.tower_module, "forward"),
+            (family.parts, "get_image_features"),
+            (family.decoder_module, "forward"),
+        ):
+            stand_back(module, name)
+        family.close()
+        return self.model
 
     def begin_step(self, batches: Sequence[Batch], train: TrainConfig) -> None:
         """Gives each conversation of an optimizer step's micro batches its "weight" (n,), the factor of its tokens.
@@ -282,6 +319,8 @@ class LlavaBackbone(nn.Module):
 
     def _see(self, get: Callable, *args, **options) -> BaseModelOutputWithPooling:
         """Stands in for the model's `get_image_features`: of a blank picture nothing is left but a zero."""
+        if self._layout is None:
+            return get(*args, **options)
         layout, is_blank = self._layout, not any(self._layout.counts)
         # a picture that stands in belongs to nobody and does not vote
         voters = self.family.voters(layout.crops)
@@ -300,6 +339,8 @@ class LlavaBackbone(nn.Module):
     def _look(self, forward: Callable, pixel_values: torch.Tensor, **options) -> BaseModelOutputWithPooling:
         """Stands in for the image tower's forward: gives of it what is read, kept or computed."""
         family, layout = self.family, self._layout
+        if layout is None:
+            return forward(pixel_values, **options)
 
         def compute(numbers: Sequence[int] | None) -> torch.Tensor:
             pixels, chosen = family.pick(pixel_values, options, layout.crops, numbers)
@@ -339,12 +380,13 @@ class LlavaBackbone(nn.Module):
     def _prepare_routing(self, batch: Batch, embeddings: torch.Tensor) -> None:
         """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too."""
         routing, counts = self.routing["language"], batch["image_counts"]
-        lengths = batch["prompt_length"][:, None]
-        routing.padding = torch.arange(embeddings.shape[1], device=self.device) < lengths  # the prompt
-        routing.end = batch["prompt_length"] - 1
         mask = batch["attention_mask"]
         routing.real = mask.bool() if mask.ndim == 2 else None
-        prompt = (embeddings * routing.padding[..., None]).sum(1) / lengths
+        prompt = torch.arange(embeddings.shape[1], device=self.device) < batch["prompt_length"][:, None]
+        # one's own loop may pad in front
+        routing.padding = prompt if routing.real is None else prompt & routing.real
+        routing.end = batch["prompt_length"] - 1
+        prompt = (embeddings * routing.padding[..., None]).sum(1) / routing.padding.sum(1, keepdim=True)
         cls = prompt.new_zeros(len(counts), self.tower_width)
         seen = self.routing["projector"].guide[batch["whole"]].to(cls.dtype)
         cls.index_add_(0, batch["picture_owner"], seen)

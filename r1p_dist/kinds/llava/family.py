@@ -8,6 +8,7 @@ Legend: n conversations of t tokens in a batch, m pictures in it, c crops of all
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, update_wrapper
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,9 @@ class Family:
     def borrowed_parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that forward reads from modules that it does not call."""
         return []
+
+    def close(self) -> None:
+        """Puts transformers' own modules back where others stand in for them."""
 
     # Pictures, as they come from the processor and go to the model
 
@@ -205,3 +209,19 @@ def slots_of(family: Family, tower: str, layers: Sequence[str]) -> Iterator[tupl
                         f"targets.layers: a block of type {type(block).__name__} in the tower {tower} has no "
                         f"{family.layers[tower][layer]}; leave out the layer {layer}"
                     ) from error
+
+
+def stand_in(module: nn.Module, name: str, function: Callable) -> None:
+    """Makes `function(the module's own method of that name, …)` what is called by that name."""
+    own = getattr(module, name)
+    # generation asks for the signature
+    setattr(module, name, update_wrapper(partial(function, own), own))
+
+
+def stand_back(module: nn.Module, name: str) -> None:
+    """Undoes `stand_in`."""
+    own = getattr(module, name).args[0]
+    if getattr(own, "__func__", None) is getattr(type(module), name):
+        delattr(module, name)
+    else:  # it was somebody else's stand-in
+        setattr(module, name, own)

@@ -6,7 +6,6 @@ kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from r1p_dist.adapters import FusedProjection
 from r1p_dist.backbones.conversations import Pictures
-from r1p_dist.kinds.llava.family import GATED_MLP, Batch, Family, spread
+from r1p_dist.kinds.llava.family import GATED_MLP, Batch, Family, spread, stand_back, stand_in
 
 _FUSED = {"q": "attn.qkv", "k": "attn.qkv", "v": "attn.qkv", "o": "attn.proj"}
 _PARTS = ("q", "k", "v")  # the rows of a fused projection, in their order
@@ -47,7 +46,7 @@ class Qwen2Vl(Family):
         self._square: int = self.config.vision_config.spatial_merge_size**2
         self._is_passing = False
         for projector in self.projectors:
-            projector.forward = partial(self._merge, projector.forward)
+            stand_in(projector, "forward", self._merge)
 
     @property
     def tower_width(self) -> int:
@@ -61,6 +60,13 @@ class Qwen2Vl(Family):
         fused, part = block.attn.qkv, _PARTS.index(layer)
         width = fused.linear.out_features // len(_PARTS)
         return fused.parts, layer, fused.linear, slice(part * width, (part + 1) * width)
+
+    def close(self) -> None:
+        for projector in self.projectors:
+            stand_back(projector, "forward")
+        for block in self.tower_blocks:
+            if isinstance(block.attn.qkv, FusedProjection):
+                block.attn.qkv = block.attn.qkv.linear
 
     def pictures(self, processor: ProcessorMixin) -> Pictures:
         return Pictures(beside=("image_grid_thw",), is_joined=True)
@@ -149,7 +155,7 @@ class Qwen3Vl(Qwen25Vl):
         super().__init__(model)
         more = list(self.tower_module.deepstack_merger_list)
         for projector in more:
-            projector.forward = partial(self._merge, projector.forward)
+            stand_in(projector, "forward", self._merge)
         self.projectors = [*self.projectors, *more]
 
     def keep(self, output: BaseModelOutputWithPooling) -> torch.Tensor:

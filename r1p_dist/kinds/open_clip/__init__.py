@@ -19,5 +19,6 @@ KIND = Kind(
         "--prompts": (None, "CLIP: distinct prompts in a micro step (one per picture)"),
         "--prompt-tokens": (32, "CLIP: of the longest prompt (32)"),
     },
+    libraries=("open_clip.", "timm.", "transformers.models.clip.", "transformers.models.siglip.", f"{__name__}."),
     has_catalogue=True,
 )

@@ -15,9 +15,10 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from r1p_dist.adapters import AdaptedLinear, LowRankLinear, Routing
+from r1p_dist.adapters import LowRankLinear, Routing
 from r1p_dist.backbones.backbone import Batch
 from r1p_dist.backbones.compiling import compile_blocks
 from r1p_dist.backbones.recompute import checkpoint_forward
@@ -25,47 +26,13 @@ from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, draw, place
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Encoder, PictureEncoder, Stream
+from r1p_dist.data.transforms import evaluation_transform, train_transform
 from r1p_dist.distributed import StartedGather, start_gather
 from r1p_dist.errors import InputError, one_line
-from r1p_dist.kinds.open_clip import LAYERS, TOWERS
+from r1p_dist.kinds.open_clip import TOWERS
 from r1p_dist.kinds.open_clip.towers import open_towers
 from r1p_dist.kinds.open_clip.weights import hub_parts, map_weights, model_source, weights_file
 from r1p_dist.losses import contrastive_loss, sigmoid_loss
-
-
-def attach(
-    model: nn.Module,
-    make: Callable[[Slot, Routing], LowRankLinear],
-    towers: Sequence[str] = TOWERS,
-    layers: Sequence[str] = LAYERS,
-) -> list[LowRankLinear]:
-    """Freezes the model and puts `make(slot, routing)` on its linears; returns the adapters in the order of `slots`.
-
-    model: a `ClipBackbone` or an open_clip CLIP. A slot that has an adapter gets the new one. InputError: a tower has
-    none of these layers.
-    """
-    if isinstance(model, ClipBackbone):
-        opened, routing = model.towers, model.routing
-    else:
-        opened = open_towers(model)
-        routing = {name: Routing(auto=tower.guide) for name, tower in opened.items()}
-    model.requires_grad_(False)
-    return fill((slot for tower in towers for slot in opened[tower].slots(layers)), routing, make)
-
-
-def attach_pool(
-    model: nn.Module, *, towers: Sequence[str] = TOWERS, layers: Sequence[str] = LAYERS, **options
-) -> list[AdaptedLinear]:
-    """Freezes the model and puts a pool of rank-1 experts on its linears; returns the adapted linears.
-
-    model: a `ClipBackbone` or an open_clip CLIP. towers, layers: which linears; options: those of `AdaptedLinear`.
-    The order is tower by tower, block by block, q k v out gate fc1 fc2.
-    """
-
-    def make(slot: Slot, routing: Routing) -> AdaptedLinear:
-        return AdaptedLinear(slot.linear, rows=slot.rows, routing=routing, **options)
-
-    return attach(model, make, towers, layers)
 
 
 class ClipBackbone(nn.Module):
@@ -90,6 +57,16 @@ class ClipBackbone(nn.Module):
         self._asks_for_gather = False
         self._image_gather: StartedGather | None = None
         self.train()
+
+    @property
+    def train_transform(self) -> Callable[[Image.Image], torch.Tensor]:
+        """What training does to a picture, a random crop: RGB picture -> (3, H, W), by torch's generator."""
+        return train_transform(self.preprocess, augment=True)
+
+    @property
+    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+        """What evaluation does to a picture: RGB picture -> (3, H, W)."""
+        return evaluation_transform(self.preprocess)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -128,8 +105,10 @@ class ClipBackbone(nn.Module):
     def attach(
         self, make: Callable[[Slot, Routing], LowRankLinear], towers: Sequence[str], layers: Sequence[str]
     ) -> list[LowRankLinear]:
-        """Puts `make(slot, routing)` on its linears; returns the adapters, as the function `attach` does."""
-        return attach(self, make, towers, layers)
+        """Puts `make(slot, routing)` on its linears; returns the adapters tower by tower, block by block, in the order
+        q k v out gate fc1 fc2. A slot that has an adapter gets the new one. InputError: a tower has none of these.
+        """
+        return fill((slot for tower in towers for slot in self.towers[tower].slots(layers)), self.routing, make)
 
     def put_beside(self, make: Callable[[int, Routing], nn.Module], towers: Sequence[str]) -> dict[str, nn.Module]:
         """Puts `make(width, the tower's routing)` beside the MLP of every block; returns them by tower.block.

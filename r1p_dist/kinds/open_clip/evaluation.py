@@ -11,7 +11,7 @@ from r1p_dist.data import EvaluationLoader, Task
 from r1p_dist.distributed import sum_over_ranks
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.evaluator import Evaluator
-from r1p_dist.evaluation.results import TaskResult
+from r1p_dist.evaluation.results import TaskResult, confusions_of
 
 
 def make(
@@ -45,19 +45,20 @@ class Classifier(Evaluator):
 
     def evaluate_task(self, model: Callable, task: Task, loader: EvaluationLoader) -> TaskResult:
         weights = class_weights(self.backbone, model, task, self.text_batch_size)
-        # 0: not seen, 1: wrong, 2: right. Every picture is on one rank, so the sum over ranks has them all.
+        # 0: not seen, else 1 + the prediction. Every picture is on one rank, so the sum over ranks has them all.
         found = torch.zeros(len(loader.dataset), dtype=torch.int32, device=weights.device)
         for batch in loader:
             batch = {name: tensor.to(weights.device) for name, tensor in batch.items()}
             features, _ = model(image=batch["image"])
-            right = (features @ weights.T).argmax(1) == batch["label"]
-            found[batch["position"]] = 1 + right.int()
+            found[batch["position"]] = 1 + (features @ weights.T).argmax(1).int()
             self.on_batch()
-        found = sum_over_ranks(found).cpu()
-        seen = found[found > 0]
-        if not len(seen):
+        predicted = sum_over_ranks(found).cpu().long() - 1
+        is_seen, labels = predicted >= 0, torch.tensor(loader.dataset.labels)
+        if not is_seen.any():
             raise InputError(f"task {task.name}: not one of its {len(found)} pictures to be evaluated can be decoded")
-        return TaskResult(task.name, 100.0 * (seen == 2).double(), len(found) - len(seen))
+        right = 100.0 * (predicted == labels)[is_seen].double()
+        left_out = len(found) - len(right)
+        return TaskResult(task.name, right, left_out, confusions=confusions_of(labels, predicted))
 
 
 def class_weights(backbone: ClipBackbone, model: Callable, task: Task, batch_size: int) -> torch.Tensor:

@@ -67,6 +67,20 @@ class Tower:
     def blocks(self) -> list[nn.Module]:
         return list(self.module.transformer.resblocks) if self.is_own else _blocks_of_libraries(self.module)
 
+    def close(self) -> None:
+        """Puts the library's own modules back, with the weights of now; there must be no adapters any more."""
+        blocks = self.blocks
+        for number, block in enumerate(blocks):
+            if self.is_own:
+                self.module.transformer.resblocks[number] = block.close()
+                continue
+            for path in _FUSED:
+                if isinstance(fused := _at(block, path), FusedProjection):
+                    attention = _at(block, path.rpartition(".")[0])
+                    attention.qkv = fused.linear
+                    if isinstance(fused, SplitBiasProjection):
+                        attention.q_bias, attention.v_bias = fused.q_bias, fused.v_bias
+
     def train(self, mode: bool) -> None:
         """Puts adapters into training or eval mode, and the rest of a library's tower always into eval mode."""
         if self.is_own:
@@ -135,17 +149,25 @@ class TextTower(Tower):
         self._sees_padding = not (self._has_class or getattr(module, "use_pad_mask", False))
         self.guide = "first" if self._pools_at == "first" else "eot"
 
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose input are the tokens, however the tower is called."""
+        return self.module.token_embedding
+
     def trim(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns tokens (m, longest prompt), where nothing behind it is ever seen, and the place (m,) in a block's
         input of each token that the tower pools at; the host waits for a device."""
-        text = self.module
-        if self._pools_at in ("first", "last"):
-            last = tokens.shape[1] - 1 + self._has_class if self._pools_at == "last" else 0
-            return tokens, tokens.new_full((len(tokens),), last)
-        end = (tokens == text.eos_id).int().argmax(1) if self._pools_at == "eos" else tokens.argmax(1)
-        if text.attn_mask is not None:
+        end = self.end(tokens)
+        if self._pools_at not in ("first", "last") and self.module.attn_mask is not None:
             tokens = tokens[:, : int(end.max()) + 1]  # causal
         return tokens, end
+
+    def end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the place (m,) in a block's input of each token that the tower pools at."""
+        if self._pools_at in ("first", "last"):
+            last = tokens.shape[1] - 1 + self._has_class if self._pools_at == "last" else 0
+            return tokens.new_full((len(tokens),), last)
+        return (tokens == self.module.eos_id).int().argmax(1) if self._pools_at == "eos" else tokens.argmax(1)
 
     def real(self, tokens: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """Returns which tokens of a block's input (m, tokens) are no padding, for `trim`'s tokens and places."""
@@ -168,15 +190,75 @@ class HfTextTower(Tower):
             # transformers would put its hooks in later, and an engine takes away all hooks that came in its time
             maybe_install_capturing_hooks(module.transformer)
 
+    @property
+    def entry(self) -> nn.Module:
+        """As of a `TextTower`."""
+        return self.module
+
     def trim(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As of a `TextTower`; the place is that of the last real token."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        end = (places * (tokens != self._padding)).amax(1)
+        """As of a `TextTower`."""
+        end = self.end(tokens)
         return tokens[:, : int(end.max()) + 1], end
+
+    def end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the place (m,) of the last real token."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return (places * (tokens != self._padding)).amax(1)
 
     def real(self, tokens: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """As of a `TextTower`."""
         return tokens != self._padding
+
+
+class HfTower(Tower):
+    """A tower of a CLIPModel or SiglipModel of transformers.
+
+    It keeps the mode of its model, for transformers' gradient checkpointing asks for that; these have no statistics of
+    a batch, and dropout only where their configuration says so.
+    """
+
+    def train(self, mode: bool) -> None:
+        """Does nothing."""
+
+
+class HfImageTower(HfTower):
+    """The image tower of a CLIPModel or SiglipModel."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__("image", module)
+        self.guide = "first" if hasattr(module.embeddings, "class_embedding") else "mean"
+
+
+class HfClipText(HfTower):
+    """The text tower of a CLIPModel (is_causal) or SiglipModel; tokens (m, context).
+
+    A CLIP's pools at the end token and sees none behind it; a SigLIP's at the last one, and was trained to see padding.
+    """
+
+    guide = "eot"
+
+    def __init__(self, module: nn.Module, is_causal: bool):
+        super().__init__("text", module)
+        self._is_causal = is_causal
+
+    @property
+    def entry(self) -> nn.Module:
+        """As of a `TextTower`."""
+        return self.module.embeddings.token_embedding
+
+    def end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """As of a `TextTower`."""
+        if not self._is_causal:
+            return tokens.new_full((len(tokens),), tokens.shape[1] - 1)
+        eos = self.module.config.eos_token_id
+        # 2 stands in old configurations, whatever the token is; transformers takes the highest then, as OpenAI did
+        return tokens.argmax(1) if eos == 2 else (tokens == eos).int().argmax(1)
+
+    def real(self, tokens: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """As of a `TextTower`."""
+        if not self._is_causal:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
 
 
 def is_own_tower(module: nn.Module) -> bool:

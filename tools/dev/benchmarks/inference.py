@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the medians and the ratio merged/plain."""
     torch.set_num_threads(arguments.threads)
     plain, merged = (build(arguments.model, CPU, torch.float32) for _ in range(2))
-    for adapter in attach_pool(merged):
+    for adapter in attach_pool(merged).adapters:
         torch.nn.init.normal_(adapter.B, std=1e-3)
         adapter.merge()
     image = random_images(plain, arguments.batch, torch.Generator().manual_seed(0))

@@ -59,7 +59,7 @@ def _calls(name: str, with_pool: bool) -> tuple[Counter[str], int]:
     """Returns the operations of a forward and backward of both towers, and how many linears are adapted."""
     backbone = load_clip(name, placement=Placement(torch.device("meta")))
     model = backbone.model
-    adapters = attach_pool(model) if with_pool else []
+    adapters = attach_pool(model).adapters if with_pool else []
     if not with_pool:
         for block in first_blocks(backbone):
             block.register_forward_pre_hook(require_gradient, with_kwargs=True)
