@@ -21,6 +21,8 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 # What is compiled at run time is kept per environment: two that share a folder would compile it anew in turns.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+# Where it is set, each of the tests' many processes compiles the whole package for itself.
+unexport PYTHONDONTWRITEBYTECODE
 # torch looks for the ninja program on the PATH when DeepSpeed loads its operation.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

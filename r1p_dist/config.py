@@ -78,7 +78,11 @@ class BackboneConfig(Section):
     force_quick_gelu: bool = False
     """As open_clip's option: for weights that were trained with that activation under a name without it."""
     feature_cache_gb: NotNegative = 1.0
-    """Host memory in which each rank keeps an image tower's features, where the tower has no adapters."""
+    """Host memory in which each rank keeps an image tower's features, where the tower does not learn."""
+    feature_cache_dir: Folder | None = None
+    """A folder in which ranks and runs share such features; null: none."""
+    feature_cache_dir_gb: Positive | None = None
+    """How much they may take there; null: as much as there is."""
     gradient_checkpointing: bool = False
     """Run every block again in the backward instead of keeping its activations."""
 
@@ -204,6 +208,8 @@ class DataConfig(Section):
     group_by_length: Count | None = None
     """How many global batches' conversations are sorted by length among themselves, so that a batch has samples of
     like length; null: none."""
+    packing: bool = False
+    """The conversations of a rank's micro batch are one row without padding, and each sees itself alone."""
     shuffle_shards: Count | None = None
     """How many shards' samples are mixed with one another; null: a whole epoch's, which needs all shards at hand."""
     replay_share: Probability = 0.0
@@ -331,10 +337,16 @@ class RunConfig(Section):
         return read_recipe(cls, recipe, overrides)[0]
 
     @model_validator(mode="after")
-    def _check_blindness(self) -> RunConfig:
-        if self.data.blind and not kind_of(self.backbone.kind).has_answers:
-            able = " or ".join(name for name in kind_names() if kind_of(name).has_answers)
-            raise ValueError(f"data.blind=true needs backbone.kind={able}, got {self.backbone.kind}")
+    def _check_conversations(self) -> RunConfig:
+        for key in ("blind", "packing"):
+            if getattr(self.data, key) and not kind_of(self.backbone.kind).has_answers:
+                able = " or ".join(name for name in kind_names() if kind_of(name).has_answers)
+                raise ValueError(f"data.{key}=true needs backbone.kind={able}, got {self.backbone.kind}")
+        if self.data.packing and self.train.compile:
+            raise ValueError(
+                "data.packing=true: train.compile=true would compile again for the lengths of every batch; set one of "
+                "both to false"
+            )
         return self
 
     @model_validator(mode="after")
@@ -349,8 +361,12 @@ class RunConfig(Section):
         Its folders are absolute, so that it says the same from any directory.
         """
         tree = self.model_dump(mode="json") | {"run_dir": str(self.run_dir.absolute())}
-        if self.data.cache_dir is not None:
-            tree["data"]["cache_dir"] = str(self.data.cache_dir.absolute())
+        for section, key, folder in (
+            ("data", "cache_dir", self.data.cache_dir),
+            ("backbone", "feature_cache_dir", self.backbone.feature_cache_dir),
+        ):
+            if folder is not None:
+                tree[section][key] = str(folder.absolute())
         return write_yaml(tree)
 
     def flat(self) -> dict[str, Any]:

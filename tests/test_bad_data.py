@@ -1,8 +1,6 @@
 """Runs on two real ranks over shards with bad pictures: replaced, left out and counted, or ended with one line."""
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import yaml
 
 from r1p_dist.data.stream import ASSETS
 from tests.data.toy_task import write_tar
+from tests.forked_launch import ForkedLaunch
 from tests.test_train import read_metrics, run_stream
 
 BAD = {"train": (3, 50), "test": (0, 7, 41)}
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +58,8 @@ def test_bad_pictures_are_counted_over_all_ranks(run_distributed, stream: Path, 
 
 @pytest.mark.slow
 def test_too_many_bad_pictures_end_all_ranks_with_code_2(stream: Path, toy: list[str], tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "r1p_dist",
-        "train",
-        "--ranks",
-        "2",
-        "--recipe",
-        "mini_mtil",
-        *overrides(stream, tmp_path / "run", toy),
-        "data.max_bad_fraction=0",
-    ]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 2
-    assert "task animal_silhouettes: 1 of " in result.stderr and "and 0 may; mend them or set" in result.stderr
-    assert "Traceback" not in result.stderr
+    words = ["--recipe", "mini_mtil", *overrides(stream, tmp_path / "run", toy), "data.max_bad_fraction=0"]
+    code, printed = ForkedLaunch(words, tmp_path / "log").wait(timeout=240), (tmp_path / "log").read_text()
+    assert code == 2
+    assert "task animal_silhouettes: 1 of " in printed and "and 0 may; mend them or set" in printed
+    assert "Traceback" not in printed

@@ -77,6 +77,16 @@ def test_step_writes_every_ratio(tool: ModuleType, tmp_path: Path, capsys) -> No
     assert (result["dtype"], result["dropout"], result["model"]) == ("float32", 0.2, "tiny") and result["processor"]
 
 
+@pytest.mark.slow
+def test_llava_compares_steps_of_the_same_conversations(tool: ModuleType, capsys) -> None:
+    assert tool.main("llava --model tiny_llava --batch 3 --pairs 1".split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    first, *losses = result["loss"].values()
+    assert len(losses) == 3 and losses == pytest.approx([first] * 3, rel=1e-3)
+    assert 0 < result["padding"] < 0.5 and all(value > 0 for value in result["tokens_per_second"].values())
+    assert result["memory"]["padded/packed"] > 1 and result["memory"]["peft/packed"] > 1
+
+
 def test_precision_shows_that_small_updates_arrive(tool: ModuleType, capsys) -> None:
     assert tool.main(["precision", "--scales", "1e-4"]) == 0
     arrives = json.loads(capsys.readouterr().out)["arrives"]

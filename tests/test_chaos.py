@@ -1,11 +1,14 @@
-"""The campaign of kills in its short form: real launches, real SIGKILLs, and the same bits in the end."""
+"""The campaign of kills in its short form: real ranks, real SIGKILLs, and the same bits in the end."""
 
 import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import pytest
+
+from tests.forked_launch import ForkedLaunch
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "dev" / "chaos.py"
 
@@ -44,10 +47,29 @@ def test_a_difference_is_found(chaos: ModuleType, tmp_path: Path) -> None:
     ]
 
 
+def forked(command: list[str], log: Path) -> ForkedLaunch:
+    words = command[command.index("launchers/train.py") + 1 :]
+    return ForkedLaunch(words, log)
+
+
+def forked_victims(everyone: list[psutil.Process], victim: str) -> list[psutil.Process]:
+    launcher, *ranks = everyone
+    return [launcher] if victim == "launcher" else ranks if victim == "all ranks" else [ranks[int(victim[-1])]]
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("is_forked", [True, pytest.param(False, marks=pytest.mark.campaign)])
 def test_a_run_that_is_killed_four_times_ends_as_one_that_was_not(
-    chaos: ModuleType, toy: list[str], tmp_path: Path, capsys
+    chaos: ModuleType, toy: list[str], tmp_path: Path, capsys, monkeypatch, is_forked: bool
 ) -> None:
+    """In the campaign's own form through DeepSpeed's launcher; in the short one without the minute of its imports."""
+    if is_forked:
+        command = chaos._command
+        monkeypatch.setattr(
+            chaos, "_start", lambda run, *rest: forked(command(run, *rest), rest[-1].folder / f"{run.name}.log")
+        )
+        monkeypatch.setattr(chaos, "_family", ForkedLaunch.family)
+        monkeypatch.setattr(chaos, "_victims", forked_victims)
     arguments = f"--kills 4 --per-phase 0 --tasks 1 --folder {tmp_path}/runs --json {tmp_path}/chaos.json --seed 3"
     assert chaos.main([*arguments.split(), "train.iterations=8", *toy]) == 0
     result = json.loads((tmp_path / "chaos.json").read_text())

@@ -97,8 +97,10 @@ def run_with_carried_tensors(rank: int, world_size: int, folder: str, overrides:
 
 
 @pytest.mark.slow
-def test_a_whole_run_gives_no_other_tensor_to_a_collective(run_distributed, toy: list[str], tmp_path: Path) -> None:
-    overrides = [*toy, "deepspeed.config=zero2", "checkpoint.every_steps=2"]
+def test_a_whole_run_gives_no_other_tensor_to_a_collective(
+    run_distributed, shallow_toy: list[str], tmp_path: Path
+) -> None:
+    overrides = [*shallow_toy, "deepspeed.config=zero2", "checkpoint.every_steps=2"]
     for found in run_distributed(run_with_carried_tensors, 2, str(tmp_path), overrides, timeout_s=1100):
         assert [ending.split()[0] for ending in found["endings"]] == ["SIGUSR2", "finished"]
         assert min(found["calls"].values()) > 0, "every kind of collective must have been called"

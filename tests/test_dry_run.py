@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -57,12 +59,13 @@ WORDS = [
 ]
 
 
-def _two_real_ranks(rank: int, ranks: int, folder: str) -> list[dict[str, dict[str, int]]]:
+def _two_real_ranks(rank: int, ranks: int, folder: str, toy: list[str]) -> list[dict[str, dict[str, int]]]:
     """Trains with two real ranks and returns the collectives that the run noted, by their usual names."""
     from r1p_dist.train import run
 
     overrides = [
         *WORDS,
+        *toy,
         f"run_dir={folder}",
         "tasks=[country_flags]",
         "train.iterations=3",
@@ -71,31 +74,33 @@ def _two_real_ranks(rank: int, ranks: int, folder: str) -> list[dict[str, dict[s
     return by_kind(run(load_config("mini_mtil_smoke", overrides))["collectives_per_step"])
 
 
-def _dry_run(folder: Path) -> dict:
-    """Runs the command for two ranks in a folder and returns its JSON."""
-    words = ["--recipe", "mini_mtil_smoke", *WORDS, "tasks=[country_flags]", "run_dir=nothing"]
-    assert main(["dry-run", "--ranks", "2", "--json", str(folder / "dry.json"), *words]) == 0
-    return json.loads((folder / "dry.json").read_text())
+@pytest.fixture(scope="module")
+def dry_run(toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict, str]:
+    """The command for two ranks: the files that it left where it ran, its JSON, and what it printed."""
+    folder = tmp_path_factory.mktemp("dry")
+    words = ["--recipe", "mini_mtil_smoke", *WORDS, *toy, "tasks=[country_flags]", "run_dir=nothing"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out:
+        patch.chdir(folder)
+        assert main(["dry-run", "--ranks", "2", "--json", str(folder / "dry.json"), *words]) == 0
+    return [path.name for path in folder.iterdir()], json.loads((folder / "dry.json").read_text()), out.getvalue()
 
 
-def test_command_prints_what_it_counted_and_leaves_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = _dry_run(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["dry.json"]
+def test_command_prints_what_it_counted_and_leaves_nothing(dry_run: tuple[list[str], dict, str]) -> None:
+    files, found, printed = dry_run
+    assert files == ["dry.json"]
     assert list(found["phases"]) == ["loading", "step", "save", "evaluation", "boundary"]
     assert found["global_batch_size"] == 32 and found["batch"]["samples"] == 16
     for phase in found["phases"].values():
         memory = Counter(phase["memory"])
         total = memory.pop("total")
         assert total == memory.total() >= memory["weights"] > 0
-    printed = capsys.readouterr().out
     assert "Rank 0 of 2, alone" in printed and "Nothing was sent" in printed and "meaningless" in printed
 
 
 @pytest.mark.slow
-def test_a_step_is_that_of_real_ranks(run_distributed, tmp_path: Path) -> None:
-    real, other = run_distributed(_two_real_ranks, 2, str(tmp_path / "real"), timeout_s=1100)
-    assert real == other == _dry_run(tmp_path)["phases"]["step"]["collectives"]
+def test_a_step_is_that_of_real_ranks(run_distributed, toy: list[str], dry_run, tmp_path: Path) -> None:
+    real, other = run_distributed(_two_real_ranks, 2, str(tmp_path / "real"), toy, timeout_s=1100)
+    assert real == other == dry_run[1]["phases"]["step"]["collectives"]
 
 
 @pytest.mark.parametrize(

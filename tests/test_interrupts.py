@@ -19,6 +19,7 @@ import torch
 from r1p_dist.errors import EXIT_HANGS, EXIT_INTERRUPTED, InputError
 from r1p_dist.recipes import load_config
 from r1p_dist.run_folder import RunFolder
+from tests.forked_launch import ForkedLaunch
 from tests.test_resume import SHORT
 from tests.test_train import read_metrics
 
@@ -28,11 +29,11 @@ DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 
 @pytest.fixture
 def start(toy: list[str], free_port: int) -> Iterator[Callable[..., subprocess.Popen]]:
-    """start(run_dir, *settings, script=...) starts two ranks through DeepSpeed's launcher; none outlives the test."""
+    """start(run_dir, flags, *settings) starts ranks through DeepSpeed's launcher; none outlives the test."""
     started: list[subprocess.Popen] = []
 
-    def start(run_dir: Path, *settings: str, script: str = "launchers/train.py") -> subprocess.Popen:
-        command = [DEEPSPEED, "--num_accelerators", "2", "--master_port", str(free_port), script]
+    def start(run_dir: Path, flags: list[str], *settings: str) -> subprocess.Popen:
+        command = [DEEPSPEED, *flags, "--master_port", str(free_port), "launchers/train.py"]
         command += ["--recipe", "mini_mtil", *SHORT, *toy, f"run_dir={run_dir}", *settings]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
@@ -71,7 +72,11 @@ def family(process: subprocess.Popen) -> tuple[psutil.Process, dict[str, psutil.
 @pytest.mark.parametrize("how", ["USR2 to rank 1", "TERM to the launcher", "KILL to the launcher"])
 def test_all_ranks_save_and_end_together(start, tmp_path: Path, how: str) -> None:
     settings = ["train.iterations=500", "checkpoint.every_steps=null", f"tasks=[{'playing_cards'}]"]
-    process = start(tmp_path, *settings)
+    flags = ["--num_accelerators", "2"]
+    if how.startswith("TERM"):  # as on several nodes, of which this one is the first; the launcher would log in there
+        (tmp_path / "hosts").write_text("localhost slots=2\n")
+        flags = ["--hostfile", str(tmp_path / "hosts"), "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    process = start(tmp_path, flags, *settings)
     wait_for(tmp_path, process, "training")
     launcher, ranks = family(process)
     target = ranks["1"] if how.startswith("USR2") else launcher
@@ -134,9 +139,9 @@ def run_with_bad_losses(rank: int, world_size: int, overrides: list[str], bad_at
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_checkpoint(
-    run_distributed, toy: list[str], tmp_path: Path, value: float
+    run_distributed, shallow_toy: list[str], tmp_path: Path, value: float
 ) -> None:
-    settings = [*toy, f"run_dir={tmp_path}", "checkpoint.every_steps=2"]
+    settings = [*shallow_toy, f"run_dir={tmp_path}", "checkpoint.every_steps=2"]
     found = run_distributed(run_with_bad_losses, 2, settings, [4], value, timeout_s=1100)
     assert found[0] == found[1]
     assert re.search(
@@ -150,8 +155,16 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_last_good_check
 
 
 @pytest.mark.slow
-def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, toy: list[str], tmp_path: Path) -> None:
-    settings = [*toy, f"run_dir={tmp_path}", "faults.not_finite=skip", "log.every_steps=1", "tasks=[playing_cards]"]
+def test_a_step_whose_loss_is_not_finite_can_be_left_out(
+    run_distributed, shallow_toy: list[str], tmp_path: Path
+) -> None:
+    settings = [
+        *shallow_toy,
+        f"run_dir={tmp_path}",
+        "faults.not_finite=skip",
+        "log.every_steps=1",
+        "tasks=[playing_cards]",
+    ]
     settings.append("train.gradient_accumulation_steps=2")  # one micro batch of the second step is enough
     found = run_distributed(run_with_bad_losses, 2, settings, [3], math.nan, timeout_s=1100)
     assert "metrics" in found[0] and found[0].keys() == found[1].keys()
@@ -161,34 +174,30 @@ def test_a_step_whose_loss_is_not_finite_can_be_left_out(run_distributed, toy: l
     assert all(math.isfinite(value) for value in read_metrics(tmp_path)["accuracy"][-1])
 
 
-HANGING = """
-import os, sys, time
-from r1p_dist.cli import run_command
-from r1p_dist.methods.dac import Dac
+def hang_on_rank_1() -> None:
+    from r1p_dist.methods.dac import Dac
 
-def hang(self, trainer):
-    if os.environ["RANK"] == "1":
-        wait_for_nothing()
+    def hang(method: Dac, trainer: object) -> None:
+        if os.environ["RANK"] == "1":
+            wait_for_nothing()
 
-def wait_for_nothing():
+    Dac.after_step = hang
+
+
+def wait_for_nothing() -> None:
     time.sleep(600)
-
-Dac.after_step = hang
-sys.exit(run_command("train"))
-"""
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_all_with_their_stacks(start, tmp_path: Path) -> None:
-    script = tmp_path / "hanging.py"
-    script.write_text(HANGING)
-    process = start(tmp_path / "run", "faults.hang_minutes=0.25", script=str(script))
-    output = process.communicate(timeout=500)[0]
-    assert process.returncode == EXIT_HANGS, output
+def test_a_rank_that_hangs_ends_all_with_their_stacks(shallow_toy: list[str], tmp_path: Path) -> None:
+    words = ["--recipe", "mini_mtil", *SHORT, *shallow_toy, f"run_dir={tmp_path}/run", "faults.hang_minutes=0.25"]
+    process = ForkedLaunch(words, tmp_path / "log", hang_on_rank_1)
+    code, output = process.wait(timeout=500), (tmp_path / "log").read_text()
+    assert code == EXIT_HANGS, output
     assert "error (rank 1): nothing has moved for 15 s" in output and "error (rank 0): nothing has moved" in output
     stacks = {rank: (tmp_path / f"run/stacks/rank-{rank}.txt").read_text() for rank in (0, 1)}
     assert "wait_for_nothing" in stacks[1] and "wait_for_nothing" not in stacks[0]
-    assert "train.py" in stacks[0]
+    assert "fit.py" in stacks[0]
 
 
 def step_agreement(rank: int, world_size: int) -> list:

@@ -12,6 +12,7 @@ import r1p_dist.engine
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.data.samples import Sample, Turn
 from r1p_dist.distributed import CollectiveCounter, rank, sum_over_ranks, world_size
+from r1p_dist.kinds.llava import token_losses
 from r1p_dist.methods import make_method
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
@@ -109,6 +110,7 @@ def train(stage: int, optimizer: str, overrides: list[str], family: str = "llava
 
 
 def run_cases(rank: int, world_size: int, cases: list[tuple]) -> list[dict[str, Any]]:
+    token_losses.CHUNK_LOGITS = 7 * small_vlms.TEXT["vocab_size"]  # several chunks, other ones on each rank
     return [train(*case) for case in cases]
 
 
@@ -120,6 +122,8 @@ CASES = [
     (3, "adamw", ["backbone.gradient_checkpointing=true"]),
     (3, "sgd", ["train.gradient_accumulation_steps=2", *TOWER]),
     (3, "sgd", [], "llava_next"),
+    (3, "sgd", ["data.packing=true", "options.guide.language=mean"]),
+    (2, "adamw", ["data.packing=true", "backbone.gradient_checkpointing=true"], "qwen2_5_vl"),
 ]
 MORE_CASES = [(stage, "sgd", []) for stage in (1, 2, 3)] + [
     (2, "adamw", []),

@@ -23,6 +23,7 @@ SHORT += [
     "checkpoint.every_steps=2",
     "options.dropout=0.1",
     "backbone.gradient_checkpointing=true",
+    "data.packing=true",
 ]
 
 

@@ -50,7 +50,7 @@ def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: in
             *overrides,
         ],
     )
-    backbone = make_backbone()
+    backbone = make_backbone(layers=1)
     method = make_method(config, backbone)
     prepare = backbone.preparer(["cat", "tree", "sea"])
     pristine = [adapter.linear.weight.detach().clone()[adapter.rows] for adapter in method.adapters]
@@ -86,7 +86,7 @@ def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: in
         facts[f"merged {task}"] = all(torch.allclose(a, b, atol=1e-6) for a, b in zip(now, expected, strict=True))
         facts[f"changed {task}"] = any((a - b).abs().max() > 1e-4 for a, b in zip(now, pristine, strict=True))
         facts[f"same on ranks {task}"] = all(bool((gather(w[None]) == w).all()) for w in now)
-        plain = make_backbone().eval()
+        plain = make_backbone(layers=1).eval()
         load_weights(plain, method.adapters, expected)
         with torch.no_grad():
             facts[f"runs merged {task}"] = torch.allclose(features(engine), plain(image=image)[0], atol=1e-5)
@@ -105,7 +105,7 @@ def train_merge_unmerge(rank_: int, world: int, overrides: list[str], copies: in
             facts["pristine again"] = all(torch.equal(a, b) for a, b in zip(weights(), pristine, strict=True))
             with torch.no_grad():
                 facts["runs pristine"] = torch.allclose(
-                    features(engine), make_backbone().eval()(image=image)[0], atol=1e-5
+                    features(engine), make_backbone(layers=1).eval()(image=image)[0], atol=1e-5
                 )
         engine.close()
     return facts
@@ -122,11 +122,22 @@ def load_weights(backbone, adapters, weights) -> None:
             linears[name].weight[adapter.rows] = weight
 
 
+def merge_under_all(rank_: int, world: int) -> dict[str, dict[str, bool]]:
+    return {
+        name: train_merge_unmerge(rank_, world, overrides, copies=2 if "copy per node" in name else 1)
+        for name, overrides in CONFIGS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def merged_under_all(run_distributed) -> list[dict[str, dict[str, bool]]]:
+    return run_distributed(merge_under_all, 2, timeout_s=1100)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_merge_reaches_every_copy(run_distributed, name: str) -> None:
-    copies = 2 if "copy per node" in name else 1
-    for facts in run_distributed(train_merge_unmerge, 2, CONFIGS[name], copies, timeout_s=1100):
-        assert all(facts.values()) and len(facts) == 12, facts
+def test_merge_reaches_every_copy(merged_under_all, name: str) -> None:
+    for facts in merged_under_all:
+        assert all(facts[name].values()) and len(facts[name]) == 12, facts[name]
 
 
 @pytest.mark.slow

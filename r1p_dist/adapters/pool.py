@@ -23,6 +23,8 @@ class Routing:
     end: torch.Tensor | None = None  # (batch,) position of the end-of-text token, or of the last one of the prompt
     padding: torch.Tensor | None = None  # (batch, tokens) True at tokens that the mean is taken over
     real: torch.Tensor | None = None  # (batch, tokens) False at padding; a decoder's answers are real, too
+    # (batch, tokens) where each token of a sample is, of all samples packed in one row (1, tokens of all, in)
+    places: torch.Tensor | None = None
     lengths: list[int] | None = None  # tokens of each sample, where the input is all samples' in one row, (tokens, in)
     guide: torch.Tensor | None = None  # (batch, guide_width) the guide `cls_image`
     guide_width: int = 0
@@ -140,6 +142,8 @@ class AdaptedLinear(LowRankLinear):
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
+        if self.routing.places is not None:
+            return self._guide_of_packed(x.flatten(0, -2), self.routing.places)
         x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         if self.guide == "first":
             return x[:, 0]
@@ -150,7 +154,18 @@ class AdaptedLinear(LowRankLinear):
             return x[:, -1] if is_other else x[torch.arange(len(x), device=x.device), self.routing.end]
         if padding is None or is_other:
             return x.mean(1)
-        real = padding.to(x.dtype)[..., None]
+        return self._mean(x)
+
+    def _guide_of_packed(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """x (tokens of all, in); places (batch, tokens)."""
+        if self.guide == "first":
+            return x[places[:, 0]]
+        if self.guide in ("eot", "last_prompt"):
+            return x[places[torch.arange(len(places), device=x.device), self.routing.end]]
+        return self._mean(x[places])
+
+    def _mean(self, x: torch.Tensor) -> torch.Tensor:
+        real = self.routing.padding.to(x.dtype)[..., None]
         return (x * real).sum(1) / real.sum(1)
 
     @staticmethod
@@ -176,7 +191,11 @@ class AdaptedLinear(LowRankLinear):
         chosen = torch.zeros(self.rank, dtype=self.A.dtype, device=x.device)
         chosen[self._active] = 1
         probabilities = self.router(self.guide_vector(x)).softmax(-1)  # (batch, rank)
-        weights = self.routing.weights if self.routing.weights is not None else torch.ones(len(x), device=x.device)
+        weights = (
+            self.routing.weights
+            if self.routing.weights is not None
+            else torch.ones(len(probabilities), device=x.device)
+        )
         mean = (weights[:, None] * probabilities).sum(0) / weights.sum()
         if self.vote != "local":
             mean = sum_over_ranks_with_gradient(mean) / world_size()

@@ -3,10 +3,12 @@
 Legend: t tokens of one conversation, n conversations of a batch, m pictures of a batch.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from PIL import Image
@@ -41,7 +43,9 @@ class ConversationEncoder:
     An example holds input_ids (t,), labels (t,) or None, prompt_length, pictures (how many), and pixel_values (pictures
     or their crops or patches, …), what comes beside them, and crops (pictures,) where `form` says so. Training examples
     hold the whole conversation; those for evaluation end where the last answer begins. image_token: its id; max_length:
-    most tokens of an example; is_blind: every picture is black, which shows what the questions alone give away.
+    most tokens of an example; is_blind: every picture is black, which shows what the questions alone give away;
+    has_digests: the example says what its pictures show, by picture_digests (pictures, 4), int64, a SHA-256 each;
+    packs: training batches say "is_packed", which who prepares them reads.
 
     InputError: a processor that writes no image_token for a picture, or cuts it otherwise than it says.
     """
@@ -53,9 +57,12 @@ class ConversationEncoder:
         max_length: int,
         is_blind: bool = False,
         form: Pictures | None = None,
+        has_digests: bool = False,
+        packs: bool = False,
     ):
         self.processor, self.image_token, self.max_length = processor, image_token, max_length
-        self.is_blind, self._form = is_blind, form or Pictures()
+        self.is_blind, self._form, self._has_digests = is_blind, form or Pictures(), has_digests
+        self._packs = packs
         tokenizer = processor.tokenizer
         self._mark = tokenizer.convert_tokens_to_ids(processor.image_token)
         self._blank = self._encode(
@@ -81,7 +88,8 @@ class ConversationEncoder:
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Returns a batch: input_ids, attention_mask, labels (n, t), prompt_length and image_counts (n,), pixel_values
-        (m pictures, or their crops or patches, …), what comes beside them, and crops (m,), as examples have it.
+        (m pictures, or their crops or patches, …), what comes beside them, crops (m,) and picture_digests (m, 4), as
+        examples have it.
 
         Training examples are padded on the right, those for evaluation (no labels) on the left. A batch without any
         picture has a blank one, which belongs to no conversation: the image tower runs on every rank or on none.
@@ -102,10 +110,12 @@ class ConversationEncoder:
         }
         if is_training:
             batch["labels"] = torch.stack([pad(example["labels"], IGNORED) for example in examples])
+            if self._packs:
+                batch["is_packed"] = True
         seen = [example for example in examples if example["pictures"]] or [self._blank]
         pixels = [example["pixel_values"] for example in seen]
         batch["pixel_values"] = torch.cat(pixels) if self._form.is_joined else _stack_pictures(pixels)
-        for name in (*self._form.beside, "crops"):
+        for name in (*self._form.beside, "crops", "picture_digests"):
             if name in self._blank:
                 batch[name] = torch.cat([example[name] for example in seen])
         return batch
@@ -131,6 +141,8 @@ class ConversationEncoder:
             for name in ("pixel_values", *self._form.beside):
                 if name in encoded:
                     example[name] = encoded[name][0] if self._form.is_nested else encoded[name]
+        if pictures and self._has_digests:
+            example["picture_digests"] = torch.stack([_digest(picture) for picture in pictures])
         if pictures and self._form.count_crops is not None:
             example["crops"] = torch.tensor([self._form.count_crops(p.height, p.width) for p in pictures])
             if example["crops"].sum() != len(example["pixel_values"]):
@@ -217,6 +229,13 @@ def _bounded(picture: Image.Image, processor: BaseImageProcessor) -> Image.Image
         smaller.thumbnail((_PADDED, _PADDED), Image.Resampling.BICUBIC)
         return smaller
     return trim_ends(picture, LONGEST)  # its shorter side is resized, and the centre kept
+
+
+def _digest(picture: Image.Image) -> torch.Tensor:
+    """Returns the SHA-256 of a picture's pixels and size as four numbers."""
+    digest = hashlib.sha256(f"{picture.mode} {picture.size}".encode())
+    digest.update(picture.tobytes())
+    return torch.from_numpy(np.frombuffer(digest.digest(), dtype=np.int64).copy())
 
 
 def _without_last_answer(turns: Sequence[Turn]) -> Sequence[Turn]:

@@ -40,7 +40,7 @@ _Whole = Annotated[int, Field(ge=0)]
 # What may change between two starts of a run: where and how fast it runs, not what it computes.
 FREE_KEYS = (
     "run_dir resume checkpoint faults log deepspeed data.workers data.cache_dir data.cache_gb evaluation.batch_size "
-    "backbone.gradient_checkpointing train.compile"
+    "backbone.gradient_checkpointing backbone.feature_cache_dir backbone.feature_cache_dir_gb train.compile"
 ).split()
 _logger = logging.getLogger(__name__)
 

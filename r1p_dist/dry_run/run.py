@@ -78,6 +78,7 @@ def dry_run(config: RunConfig, ranks: int) -> DryRun:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="r1p-dry-run-") as folder, fake_ranks(ranks):
         own = {"run_dir": Path(folder), "resume": "never"}
+        own |= {"backbone": config.backbone.model_copy(update={"feature_cache_dir": None})}
         own |= {"checkpoint": CheckpointConfig(every_steps=None), "log": LogConfig(every_steps=STEPS)}
         return _rank_0(config.model_copy(update=own))
 

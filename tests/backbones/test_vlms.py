@@ -265,3 +265,20 @@ def test_paligemma_takes_one_question_and_its_answer() -> None:
     encoder = encoder_of(make_backbone("paligemma"))
     with pytest.raises(BadSampleError, match="key key2: .* refuses the conversation: this model takes one question"):
         encoder.train(SAMPLES[1], torch.Generator())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_blocks_vote_once_and_give_the_same_gradients(family: str) -> None:
+    found = []
+    for is_checkpointed in (False, True):
+        backbone = make_backbone(family)
+        torch.manual_seed(0)
+        adapters = attach(backbone, "first", TOWERS)
+        if is_checkpointed:
+            backbone.checkpoint_blocks()
+        backbone.train()(training_batch(backbone, samples_of(family)))[0].sum().backward()
+        found.append(adapters)
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(checkpointed.activation_counts, plain.activation_counts), plain.name
+        torch.testing.assert_close(checkpointed.A.grad, plain.A.grad, msg=plain.name)
+    assert any(adapter.activation_counts.any() for adapter in found[0])

@@ -245,6 +245,8 @@ def test_another_configuration_is_refused_with_a_readable_difference(tmp_path: P
 
 # Every key, by whether it may change between two starts of a run, with another value than `mini_mtil` has.
 MAY_CHANGE = {
+    "backbone.feature_cache_dir": "elsewhere",
+    "backbone.feature_cache_dir_gb": "3",
     "run_dir": "elsewhere",
     "resume": "never",
     "data.workers": "1",
@@ -291,6 +293,7 @@ MUST_STAY = {
     "data.shots": "3",
     "data.samples": "3",
     "data.group_by_length": "3",
+    "data.packing": "true",
     "data.shuffle_shards": "3",
     "data.replay_share": "0.3",
     "data.reference": "elsewhere",
@@ -304,6 +307,7 @@ NEEDED_BESIDE = {
     "data.reference": ["data.reference_share=0.3"],
     "data.reference_share": ["data.reference=elsewhere"],
     "data.blind": ["backbone.kind=llava"],
+    "data.packing": ["backbone.kind=llava"],
 }
 
 

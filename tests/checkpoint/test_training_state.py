@@ -39,7 +39,7 @@ class Training:
             "options.active=3",
         ]
         self.config = load_config("mini_mtil", [*settings, "options.merged=2", *overrides])
-        self.backbone = make_backbone()
+        self.backbone = make_backbone(layers=1)
         self.method = make_method(self.config, self.backbone)
         self.prepare = self.backbone.preparer(["cat", "tree", "sea"])
         self.method.prepare(0)
@@ -176,7 +176,7 @@ def restore_on_another_world(rank_: int, world: int, overrides: list[str], conte
 def test_other_ranks_and_stages_take_the_same_numbers(run_distributed, before: str, after: str) -> None:
     tensors = run_distributed(restore_on_another_world, 2, CASES[before], None)[0]
     again = run_distributed(restore_on_another_world, 4 if before == "stage 1" else 1, CASES[after], tensors)[0]
-    assert tensors.keys() == again.keys() and len(tensors) > 100
+    assert tensors.keys() == again.keys() and len(tensors) > 50
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
     assert {name.rpartition(".")[2] for name in tensors} == {"value", "exp_avg", "exp_avg_sq"}
 

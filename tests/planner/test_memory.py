@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 
+from r1p_dist.kinds.llava import token_losses
 from r1p_dist.planner.memory import training_memory
 from tests.planner.measured import measure_memory
 from tests.planner.test_collectives import CHECKPOINTING, NO_PREFETCH, SHARD_ALL, describe
@@ -24,6 +25,14 @@ LLAVA_SIZES = {
 }
 campaign = partial(pytest.param, marks=pytest.mark.campaign)
 LLAVA = ["backbone.kind=llava", "backbone.feature_cache_gb=0"]
+
+
+def test_logits_are_planned_by_chunks(monkeypatch) -> None:
+    vocabulary, samples, answers = 50_000, 4, 48
+    sizes = {"text": {"vocab_size": vocabulary}, "tokens": (64, answers)}
+    monkeypatch.setattr(token_losses, "CHUNK_LOGITS", 6 * vocabulary)
+    shape, _, _ = describe(sizes, [*LLAVA, f"train.global_batch_size={samples}"], 1)
+    assert shape.trace.peak < samples * answers * vocabulary * 4 / 2
 
 
 @pytest.mark.slow

@@ -119,9 +119,3 @@ def test_the_deepspeed_launcher_starts_the_ranks_through_slurm(toy: list[str], t
     in_own_way(
         tmp_path / "run", toy, "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts), *slurm
     )
-
-
-def test_the_deepspeed_launcher_reads_a_hostfile(toy: list[str], tmp_path: Path, free_port: int) -> None:
-    hosts = tmp_path / "hosts"
-    hosts.write_text("localhost slots=2\n")
-    in_own_way(tmp_path / "run", toy, "deepspeed", *WITHOUT_SSH, f"--master_port={free_port}", "--hostfile", str(hosts))

@@ -30,12 +30,14 @@ from r1p_dist.backbones.slots import Slot, fill
 from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
-from r1p_dist.data.samples import BLANK
 from r1p_dist.distributed import sum_over_ranks, world_size
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of, stand_back, stand_in
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
+from r1p_dist.kinds.llava.feature_files import FeatureFiles, tower_fingerprint
+from r1p_dist.kinds.llava.packing import pack, unpackable, use_packing
+from r1p_dist.kinds.llava.token_losses import give_losses
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
     files_of_weights,
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
     counts: list[int]  # pictures of each conversation
     per_sample: list[int]  # the same of those that have some; [1] for a batch without any
     crops: list[int]  # of each picture; a batch without any has a blank one
-    pictures: list[tuple[int, int]] | None  # (sample, number within it) of each, where samples have numbers
+    pictures: list[str] | None  # a name of what each shows, by its digest, where there are digests
 
 
 class LlavaBackbone(nn.Module):
@@ -60,8 +62,7 @@ class LlavaBackbone(nn.Module):
 
     forward(batch) returns the cross entropy (k,) of the batch's k answer tokens and the conversation (k,) of each;
     forward(batch, max_new_tokens) generates, greedily: (n, up to max_new_tokens) token ids. A batch is what
-    `ConversationEncoder.collate` returns, or `prepare` makes of it, with the samples' numbers under "sample" where
-    features are to be kept.
+    `ConversationEncoder.collate` returns, or `prepare` makes of it.
 
     The guide `cls_image` of a conversation is the vector [CLS; p]: the mean over its pictures of the image tower's
     [CLS] (in the layer that the projector reads; of the whole picture where there are crops; the mean of all tokens
@@ -73,10 +74,15 @@ class LlavaBackbone(nn.Module):
     kind = "llava"
 
     def __init__(
-        self, model: nn.Module, processor: ProcessorMixin | None, cache_bytes: int = 0, is_sharded: bool = False
+        self,
+        model: nn.Module,
+        processor: ProcessorMixin | None,
+        cache_bytes: int = 0,
+        is_sharded: bool = False,
+        files: FeatureFiles | None = None,
     ):
-        """processor: None where only the model itself is called, which `expect` prepares. cache_bytes: of features of a
-        tower without adapters, 0: none. is_sharded: by ZeRO-3."""
+        """processor: None where only the model itself is called, which `expect` prepares. cache_bytes, files: of
+        features of a tower that does not learn; 0, None: none. is_sharded: by ZeRO-3."""
         super().__init__()
         self.model = model.requires_grad_(False)
         self.is_sharded = is_sharded
@@ -88,7 +94,7 @@ class LlavaBackbone(nn.Module):
             "projector": Routing(guide_width=self.tower_width),
             "image": Routing(),
         }
-        self._cache = FeatureCache(cache_bytes, is_sharded)
+        self._cache = FeatureCache(cache_bytes, is_sharded, files)
         self._layout: Layout | None = None  # of the batch that the model looks at
         self._batch: Batch | None = None  # of the training forward under way
         self._nothing: torch.Tensor | None = None  # what is left of a blank picture, a zero with its gradient
@@ -97,6 +103,7 @@ class LlavaBackbone(nn.Module):
         stand_in(family.tower_module, "forward", self._look)
         stand_in(family.parts, "get_image_features", self._see)
         stand_in(family.decoder_module, "forward", self._read)
+        give_losses(model.lm_head, family.finish)
 
     @property
     def device(self) -> torch.device:
@@ -144,13 +151,26 @@ class LlavaBackbone(nn.Module):
             )
 
     def encoder(self, data: DataConfig) -> ConversationEncoder:
-        """Returns what makes batches of samples; pictures are taken as they are, without augmentation."""
+        """Returns what makes batches of samples; pictures are taken as they are, without augmentation.
+
+        InputError: data.packing for a decoder that cannot.
+        """
+        if data.packing:
+            decoder = self.family.decoder_module
+            reason = unpackable(decoder)
+            if reason is not None:
+                raise InputError(
+                    f"data.packing=true: the decoder of this {self.config.model_type} {reason}; set it to false"
+                )
+            use_packing(decoder)
         return ConversationEncoder(
             self.processor,
             self.config.image_token_id,
             self.config.text_config.max_position_embeddings,
             is_blind=data.blind,
             form=self.family.pictures(self.processor),
+            has_digests=self._cache.keeps,
+            packs=data.packing,
         )
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -174,21 +194,21 @@ class LlavaBackbone(nn.Module):
 
         "answers" (k,): the places, in the flattened batch, of the tokens before them; "owner" (k,): the conversation of
         each; "answer_counts" (n,); "layout": a `Layout`; "whole" (m,): the row of guides that is about all of a
-        picture, and "picture_owner" (m,): the conversation of each picture; and what the family computes here.
+        picture, and "picture_owner" (m,): the conversation of each picture; and what the family computes here. A batch
+        that is to be packed has one row, as `pack` makes it.
         """
-        is_answer = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1))
-        answers, layout = is_answer.flatten().nonzero().flatten(), self._lay_out(batch)
-        return (
-            batch
-            | self.family.prepare(batch)
-            | {
-                "answers": answers,
-                "owner": answers // is_answer.shape[1],
-                "answer_counts": is_answer.sum(1),
-                "layout": layout,
-                **self._owners(layout),
-            }
-        )
+        is_answer, layout = F.pad(batch["labels"][:, 1:] != IGNORED, (0, 1)), self._lay_out(batch)
+        known = {
+            "owner": is_answer.nonzero()[:, 0],
+            "answer_counts": is_answer.sum(1),
+            "layout": layout,
+            **self._owners(layout),
+        }
+        batch = batch | self.family.prepare(batch) | known
+        if batch.get("is_packed", False):
+            is_answer = is_answer[batch["attention_mask"].bool()]
+            batch = pack(batch)
+        return batch | {"answers": is_answer.flatten().nonzero().flatten()}
 
     def _owners(self, layout: Layout) -> dict[str, torch.Tensor]:
         """Returns which guide is about all of a picture, and whose conversation's each picture is."""
@@ -223,6 +243,7 @@ class LlavaBackbone(nn.Module):
             (family.tower_module, "forward"),
             (family.parts, "get_image_features"),
             (family.decoder_module, "forward"),
+            (self.model.lm_head, "forward"),
         ):
             stand_back(module, name)
         family.close()
@@ -269,6 +290,8 @@ class LlavaBackbone(nn.Module):
         self._layout = layout = batch.get("layout") or self._lay_out(batch)
         given = {name: batch[name] for name in ("input_ids", "attention_mask")}
         given |= self.family.arguments(batch, layout.per_sample)
+        if "places" in batch:
+            given["position_ids"] = batch["position_ids"]
         given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
         self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
@@ -280,12 +303,10 @@ class LlavaBackbone(nn.Module):
             return ids[:, batch["input_ids"].shape[1] :]
         hidden = self.model.model(**given, use_cache=False)[0]
         answers = batch["answers"]
-        # of the tokens that count alone
-        logits = self.family.logits(self.model.lm_head, hidden.flatten(0, 1)[answers])
+        hidden = hidden.flatten(0, 1)[answers]  # of the tokens that count alone
         if gives_logits:
-            return logits
-        losses = F.cross_entropy(logits.float(), batch["labels"].flatten()[answers + 1], reduction="none")
-        return losses, batch["owner"]
+            return self.family.finish(self.model.lm_head(hidden))
+        return self.model.lm_head(hidden, batch["labels"].flatten()[answers + 1]), batch["owner"]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -308,13 +329,10 @@ class LlavaBackbone(nn.Module):
         per_sample = [count for count in counts if count] or [1]
         crops = self.family.crops(batch, per_sample)
         pictures = None
-        if "sample" in batch:
-            owners = batch["sample"].tolist() if any(counts) else [BLANK]
-            pictures = [
-                (owner, number)
-                for owner, count in zip(owners, counts if any(counts) else [1], strict=True)
-                for number in range(count)
-            ]
+        if "picture_digests" in batch:
+            # crops: one that is alone in its conversation may be cut, and show more
+            digests = batch["picture_digests"].cpu().numpy()
+            pictures = [f"{digest.tobytes().hex()}-{count}" for digest, count in zip(digests, crops, strict=True)]
         return Layout(counts, per_sample, crops, pictures)
 
     def _see(self, get: Callable, *args, **options) -> BaseModelOutputWithPooling:
@@ -361,14 +379,20 @@ class LlavaBackbone(nn.Module):
             options["inputs_embeds"] = embeddings + self._nothing.to(embeddings.dtype)
             self._nothing = None
         if self._batch is not None:
+            if "places" in self._batch:
+                options["packed_lengths"] = self._batch["lengths"]
+                # no mask is made of one that is made already; attention does not read it
+                options["attention_mask"] = embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool)
             self._prepare_routing(self._batch, embeddings)
             self._batch = None
         return forward(*args, **options)
 
     @cached_property
     def _tower_learns(self) -> bool:
-        blocks = self.family.tower_blocks
-        return any(isinstance(module, LowRankLinear) for block in blocks for module in block.modules())
+        """Whether adapters or weights of its own change what the image tower says."""
+        modules = [module for block in self.family.tower_blocks for module in block.modules()]
+        weights = self.tower_parameters(["image"]).values()
+        return any(isinstance(module, LowRankLinear) for module in modules) or any(w.requires_grad for w in weights)
 
     @cached_property
     def _ahead(self) -> list[AdaptedLinear]:
@@ -378,10 +402,16 @@ class LlavaBackbone(nn.Module):
 
     @torch.no_grad()
     def _prepare_routing(self, batch: Batch, embeddings: torch.Tensor) -> None:
-        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too."""
+        """Sets what the language model's routers read; embeddings (n, t, d): of the tokens, pictures' too.
+
+        Conversations in one row are read as if each had its own: they vote as they do without packing.
+        """
         routing, counts = self.routing["language"], batch["image_counts"]
+        routing.places = batch.get("places")
+        if routing.places is not None:
+            embeddings = embeddings.flatten(0, 1)[routing.places]
         mask = batch["attention_mask"]
-        routing.real = mask.bool() if mask.ndim == 2 else None
+        routing.real = mask.bool() if mask.ndim == 2 and routing.places is None else None
         prompt = torch.arange(embeddings.shape[1], device=self.device) < batch["prompt_length"][:, None]
         # one's own loop may pad in front
         routing.padding = prompt if routing.real is None else prompt & routing.real
@@ -411,6 +441,8 @@ def load(config: BackboneConfig, placement: Placement | None, compiles: bool) ->
         config.name,
         gradient_checkpointing=config.gradient_checkpointing,
         feature_cache_gb=config.feature_cache_gb,
+        feature_cache_dir=config.feature_cache_dir,
+        feature_cache_dir_gb=config.feature_cache_dir_gb,
         placement=placement,
         compiles=compiles,
     )
@@ -426,6 +458,8 @@ def load_llava(
     *,
     gradient_checkpointing: bool = False,
     feature_cache_gb: float = 0.0,
+    feature_cache_dir: Path | None = None,
+    feature_cache_dir_gb: float | None = None,
     placement: Placement | None = None,
     compiles: bool = False,
 ) -> LlavaBackbone:
@@ -444,10 +478,22 @@ def load_llava(
     folder = model_folder(name)
     if folder is not None and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    files = None
+    if feature_cache_dir is not None:
+        limit = None if feature_cache_dir_gb is None else int(feature_cache_dir_gb * 1e9)
+        files = FeatureFiles(feature_cache_dir, _fingerprint(model, processor, placement), limit)
     place(model, placement)
-    backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None)
+    backbone = LlavaBackbone(model, processor, int(feature_cache_gb * 1e9), placement.zero3 is not None, files)
     if compiles:
         backbone.compile_blocks()
     if gradient_checkpointing:
         backbone.checkpoint_blocks()
     return backbone
+
+
+def _fingerprint(model: nn.Module, processor: ProcessorMixin, placement: Placement) -> str:
+    """Returns what decides the features of a model's image tower."""
+    facts = model.config.to_dict()
+    own = {key: facts.get(key) for key in ("model_type", "vision_feature_layer", "vision_config")}
+    tower = model.model.get_submodule(FAMILIES[model.config.model_type].tower)
+    return tower_fingerprint(tower, processor, own, placement)

@@ -157,9 +157,9 @@ class Family:
     def set_lengths(self, routing: Mapping[str, Any], crops: Sequence[int]) -> None:
         """Notes how long the samples are in towers whose linears see all of them in one row."""
 
-    def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the logits (k, vocabulary) of some hidden states (k, d of the decoder)."""
-        return head(hidden)
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the logits that count, by what the head made."""
+        return logits
 
 
 class ReadLayers(Family):

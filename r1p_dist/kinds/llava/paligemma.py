@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BatchFeature, PaliGemmaForConditionalGeneration, ProcessorMixin
 
 from r1p_dist.backbones.conversations import Pictures
@@ -39,10 +38,9 @@ class PaliGemma(Family):
             types = (torch.arange(ids.shape[1], device=ids.device) >= batch["prompt_length"][:, None]).long()
         return {"pixel_values": batch["pixel_values"], "token_type_ids": types}
 
-    def logits(self, head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
         # the second PaliGemma was trained so; transformers' own loss has it in newer versions alone
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        logits = head(hidden)
         return logits if cap is None else cap * (logits / cap).tanh()
 
 

@@ -132,5 +132,6 @@ def describe_llava(config: RunConfig, backbone: LlavaBackbone, batch: Conversati
 
     trace = trace_step(backbone, forward)
     tower_learns = "image" in config.targets.towers
-    loss = Answers(config.train.average_over == "tokens", config.backbone.feature_cache_gb > 0 and not tower_learns)
+    keeps = config.backbone.feature_cache_gb > 0 or config.backbone.feature_cache_dir is not None
+    loss = Answers(config.train.average_over == "tokens", keeps and not tower_learns)
     return make_shape(config, backbone, adapters, trace, loss)

@@ -20,6 +20,16 @@ def _step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
 
 
+def _llava(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="small_llava", help="tiny_llava, small_llava, llava-1.5-7b (random weights)")
+    parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=TYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
+    parser.set_defaults(dropout=0.0, dropout_kind="element")
+
+
 def _launches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name")
     parser.add_argument("--compiled", action="store_true", help="count compiled blocks of tiny, too (some minutes)")
@@ -75,6 +85,7 @@ def _table(parser: argparse.ArgumentParser) -> None:
 
 BENCHMARKS = {
     "step": _step,
+    "llava": _llava,
     "launches": _launches,
     "precision": _precision,
     "inference": _inference,

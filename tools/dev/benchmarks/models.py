@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import open_clip
 import torch
 from torch import nn
+from transformers import LlavaConfig
 
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
@@ -14,10 +15,15 @@ from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source
 
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
-TINY_LLAVA = "tiny_llava"
-LLAVAS = (TINY_LLAVA, *SHAPES)
+TINY_LLAVA, SMALL_LLAVA = "tiny_llava", "small_llava"
+LLAVAS = (TINY_LLAVA, SMALL_LLAVA, *SHAPES)
+# For a CPU; its head is a larger part of it than that of a large model.
+_SMALL_TEXT = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
+_SMALL_TEXT |= {"model_type": "llama", "vocab_size": 16_000, "num_key_value_heads": 4}
+_SMALL_VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+_SMALL_VISION |= {"model_type": "clip_vision_model", "image_size": 112, "patch_size": 14}
 TOKENS, ANSWER_TOKENS = 700, 64  # of a conversation with its picture, and of them, those of the answer
-_SHORT = (48, 8)  # for TINY_LLAVA, beside its picture
+_SHORT = {TINY_LLAVA: (48, 8), SMALL_LLAVA: (256, 48)}  # beside the picture
 _STD = 0.02
 
 Weights = Mapping[str, nn.Parameter]
@@ -29,8 +35,13 @@ def build(name: str, device: torch.device, dtype: torch.dtype, weights: Weights 
     weights: those of another such model, which are taken instead of new ones.
     """
     if name in LLAVAS:
-        own = "tiny" if name == TINY_LLAVA else name
-        model = llava_weights.build_on_meta(llava_weights.read_config(own))
+        own = "tiny" if name in (TINY_LLAVA, SMALL_LLAVA) else name
+        config = llava_weights.read_config(own)
+        if name == SMALL_LLAVA:
+            image_token = config.image_token_id
+            config = LlavaConfig(text_config=_SMALL_TEXT, vision_config=_SMALL_VISION, tie_word_embeddings=False)
+            config.image_token_index = config.image_token_id = image_token
+        model = llava_weights.build_on_meta(config)
         backbone = LlavaBackbone(model, llava_weights.read_processor(own))
     else:
         source = model_source(name)
@@ -81,7 +92,7 @@ def conversations(
     vision, image_token = backbone.config.vision_config, backbone.config.image_token_id
     seen = (vision.image_size // vision.patch_size) ** 2
     seen += backbone.config.vision_feature_select_strategy != "default"  # [CLS] is seen, too
-    tokens, answer = (seen + _SHORT[0], _SHORT[1]) if name == TINY_LLAVA else (TOKENS, ANSWER_TOKENS)
+    tokens, answer = (seen + _SHORT[name][0], _SHORT[name][1]) if name in _SHORT else (TOKENS, ANSWER_TOKENS)
     ids = torch.randint(image_token + 1, backbone.config.text_config.vocab_size, (count, tokens), generator=generator)
     ids[:, :seen] = image_token
     labels = torch.full_like(ids, IGNORED)

@@ -32,6 +32,15 @@ def _step(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["dtype", "dropout", "work", *RATIOS], rows)
 
 
+def _llava(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        for name in result["memory_mb"]:
+            ratios = [result[key].get(f"{name}/packed", 1.0) for key in ("time", "memory")]
+            rows.append([result["dtype"], name, *map(_number, ratios), _number(result["memory_mb"][name])])
+    return _markdown(["dtype", "step", "time / packed", "memory / packed", "MB"], rows)
+
+
 def _precision(results: Sequence[dict[str, Any]]) -> str:
     (result,) = results
     rows = [[name, *map(_number, values)] for name, values in result["arrives"].items()]
@@ -118,6 +127,7 @@ GPU_COLUMNS = "samples/s utilisation GB step/limit compiled/limit peft/step".spl
 ]
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "step": _step,
+    "llava": _llava,
     "precision": _precision,
     "inference": _inference,
     "tasks": _tasks,

@@ -56,10 +56,14 @@ class Variant:
             batch = pictures(self.backbone, count, generator)
             batch["image"] = batch["image"].to(self.dtype)
         else:
-            batch = conversations(self.backbone, self.arguments.model, count, generator)
+            batch = self.conversations(count, generator)
         batch = self.backbone.preparer(prompts)(batch)
         self.backbone.begin_step([batch], TrainConfig())
         return {k: value.to(self.device) if isinstance(value, torch.Tensor) else value for k, value in batch.items()}
+
+    def conversations(self, count: int, generator: torch.Generator) -> dict[str, Any]:
+        """Returns a batch of random conversations, on the CPU."""
+        return conversations(self.backbone, self.arguments.model, count, generator)
 
     def prepare(self) -> None:
         """Makes the model what is to be measured."""
@@ -142,7 +146,7 @@ class Peft(Variant):
             fill(self.model, self.device, self.dtype, {})
             targets = ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"]
         else:
-            self.model = self.backbone
+            self.model = self.transformers_model(self.weights)
             targets = (
                 r".*(language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
                 r"|multi_modal_projector\.(linear_1|linear_2))"
@@ -150,7 +154,11 @@ class Peft(Variant):
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=self.arguments.dropout, target_modules=targets, bias="none"
         )
-        peft.inject_adapter_in_model(config, self.model if self.is_clip else self.backbone.model)
+        peft.inject_adapter_in_model(config, self.model)
+
+    def transformers_model(self, weights: Weights) -> nn.Module:
+        """Returns the LLaVA that gets PEFT's adapters; weights: by the backbone's names."""
+        return self.backbone
 
     def checkpoint_blocks(self) -> None:
         if not self.is_clip:

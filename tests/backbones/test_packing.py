@@ -1,0 +1,133 @@
+"""Packed conversations: losses, gradients and votes of each are those that it has in a row of its own."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig
+
+from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.backbones import LlavaBackbone
+from r1p_dist.config import DataConfig
+from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava.packing import unpackable
+from r1p_dist.recipes import load_config
+from tests import small_llava, small_vlms
+from tests.backbones.test_llava import FAMILIES as LLAVAS
+from tests.backbones.test_llava import SAMPLES
+from tests.backbones.test_vlms import LATER, TOWERS
+
+PACKED = (*LLAVAS, *(family for family in small_vlms.FAMILIES if family not in ("gemma3", "paligemma")))
+GUIDES = ("cls_image", "first", "last_prompt", "mean")
+Found = dict[str, torch.Tensor]
+
+
+def make_backbone(family: str) -> LlavaBackbone:
+    return (small_llava if family in LLAVAS else small_vlms).make_backbone(family)
+
+
+def step(family: str, is_packed: bool, guide: str = "cls_image", **options) -> tuple[Found, list[torch.Tensor]]:
+    """Returns losses, gradients and votes of a step, and the inputs of a language model's layer."""
+    backbone = make_backbone(family)
+    torch.manual_seed(0)
+
+    def make(slot, routing) -> AdaptedLinear:
+        own = guide if slot.tower == "language" else "mean"
+        adapter = AdaptedLinear(
+            slot.linear, 4, active=2, merged=1, guide=own, rows=slot.rows, routing=routing, **options
+        )
+        torch.nn.init.normal_(adapter.B)
+        return adapter
+
+    adapters = backbone.attach(make, TOWERS, ("q", "v", "down", "fc1"))
+    encoder, seen = backbone.encoder(DataConfig(packing=is_packed)), []
+    adapters[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    samples = (*SAMPLES, LATER)
+    batch = backbone.prepare(encoder.collate([encoder.train(sample, torch.Generator()) for sample in samples]))
+    losses, owners = backbone.train()(batch)
+    (losses * torch.linspace(1, 2, len(losses))).sum().backward()
+    found = {"losses": losses.detach(), "owners": owners}
+    for adapter in adapters:
+        found[f"{adapter.name} votes"] = adapter.activation_counts
+        found |= {f"{adapter.name} {name}": value.grad for name, value in adapter.trainable_parameters().items()}
+    return found, seen
+
+
+def assert_equal(packed: Found, plain: Found) -> None:
+    assert packed.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(packed[name], value, rtol=1e-4, atol=1e-5 * max(1, value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_conversations_equal_those_in_rows_of_their_own(family: str) -> None:
+    (packed, (row, *_)), (plain, (rows, *_)) = step(family, True), step(family, False)
+    assert_equal(packed, plain)
+    assert any(value.any() for name, value in plain.items() if name.startswith("language") and "votes" in name)
+    assert row.shape[0] == 1 and row.shape[1] < rows.shape[:2].numel(), "nothing is saved"
+
+
+@pytest.mark.parametrize("router_grad", ["none", "gated"])
+@pytest.mark.parametrize("guide", GUIDES)
+def test_each_packed_conversation_votes_by_its_own_guide(guide: str, router_grad: str) -> None:
+    packed, plain = (step("llava", is_packed, guide, router_grad=router_grad)[0] for is_packed in (True, False))
+    assert_equal(packed, plain)
+    assert router_grad == "none" or any("router" in name for name in plain)
+
+
+def test_checkpointed_blocks_attend_the_same_way_in_their_second_forward_and_vote_once(monkeypatch) -> None:
+    """A second batch, of other lengths, has gone through the model by then, as with replay."""
+    plain, _ = step("qwen2_5_vl", False)
+    forward = LlavaBackbone.forward
+
+    def checkpointed(self: LlavaBackbone, batch: dict) -> tuple[torch.Tensor, ...]:
+        self.checkpoint_blocks()
+        found = forward(self, batch)
+        encoder = self.encoder(DataConfig(packing=True))
+        with torch.no_grad():
+            self.eval()
+            forward(self, self.prepare(encoder.collate([encoder.train(SAMPLES[2], torch.Generator())] * 2)))
+            self.train()
+        return found
+
+    monkeypatch.setattr(LlavaBackbone, "forward", checkpointed)
+    packed, seen = step("qwen2_5_vl", True)
+    assert len(seen) == 3, "the first block has not run again"
+    assert_equal(packed, plain)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_answers_are_not_packed(family: str) -> None:
+    plain, packing = make_backbone(family).eval(), make_backbone(family).eval()
+    found = []
+    for backbone, data in ((plain, DataConfig()), (packing, DataConfig(packing=True))):
+        encoder = backbone.encoder(data)
+        found.append(backbone.answer(backbone, encoder.collate([encoder.evaluate(sample) for sample in SAMPLES]), 5))
+    assert found[0] == found[1] and any(text for text, _ in found[0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_families_that_cannot_be_packed_are_named(family: str) -> None:
+    with pytest.raises(InputError, match=rf"data.packing=true: the decoder of this {family} is a gemma.*; set it to"):
+        make_backbone(family).encoder(DataConfig(packing=True))
+
+
+def test_sliding_windows_cannot_be_packed() -> None:
+    decoder = torch.nn.Module()
+    for config, reason in (
+        (LlamaConfig(), None),
+        (MistralConfig(sliding_window=None), None),
+        (MistralConfig(sliding_window=16), "attends by a sliding window"),
+    ):
+        decoder.config = config
+        assert unpackable(decoder) == reason
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["data.packing=true"], "data.packing=true needs backbone.kind=llava, got open_clip"),
+        (["data.packing=true", "backbone.kind=llava", "train.compile=true"], "set one of both to false"),
+    ],
+)
+def test_what_packing_does_not_go_with_is_one_line(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config("mini_mtil", overrides)
