@@ -27,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train smoke test test-all test-quick test-oldest lint clean
+.PHONY: help setup train smoke test test-all test-quick test-oldest lint docs clean
 
 help:
 	@echo 'make train      train a recipe: ARGS="--recipe mini_mtil train.lr=5e-3", ACCELERATORS=2 ranks'
@@ -38,6 +38,7 @@ help:
 	@echo 'make smoke      two trainings of a minute, which must end above zero-shot'
 	@echo 'make test-oldest  test-quick and smoke with the oldest versions allowed: PYTHON=python3.10 for that Python'
 	@echo 'make lint       format, rules, spelling and types: what .pre-commit-config.yaml runs before a commit'
+	@echo 'make docs       the documentation as pages, in build/docs'
 	@echo 'make setup      only make the virtual environment $(VENV) and install the package'
 	@echo 'make clean      remove the virtual environments and what builds and tests left; runs/ stays'
 
@@ -75,6 +76,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The variable silences the theme's notice about MkDocs 2.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/docs/index.html
+
 setup: $(VENV)/.installed
 
 clean:
@@ -103,6 +109,10 @@ $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 # Programs that read our shards and write shards that we read. They want other versions than we do, so they get a

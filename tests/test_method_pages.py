@@ -29,14 +29,24 @@ def test_pages_say_what_the_methods_say_now(tool: ModuleType) -> None:
     assert not old, f"of another time: {', '.join(old)}; run python tools/dev/write_method_pages.py"
 
 
-def test_rows_are_those_of_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def row_of(page: Path, label: str) -> list[str]:
+    return re.search(rf"^\| {label} \| (.+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)[1].split(" | ")
+
+
+def test_rows_are_those_of_the_results() -> None:
     page = (PAGES / "lora.md").read_text(encoding="utf-8")
     for label in ("lora", "lora_restart"):
-        row = re.search(rf"^\| {label} \| (.+) \|$", readme, re.MULTILINE)[1].split(" | ")
+        row = row_of(ROOT / "docs/results.md", label)
         transfer, average, last, seen, unseen, own, forgetting, recovered, _, seeds = row
         cells = [label, transfer, average, last, seen, unseen, recovered, own, forgetting, seeds]
         assert f"| {' | '.join(cells)} |\n" in page
+
+
+def test_the_readme_has_columns_of_the_results() -> None:
+    for label in ("zero_shot", "lora", "joint", "dac", "steady"):
+        transfer, average, last, _, _, _, forgetting, recovered, *_ = row_of(ROOT / "docs/results.md", label)
+        assert row_of(ROOT / "README.md", label) == [transfer, average, last, forgetting, recovered]
+    assert f"[{len(shipped_methods())}](docs/methods/README.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_page_has_text_layer_paper_and_options(tool: ModuleType) -> None:
