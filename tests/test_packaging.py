@@ -1,6 +1,8 @@
 """What is installed: every package and data file is in the wheel, and the console script is there."""
 
 import email
+import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from tests.data.converting import picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,19 +71,34 @@ def test_wheel_carries_licence_and_notice(names: set[str]) -> None:
     assert any("/assets/NOTICE" in name for name in names)
 
 
-def test_wheel_alone_finds_recipes_and_deepspeed_files(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_wheel_alone_converts_trains_and_predicts(wheel: Path, tmp_path: Path) -> None:
+    """In a folder outside of the checkout, with nothing of it to be found."""
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(tmp_path / "site")
+    for label, name in enumerate(("owl", "wren")):
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / "birds" / name / f"{number}.jpg").write_bytes(picture(10 * label + number, "JPEG", (64, 64)))
+    train = "train --recipe mini_mtil stream=shards run_dir=run train.iterations=2 train.global_batch_size=4"
+    commands = ["convert birds shards --test-share 0.25", train, "predict run birds/owl/0.jpg --json"]
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from r1p_dist import recipes; "
-        "assert recipes.__file__.startswith(sys.argv[1]); "
-        "print(recipes.load_config('mini_mtil').dump())"
+        "import sys; from r1p_dist import cli; assert cli.__file__.startswith(sys.argv[1]); "
+        "sys.exit(sum(print('---', flush=True) or cli.main(words.split()) for words in sys.argv[2:]))"
     )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=500, cwd=tmp_path
+        [sys.executable, "-c", script, str(tmp_path / "site"), *commands],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=tmp_path,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr
-    assert yaml.safe_load(result.stdout)["run_dir"] == str(tmp_path / "runs/mini_mtil")
+    (prediction,) = json.loads(result.stdout.rpartition("---")[2])["pictures"]
+    assert {entry["class"] for entry in prediction["classes"]} == {"owl", "wren"}
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["options"]["anchor"] == "tiny"
 
 
 def test_wheel_declares_the_console_scripts(wheel: Path) -> None:
