@@ -57,10 +57,10 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1
 
-test: $(VENV)/.installed-test $(VENV)/.installed-peers
+test: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-mlflow
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not campaign' $(TESTS)
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-peers
+test-all: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-mlflow
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-quick: $(VENV)/.installed-test
@@ -120,4 +120,10 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 $(VENV)/.installed-peers: tests/data/peers.txt | $(VENV)/.installed-test
 	rm -rf $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers --requirement $<
+	@touch $@
+
+# DeepSpeed imports MLflow wherever it finds it, which costs every process seconds: it gets a folder of its own too.
+$(VENV)/.installed-mlflow: tests/mlflow.txt | $(VENV)/.installed-test
+	rm -rf $(VENV)/mlflow
+	$(BIN)/python -m pip install --quiet --target $(VENV)/mlflow --requirement $<
 	@touch $@

@@ -81,10 +81,10 @@ def _run(config: RunConfig, lock_patience_s: float) -> dict:
             session.log.status("failed")
         raise
     finally:
-        agreement.close()
         session.log.end()
         watchdog.stop()
         session.close()
+        agreement.close()  # last: a signal does again what it did before, which may end the process
 
 
 def train_stages(

@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 from r1p_dist.config import RunConfig
 from r1p_dist.errors import InputError
 from r1p_dist.trackers import TrackedRun, Trackers, check_trackers, trackers
+from tests.data.test_peers import folder_of_peers, run_python
+
+ROOT = Path(__file__).parents[1]
 
 STAGES = {"flags": 4, "cards": 6}
 SETTINGS = {"seed": 3, "train.lr": 1e-2, "method": "dac", "tasks": None, "targets.towers": ["image", "text"]}
@@ -98,15 +102,20 @@ def read_wandb(file: Path) -> tuple[Any, list[dict[str, Any]]]:
     """Returns what an offline run's file says of the run, and its history."""
     from wandb.proto import wandb_internal_pb2
 
-    run, rows = None, []
-    for data in log_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
-        if record.WhichOneof("record_type") == "run":
-            run = record.run
-        elif record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
-    return run, rows
+    kinds: dict[str, list[Any]] = {}
+    for _ in range(600):  # a process of W&B's own writes the end of it a little later
+        kinds = {}
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record.FromString(data)
+            kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
+        if "exit" in kinds:
+            break
+        time.sleep(0.1)
+    rows = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in kinds["history"]
+    ]
+    return kinds["run"][0].run, rows
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
@@ -126,21 +135,29 @@ def log_records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def test_mlflow_has_one_run_with_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow.tracking import MlflowClient
+# prints the run's name, state, settings and the history of each number
+READ_MLFLOW = """
+import json, sys
+from pathlib import Path
+from tests.test_trackers import show
+show("mlflow", Path(sys.argv[1]))
+from mlflow.tracking import MlflowClient
+client = MlflowClient()
+(run,) = client.search_runs([client.get_experiment_by_name("mini_mtil").experiment_id])
+points = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+history = {name: [(point.step, point.value) for point in found] for name, found in points.items()}
+print(json.dumps([run.info.run_name, run.info.status, run.data.params, history]))
+"""
 
-    monkeypatch.chdir(tmp_path)
+
+def test_mlflow_has_one_run_with_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of_peers("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
-    show("mlflow", tmp_path)
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("mini_mtil")
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_name == "first" and run.info.status == "FINISHED"
-    assert run.data.params == {key: str(value) for key, value in SETTINGS.items()}
-    assert run.data.metrics.keys() == EXPECTED.keys()
-    for name, expected in EXPECTED.items():
-        history = client.get_metric_history(run.info.run_id, name)
-        assert [(point.step, point.value) for point in history] == expected
+    monkeypatch.chdir(tmp_path)
+    name, status, settings, history = json.loads(run_python(READ_MLFLOW, tmp_path, path=(folder, ROOT)))
+    assert (name, status) == ("first", "FINISHED")
+    assert settings == {key: str(value) for key, value in SETTINGS.items()}
+    assert {key: [tuple(point) for point in points] for key, points in history.items()} == EXPECTED
 
 
 class Failing:

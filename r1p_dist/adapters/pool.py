@@ -32,6 +32,14 @@ class Routing:
     has_voted: bool = False  # `vote_ahead` has taken the vote of this batch
 
 
+class Router(nn.Linear):
+    """Scores a guide for each expert, in its own precision: another one's may be that of a tower or of autocast."""
+
+    def forward(self, guide: torch.Tensor) -> torch.Tensor:
+        # here and not before: ZeRO-3 gathers a weight for whoever looks at it, and only here is it gathered anyway
+        return super().forward(guide.to(self.weight.dtype))
+
+
 class AdaptedLinear(LowRankLinear):
     """A frozen linear plus a pool of `rank` rank-1 experts.
 
@@ -86,7 +94,7 @@ class AdaptedLinear(LowRankLinear):
         self.A = nn.Parameter(weight.new_empty(rank, self.in_features))
         self.B = nn.Parameter(weight.new_empty(self.out_features, rank))
         guide_width = self.routing.guide_width if self.guide == "cls_image" else self.in_features
-        self.router = nn.Linear(guide_width, rank, device=weight.device, dtype=weight.dtype)
+        self.router = Router(guide_width, rank, device=weight.device, dtype=weight.dtype)
         self.router.requires_grad_(router_grad != "none")
         self.register_buffer("activation_counts", torch.zeros(rank, dtype=torch.int64, device=weight.device))
         self.register_buffer("gate_sum", torch.zeros(rank, dtype=torch.float64, device=weight.device))
@@ -129,16 +137,13 @@ class AdaptedLinear(LowRankLinear):
         self._active = state["active"].to(self.activation_counts.device) if len(state["active"]) else None
 
     def guide_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed,
-        in the router's precision.
+        """Returns the router's input (batch, in or guide_width) from the layer's input, (batch, tokens, in) or packed.
 
         Rows and columns of a picture may stand in place of the tokens; without any, (batch, in), a sample is its own
         guide. Packed: (tokens, in), the routing has the samples' lengths.
         """
-        guide = self.routing.guide if self.guide == "cls_image" else self._token(x)
-        return guide.to(self.router.weight.dtype)
-
-    def _token(self, x: torch.Tensor) -> torch.Tensor:
+        if self.guide == "cls_image":
+            return self.routing.guide
         if self.routing.lengths is not None:
             samples = x.split(self.routing.lengths)
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])

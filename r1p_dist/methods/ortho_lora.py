@@ -51,7 +51,7 @@ class OrthoLora(LowRankMethod):
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:
         past = self._stages[: len(trainer.past_memory())]
-        self._tasks = [task.name for reached in (*past, stage) for task in reached.tasks]
+        self._tasks = list(dict.fromkeys(task.name for reached in (*past, stage) for task in reached.tasks))
 
     def step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
         by_task = []

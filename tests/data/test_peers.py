@@ -28,16 +28,21 @@ from r1p_dist.data.convert.tar_shards import TEMPLATES
 from r1p_dist.data.shards import ShardDataset
 from tests.data.converting import CLASSES, pixels, run, samples, write_photos
 
-PEERS = Path(sys.prefix) / "peers"
 TWO_TEMPLATES = ("a photo of a {c}.", "ein Käfer: {c}")
 
 
 @pytest.fixture(scope="module")
 def peers() -> Path:
-    if not PEERS.is_dir():
-        reason = f"{PEERS} is missing; `make test` installs it"
+    return folder_of_peers("peers")
+
+
+def folder_of_peers(name: str) -> Path:
+    """Returns a folder of the virtual environment that `make test` fills; without it the test ends here."""
+    folder = Path(sys.prefix) / name
+    if not folder.is_dir():
+        reason = f"{folder} is missing; `make test` installs it"
         pytest.fail(reason) if os.environ.get("R1P_PEERS") else pytest.skip(reason)
-    return PEERS
+    return folder
 
 
 def run_python(script: str, *arguments: object, path: tuple[Path, ...] = ()) -> str:

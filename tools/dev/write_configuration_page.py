@@ -1,10 +1,14 @@
 """Write docs/configuration.md: every key of a configuration with its default and what it means."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from r1p_dist.config_reference import Key, Section, sections
+if TYPE_CHECKING:
+    from r1p_dist.config_reference import Key, Section
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 _HEAD = """<!-- made by tools/dev/write_configuration_page.py -->
@@ -25,6 +29,8 @@ def main() -> None:
 
 def page() -> str:
     """Return the text of the page."""
+    from r1p_dist.config_reference import sections
+
     return "\n".join([_HEAD, *(line for section in sections() for line in _section(section))])
 
 
