@@ -57,10 +57,10 @@ PARALLEL := --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --
 # Here a missing peer fails the tests that need it; where pytest is called by hand, they are skipped.
 test test-all: export R1P_PEERS := 1
 
-test: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-mlflow
+test: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-trackers
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not campaign' $(TESTS)
 
-test-all: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-mlflow
+test-all: $(VENV)/.installed-test $(VENV)/.installed-peers $(VENV)/.installed-trackers
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 test-quick: $(VENV)/.installed-test
@@ -122,8 +122,8 @@ $(VENV)/.installed-peers: tests/data/peers.txt | $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers --requirement $<
 	@touch $@
 
-# DeepSpeed imports MLflow wherever it finds it, which costs every process seconds: it gets a folder of its own too.
-$(VENV)/.installed-mlflow: tests/mlflow.txt | $(VENV)/.installed-test
-	rm -rf $(VENV)/mlflow
-	$(BIN)/python -m pip install --quiet --target $(VENV)/mlflow --requirement $<
+# DeepSpeed imports these wherever it finds them, which costs every process seconds: they get a folder of their own too.
+$(VENV)/.installed-trackers: tests/trackers.txt | $(VENV)/.installed-test
+	rm -rf $(VENV)/trackers
+	$(BIN)/python -m pip install --quiet --target $(VENV)/trackers --requirement $<
 	@touch $@

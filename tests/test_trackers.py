@@ -80,26 +80,36 @@ def test_what_a_killed_process_wrote_too_much_is_hidden(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(6, 1.0)]
 
 
+# prints the run's identity, and of each file its name and what `read_wandb` returns
+READ_WANDB = """
+import json, sys
+from pathlib import Path
+from tests.test_trackers import read_wandb, show
+folder = Path(sys.argv[1])
+show("wandb", folder)
+files = sorted((folder / "wandb/wandb").glob("offline-run-*/*.wandb"))
+print(json.dumps([(folder / "wandb/identity").read_text(), [(file.name, *read_wandb(file)) for file in files]]))
+"""
+
+
 def test_wandb_offline_has_one_run_with_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_PROJECT", "of_the_test")
-    show("wandb", tmp_path)
-    (known,) = {(tmp_path / "wandb/identity").read_text()}
-    files = sorted((tmp_path / "wandb/wandb").glob("offline-run-*/*.wandb"))
+    monkeypatch.chdir(tmp_path)
+    known, files = json.loads(run_python(READ_WANDB, tmp_path, path=(folder_of_peers("trackers"), ROOT)))
     found: dict[str, list] = {}
-    for file in files:
-        assert file.name == f"run-{known}.wandb"
-        run, rows = read_wandb(file)
-        assert (run.project, run.display_name, run.run_group) == ("of_the_test", "first", "mini_mtil")
-        assert {item.key: json.loads(item.value_json) for item in run.config.update if item.key in SETTINGS} == SETTINGS
+    assert len(files) == 2
+    for name, names, settings, rows in files:
+        assert name == f"run-{known}.wandb" and names == ["of_the_test", "first", "mini_mtil"]
+        assert {key: settings[key] for key in SETTINGS} == SETTINGS
         for row in rows:
-            for name in row.keys() & EXPECTED.keys():
-                found.setdefault(name, []).append((row["_step"], row[name]))
+            for key in row.keys() & EXPECTED.keys():
+                found.setdefault(key, []).append((row["_step"], row[key]))
     assert found == EXPECTED
 
 
-def read_wandb(file: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Returns what an offline run's file says of the run, and its history."""
+def read_wandb(file: Path) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
+    """Returns project, name and group of an offline run's file, its settings, and its history."""
     from wandb.proto import wandb_internal_pb2
 
     kinds: dict[str, list[Any]] = {}
@@ -115,7 +125,9 @@ def read_wandb(file: Path) -> tuple[Any, list[dict[str, Any]]]:
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         for record in kinds["history"]
     ]
-    return kinds["run"][0].run, rows
+    run = kinds["run"][0].run
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    return [run.project, run.display_name, run.run_group], settings, rows
 
 
 def log_records(content: bytes) -> Iterator[bytes]:
@@ -151,7 +163,7 @@ print(json.dumps([run.info.run_name, run.info.status, run.data.params, history])
 
 
 def test_mlflow_has_one_run_with_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = folder_of_peers("mlflow")
+    folder = folder_of_peers("trackers")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
     monkeypatch.chdir(tmp_path)
     name, status, settings, history = json.loads(run_python(READ_MLFLOW, tmp_path, path=(folder, ROOT)))

@@ -144,9 +144,11 @@ class Peft(Variant):
                 for block in tower.transformer.resblocks:
                     block.attn = SplitAttention(block.attn)
             fill(self.model, self.device, self.dtype, {})
+            adapted = self.model
             targets = ["q_proj", "k_proj", "v_proj", "out_proj", "c_fc", "c_proj"]
         else:
-            self.model = self.transformers_model(self.weights)
+            adapted = self.transformers_model(self.weights)
+            self.model = self.backbone if adapted is self.backbone.model else adapted
             targets = (
                 r".*(language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
                 r"|multi_modal_projector\.(linear_1|linear_2))"
@@ -154,11 +156,11 @@ class Peft(Variant):
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=self.arguments.dropout, target_modules=targets, bias="none"
         )
-        peft.inject_adapter_in_model(config, self.model)
+        peft.inject_adapter_in_model(config, adapted)
 
     def transformers_model(self, weights: Weights) -> nn.Module:
-        """Returns the LLaVA that gets PEFT's adapters; weights: by the backbone's names."""
-        return self.backbone
+        """Returns the LLaVA that gets PEFT's adapters, the backbone's or another; weights: by the backbone's names."""
+        return self.backbone.model
 
     def checkpoint_blocks(self) -> None:
         if not self.is_clip:
