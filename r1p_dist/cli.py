@@ -47,7 +47,7 @@ COMMANDS = {
     "moments": Command("measure a backbone's layer inputs, an anchor for `method: steady`", "r1p_dist.measuring.main"),
     "backbones": Command("list open_clip's models and whether adapters go on them", "r1p_dist.backbone_list"),
     "methods": Command("list the methods", "r1p_dist.method_list"),
-    "config": Command("print the keys of a configuration with their meanings", "r1p_dist.config_reference"),
+    "config": Command("print the keys of a configuration with their meanings", "r1p_dist.config_command"),
     "doctor": Command("say what this machine has and what it lacks", "r1p_dist.doctor"),
 }
 

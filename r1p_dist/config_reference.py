@@ -1,16 +1,13 @@
-"""`r1p config`: every key of a configuration with its default and what it means, from the typed tree itself."""
+"""Every key of a configuration with its default and what it means, from the typed tree itself."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from r1p_dist.arguments import Parser
 from r1p_dist.config import RunConfig
-from r1p_dist.errors import InputError
-from r1p_dist.key_words import hint_at_key
 from r1p_dist.safe_yaml import inline_yaml
 
 
@@ -35,23 +32,6 @@ class Key:
     def line(self) -> str:
         values = f" ({', '.join(self.choices)})" if self.choices else ""
         return f"{self.name}={self.default}  {self.meaning}{values}"
-
-
-def main(prog: str, argv: Sequence[str]) -> int:
-    """Prints the keys that were asked for."""
-    parser = Parser(prog=prog, description="Print the keys of a configuration, with their defaults and meanings.")
-    parser.add_argument(
-        "key", nargs="?", metavar="KEY", help="a key or a section, such as train.lr or data; default: all"
-    )
-    asked = parser.parse_args(argv).key
-    keys = [key for section in sections() for key in section.keys]
-    chosen = [key for key in keys if asked is None or key.name == asked or key.name.startswith(f"{asked}.")]
-    if not chosen:
-        names = [key.name for key in keys]
-        hint = hint_at_key(asked.split("."), [], names)
-        raise InputError(f"{prog}: no key {asked}; {hint}without a key all are printed")
-    print("\n".join(key.line() for key in chosen))
-    return 0
 
 
 def sections() -> list[Section]:

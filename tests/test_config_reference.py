@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 
 from r1p_dist.config import RunConfig
-from r1p_dist.config_reference import main, sections
+from r1p_dist.config_command import main
+from r1p_dist.config_reference import sections
 from r1p_dist.errors import InputError
 from r1p_dist.safe_yaml import parse_yaml
 
