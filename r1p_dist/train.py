@@ -122,7 +122,8 @@ def train_stages(
             scores.begin(method.backbone, index)
             scores.repeat_row()
         log.say(summary(index, stage, session.stages, scores.write()))
-        write_page(session)
+        if index + 1 < len(session.stages):
+            write_page(session)
     session.checkpoints.wait()
     metrics = scores.write()
     write_page(session)

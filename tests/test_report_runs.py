@@ -50,7 +50,7 @@ def run(tmp_path: Path) -> RunFiles:
 
 def test_classes_are_counted_by_the_labels_of_the_shards(run: RunFiles) -> None:
     labels, names = labels_of("fashion")
-    fold, flags = classes.classes(run)
+    fold, flags = classes.classes(classes.judged(run))
     assert isinstance(fold, Fold) and fold.summary == "fashion: 10 classes" and isinstance(flags, Fold)
     (columns,) = fold.parts
     assert isinstance(columns, Columns)
@@ -66,7 +66,7 @@ def test_classes_are_counted_by_the_labels_of_the_shards(run: RunFiles) -> None:
 def test_pictures_are_those_of_the_samples_that_the_marks_are_of(run: RunFiles) -> None:
     labels, names = labels_of("fashion")
     (task,) = Stream.load("mini_mtil", tasks=["fashion"]).tasks
-    (columns,) = classes.examples(run)
+    (columns,) = classes.examples(classes.judged(run))
     assert isinstance(columns, Columns)
     gallery, _ = columns.parts
     assert isinstance(gallery, Gallery) and gallery.title == "fashion"
@@ -88,10 +88,11 @@ def test_pictures_are_those_of_the_samples_that_the_marks_are_of(run: RunFiles) 
 def test_without_the_shards_or_with_other_ones_there_are_no_classes(run: RunFiles) -> None:
     (run.folder / "config.yaml").write_text(json.dumps({"stream": "/gone/stream.yaml"}))
     gone = RunFiles.read(run.folder)
-    assert classes.classes(gone) == [] == classes.examples(gone)
+    judged = classes.judged(gone)
+    assert classes.classes(judged) == [] == classes.examples(judged)
     # a sample that could not be read has no mark: nobody knows whose the others are
     marks = {key: text[1:] for key, text in run.results("correct").items()}
-    assert classes.classes(write_run(run.folder, marks)) == []
+    assert classes.classes(classes.judged(write_run(run.folder, marks))) == []
 
 
 def write_stage(run: RunFiles, index: int, factors: dict[str, tuple[np.ndarray, np.ndarray]], votes=None) -> None:

@@ -50,7 +50,8 @@ def show(name: str, folder: Path) -> None:
         shown = Trackers([name], run, STAGES)
         for step in steps:
             shown.step(*step)
-        shown.metrics(metrics)
+        for _ in range(2):  # a run writes its metrics once more at its end
+            shown.metrics(metrics)
         shown.close()
 
 

@@ -40,8 +40,8 @@ class Judged:
         return [{first: names[guess] for _, guess, _, first in entries} for entries in self.confusions]
 
 
-def _judged(run: RunFiles) -> list[Judged]:
-    """Returns the classification tasks whose shards are here and agree with what was evaluated."""
+def judged(run: RunFiles) -> list[Judged]:
+    """Return the classification tasks whose shards are here and agree with what was evaluated."""
     correct, confusions = run.results("correct"), run.results("confusions")
     last = len(run.matrix.trained)
     split = run.config.get("data", {}).get("evaluate_on", "test")
@@ -85,14 +85,14 @@ def _samples(shard: Path, changed: int) -> list[tuple[int, int, int]]:
         return [(sample.start, sample.stop, label(*sample.files["cls"])) for sample in index_shard(shard)]
 
 
-def classes(run: RunFiles) -> list[Part]:
+def classes(tasks: Sequence[Judged]) -> list[Part]:
     """Return a table of classes and one of confusions for each task that is known by class."""
     return [
         Fold(
-            f"{judged.task.name}: {len(judged.task.class_names)} classes",
-            [Columns([_class_table(judged), *_confusion_table(judged)], is_wide=True)],
+            f"{task.task.name}: {len(task.task.class_names)} classes",
+            [Columns([_class_table(task), *_confusion_table(task)], is_wide=True)],
         )
-        for judged in _judged(run)
+        for task in tasks
     ]
 
 
@@ -144,23 +144,19 @@ def _confusion_table(judged: Judged) -> list[Part]:
     )
 
 
-def examples(run: RunFiles) -> list[Part]:
+def examples(tasks: Sequence[Judged]) -> list[Part]:
     """Return a few pictures of each task: what was learnt, lost, always right and never."""
     galleries = []
-    for judged in _judged(run)[:TASKS_WITH_PICTURES]:
+    for task in tasks[:TASKS_WITH_PICTURES]:
         pictures = []
         for before, now in ((False, True), (True, False), (False, False), (True, True)):
-            members = [
-                at for at, marks in enumerate(zip(judged.before, judged.now, strict=True)) if marks == (before, now)
-            ]
+            members = [at for at, marks in enumerate(zip(task.before, task.now, strict=True)) if marks == (before, now)]
             # one whose wrong answer is known says more
-            known = [
-                at for at in members if (before or at in judged.taken_for[0]) and (now or at in judged.taken_for[1])
-            ]
+            known = [at for at in members if (before or at in task.taken_for[0]) and (now or at in task.taken_for[1])]
             if members:
-                pictures += _picture(judged, (known or members)[0])
+                pictures += _picture(task, (known or members)[0])
         if pictures:
-            galleries.append(Gallery(judged.task.name, pictures))
+            galleries.append(Gallery(task.task.name, pictures))
     return [Columns(galleries)] if galleries else []
 
 

@@ -13,19 +13,31 @@ from r1p_dist.page.parts import Code, Columns, Link, Page, Part, Section, Table
 from r1p_dist.page.render import render_page
 from r1p_dist.report import answers, classes, experts, overview, scores, training
 from r1p_dist.report.run import RunFiles
-from r1p_dist.run_files import REPORT_FILE
+from r1p_dist.run_files import (
+    ADAPTERS,
+    ANSWERS_FILE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CORRECT_FILE,
+    LAUNCH_LOG,
+    LOG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    STATUS_FILE,
+    TASKS_FILE,
+)
 
 _FILES = {
-    "metrics.json": "the matrix and the figures made of it",
-    "log.jsonl": "loss and its terms, learning rate, samples per second",
-    "correct.jsonl": "which test samples were right after which task",
-    "answers.jsonl": "the answers of every evaluation",
-    "config.yaml": "the resolved configuration; a recipe itself",
-    "tasks.json": "class names and templates of each task",
-    "status.json": "what the run is doing",
-    "launch.log": "what DeepSpeed, torch and the compiler print",
-    "adapters/": "what each task left",
-    "checkpoints/": "what the run resumes from",
+    METRICS_FILE: "the matrix and the figures made of it",
+    LOG_FILE: "loss and its terms, learning rate, samples per second",
+    CORRECT_FILE: "which test samples were right after which task",
+    ANSWERS_FILE: "the answers of every evaluation",
+    CONFIG_FILE: "the resolved configuration; a recipe itself",
+    TASKS_FILE: "class names and templates of each task",
+    STATUS_FILE: "what the run is doing",
+    LAUNCH_LOG: "what DeepSpeed, torch and the compiler print",
+    f"{ADAPTERS}/": "what each task left",
+    f"{CHECKPOINTS}/": "what the run resumes from",
     "tensorboard/": "the log for TensorBoard",
 }
 
@@ -52,14 +64,15 @@ def plot_matrix(run_dir: Path, path: Path) -> None:
 
 def report_page(run: RunFiles, has_files: bool = True) -> Page:
     """Return the page of a run. has_files: whether the run's files lie beside it, to be linked."""
+    judged = classes.judged(run)
     sections = [
         Section("Figures", overview.figures(run)),
         Section(f"{run.matrix.quantity.capitalize()} matrix", scores.matrix(run)),
         Section("Tasks", scores.tasks(run)),
         Section("Forgetting", scores.forgetting(run)),
         Section("Instruction following", answers.following(run)),
-        Section("Classes", classes.classes(run)),
-        Section("Example pictures", classes.examples(run)),
+        Section("Classes", classes.classes(judged)),
+        Section("Example pictures", classes.examples(judged)),
         Section("Example answers, last row", answers.examples(run)),
         Section("Training", training.curves(run)),
         Section("Layers and experts", experts.layers(run)),
@@ -78,5 +91,5 @@ def _configuration(run: RunFiles, has_files: bool) -> list[Part]:
     if there:
         rows = [[Link(name, quote(name)), _FILES[name]] for name in there]
         tables.append(Table(["File", "What it says"], rows, meaning=1))
-    parts: list[Part] = [Code("config.yaml", run.config_text)] if run.config_text else []
+    parts: list[Part] = [Code(CONFIG_FILE, run.config_text)] if run.config_text else []
     return [*parts, Columns(tables, is_wide=True)] if tables else parts

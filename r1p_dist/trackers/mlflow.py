@@ -2,14 +2,17 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
 
 from r1p_dist.trackers.tracker import TrackedRun
 
 _LONGEST_VALUE = 6000  # of a parameter
+_MOST_PARAMETERS = 100  # of a request
 
 
 class MLflow:
@@ -26,13 +29,15 @@ class MLflow:
         known = self._client.get_experiment_by_name(name)
         experiment = self._client.create_experiment(name) if known is None else known.experiment_id
         run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
-        for key, value in run.settings.items():
-            self._client.log_param(run_id, key, str(value)[:_LONGEST_VALUE])
+        parameters = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in run.settings.items()]
+        for start in range(0, len(parameters), _MOST_PARAMETERS):
+            self._client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
         return run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._run_id, name, value, step=step)
+        # one request: training waits for it
+        now = int(1000 * time.time())
+        self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in values.items()])
 
     def matrix(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._client.log_dict(self._run_id, dict(metrics), "metrics.json")

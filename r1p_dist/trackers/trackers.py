@@ -39,6 +39,7 @@ class Trackers:
         """run: its `folder` is the run's own. stages: name -> optimizer steps of each, in order."""
         self._ends = list(accumulate(stages.values(), initial=0))
         self._begins = dict(zip(stages, self._ends, strict=False))
+        self._rows = 0  # of the matrix, that were shown
         self._metrics: Mapping[str, Any] | None = None
         self._trackers: dict[str, Tracker] = {}
         for name in names:
@@ -50,7 +51,11 @@ class Trackers:
         self._tell(lambda tracker: tracker.scalars(self._begins[stage] + step, train))
 
     def metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Shows the last row of the accuracy matrix, and what is known of the stream."""
+        """Shows the last row of the accuracy matrix, unless it was shown, and what is known of the stream."""
+        self._metrics = metrics if metrics["last"] is not None else None
+        if len(metrics["accuracy"]) == self._rows:
+            return
+        self._rows = len(metrics["accuracy"])
         row = dict(zip(metrics["tasks"], metrics["accuracy"][-1], strict=True))
         values = {
             f"{metric or 'accuracy'}/{task}": row[task] for task, metric in zip(row, metrics["metric"], strict=True)
@@ -59,7 +64,6 @@ class Trackers:
         known = {name: value for name, value in values.items() if value is not None}
         step = self._ends[min(len(metrics["accuracy"]), len(self._ends)) - 1]
         self._tell(lambda tracker: (tracker.scalars(step, known), tracker.matrix(step, metrics)))
-        self._metrics = metrics if metrics["last"] is not None else None
 
     def close(self) -> None:
         """Ends all of them; without the figures of the stream where it was not finished."""
