@@ -3,11 +3,12 @@
 import codecs
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from r1p_dist.errors import InputError
 
@@ -45,6 +46,15 @@ def replace_file(path: Path, content: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(content, encoding="utf-8")
     temporary.replace(path)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a JSON file that somebody may be writing; nothing where there is none that is whole."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_text(path: Path) -> str:

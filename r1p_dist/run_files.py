@@ -13,6 +13,7 @@ REPORT_FILE = "report.html"
 LAUNCH_LOG = "launch.log"  # what DeepSpeed, torch and the compiler print
 JOB_FILE = "job.json"
 CHECKPOINTS = "checkpoints"
+METHOD_FILE = "method.safetensors"  # of each checkpoint: what its method counts
 JOBS = "jobs"
 ADAPTERS = "adapters"
 # of each folder in ADAPTERS

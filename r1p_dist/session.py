@@ -30,7 +30,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import adam_steps
 from r1p_dist.protocol import Method, Stage
-from r1p_dist.run_files import stage_folder
+from r1p_dist.run_files import METHOD_FILE, stage_folder
 from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
 from r1p_dist.stage_data import StageData
@@ -217,7 +217,7 @@ class Session:
         try:
             self.method.load_state(state)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"{point.folder}/method.safetensors: does not fit this run: {error}") from error
+            raise InputError(f"{point.folder}/{METHOD_FILE}: does not fit this run: {error}") from error
 
     def finish_stage(self, index: int) -> None:
         """Keeps what the method leaves of a stage, on disk too, and makes the weights those of the model after it."""

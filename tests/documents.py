@@ -1,7 +1,11 @@
 """The pages that people read: README.md, what stands beside it, and docs/."""
 
+import importlib
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -21,3 +25,10 @@ def fences(page: Path, language: str) -> list[str]:
 
 def without_fences(page: Path) -> str:
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def imported_tool(name: str) -> Iterator[ModuleType]:
+    """Yields a module of tools/dev, which makes pages; what it imports is found as long as it is in use."""
+    sys.path.insert(0, str(ROOT / "tools/dev"))
+    yield importlib.import_module(name)
+    sys.path.remove(str(ROOT / "tools/dev"))

@@ -7,12 +7,13 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+
+from r1p_dist.local_ranks import free_port
 
 RANKS = 2
 
@@ -50,11 +51,8 @@ class ForkedLaunch:
 
 
 def _launch(words: list[str], log: Path, in_ranks: Callable[[], None] | None, environment: dict[str, str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.clear()
-    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     os.environ.update(WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS), LOCAL_SIZE=str(RANKS))
     gc.freeze()
     ranks = set()

@@ -1,7 +1,5 @@
 """`r1p config` and docs/configuration.md, from the typed tree."""
 
-import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ from r1p_dist.config_command import main
 from r1p_dist.config_reference import sections
 from r1p_dist.errors import InputError
 from r1p_dist.safe_yaml import parse_yaml
+from tests.documents import imported_tool
 
 ROOT = Path(__file__).parents[1]
 KEYS = [key for section in sections() for key in section.keys]
@@ -20,9 +19,7 @@ KEYS = [key for section in sections() for key in section.keys]
 
 @pytest.fixture
 def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools/dev"))
-    yield importlib.import_module("write_configuration_page")
-    sys.path.remove(str(ROOT / "tools/dev"))
+    yield from imported_tool("write_configuration_page")
 
 
 def test_every_key_has_a_meaning_and_the_default_that_a_run_gets() -> None:

@@ -1,8 +1,6 @@
 """docs/methods: pages made from the methods' own words, and the one that helps to choose."""
 
-import importlib
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from r1p_dist.methods import shipped_methods
+from tests.documents import imported_tool
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/methods"
@@ -17,9 +16,7 @@ PAGES = ROOT / "docs/methods"
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools/dev"))
-    yield importlib.import_module("write_method_pages")
-    sys.path.remove(str(ROOT / "tools/dev"))
+    yield from imported_tool("write_method_pages")
 
 
 def test_pages_say_what_the_methods_say_now(tool: ModuleType) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,10 +47,15 @@ class PlainHost(Host):
         return super().close()
 
     def _hear(self, model: nn.Module, inputs: tuple, options: dict[str, Any]) -> None:
-        routing, ids = self.routing["model"], options.get("input_ids", inputs[0] if inputs else None)
-        prompt = prompt_tokens(ids, options.get("attention_mask"), options.get("labels"))
-        routing.padding = routing.real = prompt
-        routing.end = None if prompt is None else (torch.arange(prompt.shape[1], device=prompt.device) * prompt).amax(1)
+        tell_prompts(self.routing["model"], inputs, options)
+
+
+def tell_prompts(routing: Routing, inputs: tuple, options: Mapping[str, Any]) -> None:
+    """Tells the routers of a model which tokens are of the prompts, from what the model is called with."""
+    ids = options.get("input_ids", inputs[0] if inputs else None)
+    prompt = prompt_tokens(ids, options.get("attention_mask"), options.get("labels"))
+    routing.padding = routing.real = prompt
+    routing.end = None if prompt is None else (torch.arange(prompt.shape[1], device=prompt.device) * prompt).amax(1)
 
 
 def prompt_tokens(

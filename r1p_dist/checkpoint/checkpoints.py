@@ -32,7 +32,7 @@ from r1p_dist.config import RunConfig
 from r1p_dist.distributed import agree, rank
 from r1p_dist.errors import InputError
 from r1p_dist.recipes import load_config
-from r1p_dist.run_files import CHECKPOINTS, CONFIG_FILE
+from r1p_dist.run_files import CHECKPOINTS, CONFIG_FILE, METHOD_FILE
 from r1p_dist.safe_yaml import inline_yaml
 
 FORMAT = 2
@@ -189,7 +189,7 @@ class Checkpoints:
         try:
             files = {
                 "training.safetensors": tensor_file(capture.tensors()),
-                "method.safetensors": tensor_file(method),
+                METHOD_FILE: tensor_file(method),
                 "ranks.safetensors": tensor_file({"ranks": capture.locals()}),
                 "state.json": json.dumps({"format": FORMAT, **state}).encode(),
                 CONFIG_FILE: self.config.dump().encode(),

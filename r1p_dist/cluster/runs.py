@@ -11,6 +11,7 @@ from typing import Any
 
 from r1p_dist.cluster.scheduler import JobRecord, JobState, job_states
 from r1p_dist.errors import InputError
+from r1p_dist.files import read_mapping
 from r1p_dist.run_files import CONFIG_FILE, JOB_FILE, LOG_FILE, STATUS_FILE
 from r1p_dist.safe_yaml import read_yaml
 
@@ -82,7 +83,7 @@ def describe_without_cluster(run_dir: Path) -> RunState:
 
 def _describe(run_dir: Path, record: JobRecord | None, job: JobState | None) -> RunState:
     status, config, log = (
-        _read_json(run_dir / STATUS_FILE),
+        read_mapping(run_dir / STATUS_FILE),
         _read_config(run_dir),
         _last_record(run_dir / LOG_FILE),
     )
@@ -162,14 +163,6 @@ def read_log(run_dir: Path, rank: int = 0, follow: bool = False) -> Iterable[str
         if not is_active:
             return
         time.sleep(_FOLLOW_S)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:

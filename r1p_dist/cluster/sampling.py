@@ -24,7 +24,6 @@ _SAMPLERS = {
     "tpe": partial(optuna.samplers.TPESampler, multivariate=True, constant_liar=True),
     "random": optuna.samplers.RandomSampler,
 }
-SAMPLERS = tuple(_SAMPLERS)
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,11 @@ from r1p_dist.cluster.sampling import Outcome, draw, falls_behind
 from r1p_dist.cluster.scheduler import cancel
 from r1p_dist.cluster.submission import Submission, submit
 from r1p_dist.cluster.sweep import Point, Sweep, make_point
-from r1p_dist.cluster.sweep_table import (
-    means_of,
-    metrics_of,
-    note_pruned,
-    noted_points,
-    pruned_points,
-    write_sweep_file,
-)
+from r1p_dist.cluster.sweep_table import note_pruned, noted_points, pruned_points, write_sweep_file
 from r1p_dist.errors import InputError
-from r1p_dist.run_files import JOBS
+from r1p_dist.evaluation.score_matrix import means_of
+from r1p_dist.files import read_mapping
+from r1p_dist.run_files import JOBS, METRICS_FILE
 
 _LOOK_S = 1.0
 _LOOK_AT_SLURM_S = 15.0  # its controller serves others too
@@ -53,7 +48,11 @@ class Search:
         due = deque(self._due())
         while True:
             states = self._states()
-            outcomes = [self._outcome(point, states.get(name), point in due) for name, point in self.points.items()]
+            pruned = self._pruned()
+            outcomes = [
+                self._outcome(point, states.get(name), point in due, name in pruned)
+                for name, point in self.points.items()
+            ]
             if self.prunes:
                 self._prune(states, outcomes)
             active = sum(state.is_active for state in states.values())
@@ -83,9 +82,12 @@ class Search:
         names = [name for name, point in self.points.items() if point.config is not None]
         return dict(zip(names, describe_runs([self.folder / name for name in names]), strict=True))
 
+    def _pruned(self) -> dict[str, int]:
+        return pruned_points(self.folder) if self.points else {}
+
     def _due(self) -> Iterator[Point]:
         """Yields what an earlier call left undone: points that failed, or that nobody submitted."""
-        pruned = pruned_points(self.folder) if self.points else {}
+        pruned = self._pruned()
         for name, state in self._states().items():
             if not (state.is_finished or state.is_active or name in pruned):
                 yield self.points[name]
@@ -102,13 +104,13 @@ class Search:
             if point.config is not None:
                 yield point
 
-    def _outcome(self, point: Point, state: RunState | None, is_due: bool) -> Outcome:
-        curve = means_of(metrics_of(self.folder / point.name))[1:]  # the first is of no training
+    def _outcome(self, point: Point, state: RunState | None, is_due: bool, is_pruned: bool) -> Outcome:
+        curve = means_of(read_mapping(self.folder / point.name / METRICS_FILE))[1:]  # the first is of no training
         if state is None:
             return Outcome(point.values, "fail")
         if state.is_finished:
             return Outcome(point.values, "complete", curve)
-        if curve and point.name in pruned_points(self.folder):
+        if curve and is_pruned:
             return Outcome(point.values, "pruned", curve)
         return Outcome(point.values, "running" if state.is_active or is_due else "fail", curve)
 

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from r1p_dist.cluster.runs import RunState, describe_runs, describe_without_cluster
 from r1p_dist.errors import InputError
-from r1p_dist.evaluation.score_matrix import mean_of
-from r1p_dist.files import lock_file, write_atomically
+from r1p_dist.evaluation.score_matrix import mean_of, means_of
+from r1p_dist.files import lock_file, read_mapping, write_atomically
 from r1p_dist.page.charts import COLOURS, axis, dots, layout, line, plain
-from r1p_dist.page.parts import Cell, Chart, Columns, Link, Page, Part, Section, Table, number, shortened
+from r1p_dist.page.parts import Chart, Columns, Page, Part, Section, Table, linked, number, shortened
 from r1p_dist.page.render import render_page
 from r1p_dist.run_files import CONFIG_FILE, METRICS_FILE, REPORT_FILE
 from r1p_dist.safe_yaml import read_yaml, write_yaml
@@ -128,20 +127,9 @@ def _row(name: str, values: dict[str, str], content: dict[str, Any], run: RunSta
         return Row(name, values, split, "refused", None, refused, {})
     tasks = content.get("pruned", {}).get(name)
     state = run.state if tasks is None else f"pruned after {tasks}"
-    return Row(name, values, split, state, run.job and run.job.job_id, run.error, metrics_of(run.run_dir))
-
-
-def means_of(metrics: dict[str, Any]) -> list[float]:
-    """Returns the mean score over all tasks, before and after each task, of what metrics.json says."""
-    return [mean for row in metrics.get("accuracy", []) if (mean := mean_of(row)) is not None]
-
-
-def metrics_of(run_dir: Path) -> dict[str, Any]:
-    """Returns what metrics.json of a run says by now; nothing where there is none."""
-    try:
-        return json.loads((run_dir / METRICS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return Row(
+        name, values, split, state, run.job and run.job.job_id, run.error, read_mapping(run.run_dir / METRICS_FILE)
+    )
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -189,8 +177,7 @@ def _points(folder: Path, rows: Sequence[Row]) -> Table:
     keys = _keys(rows)
     lines = []
     for row in sorted(rows, key=lambda row: (row.best_metric is None, -(row.best_metric or 0))):
-        report = Path(row.name) / REPORT_FILE
-        name: Cell = Link(row.name, quote(report.as_posix())) if (folder / report).is_file() else row.name
+        name = linked(row.name, folder, f"{row.name}/{REPORT_FILE}")
         values, found = [row.values.get(key, "") for key in keys], [number(row.metrics.get(key)) for key in METRICS]
         lines.append([name, *values, row.split, row.state, *found, row.error or ""])
     first = len(keys) + 3

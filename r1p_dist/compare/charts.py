@@ -19,8 +19,7 @@ def charts(figures: Mapping[Key, Figures], costs: Mapping[Key, Costs], unit: str
 
     unit: of the figures. Nothing where there is no method to draw.
     """
-    names = list(dict.fromkeys(label for label, _ in figures))
-    means = {name: fmean(values) for name in names if (values := known(runs_of(name, figures), "last"))}
+    means = last_means(figures)
     rows = sorted((name for name in means if name not in _LINES), key=means.__getitem__)
     if not rows:
         return []
@@ -37,6 +36,12 @@ def charts(figures: Mapping[Key, Figures], costs: Mapping[Key, Costs], unit: str
         if any(value > 0 for values in spent.values() for value in values):
             drawn.append(_by_method(COST_COLUMNS[key], "var(--purple)", spent, {}, is_cost=True))
     return [Columns([chart for chart in drawn if chart is not None])]
+
+
+def last_means(figures: Mapping[Key, Figures]) -> dict[str, float]:
+    """Return the mean of Last over the seeds of each label that has it."""
+    labels = dict.fromkeys(label for label, _ in figures)
+    return {label: fmean(values) for label in labels if (values := known(runs_of(label, figures), "last"))}
 
 
 def known(runs: Sequence[Mapping], name: str) -> list[float]:

@@ -5,16 +5,14 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-from urllib.parse import quote
 
 from r1p_dist.compare import costs
-from r1p_dist.compare.charts import charts, known
+from r1p_dist.compare.charts import charts, last_means
 from r1p_dist.compare.pages import Comparison, Section, markdown_page
-from r1p_dist.evaluation.comparison import COLUMNS, JOINT, PAIRED, ZERO_SHOT, cell, runs_of
+from r1p_dist.evaluation.comparison import COLUMNS, JOINT, PAIRED, ZERO_SHOT, cell
 from r1p_dist.files import lock_file, write_atomically
-from r1p_dist.page.parts import Cell, Link, Page, Part, Points, Table, Text
+from r1p_dist.page.parts import Page, Part, Points, Table, Text, linked
 from r1p_dist.page.parts import Section as PageSection
 from r1p_dist.page.render import render_page
 from r1p_dist.run_files import REPORT_FILE
@@ -43,8 +41,7 @@ def further_files(title: str, folder: Path, found: Comparison) -> dict[str, str 
 
 def _lead(found: Comparison) -> str:
     """Return which method ends highest; nothing where none has ended."""
-    lasts = {label: runs_of(label, found.figures) for label, _ in found.figures}
-    means = {label: fmean(values) for label, runs in lasts.items() if (values := known(runs, "last"))}
+    means = last_means(found.figures)
     ranked = sorted((label for label in means if label not in (ZERO_SHOT, JOINT)), key=means.__getitem__, reverse=True)
     if not ranked:
         return ""
@@ -56,10 +53,7 @@ def _lead(found: Comparison) -> str:
 def _runs(folder: Path, found: Comparison) -> list[Part]:
     rows = []
     for label, seed in sorted(found.figures):
-        report = Path(f"{label}-seed{seed}") / REPORT_FILE
-        name: Cell = f"{label}, seed {seed}"
-        if (folder / report).is_file():
-            name = Link(name, quote(report.as_posix()))
+        name = linked(f"{label}, seed {seed}", folder, f"{label}-seed{seed}/{REPORT_FILE}")
         rows.append([name, *(cell([found.figures[label, seed][key]]) for key in PAIRED)])
     header = ["Run", *(COLUMNS[key] for key in PAIRED)]
     return [Table(header, rows, frozenset(range(1, len(header))))] if rows else []

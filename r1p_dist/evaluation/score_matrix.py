@@ -1,7 +1,7 @@
 """The score matrix of a metrics.json: a row per moment of the stream, a column per task."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,11 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     """Return the mean, None when there are no values or one is missing."""
     known = list(values)
     return None if not known or any(value is None for value in known) else math.fsum(known) / len(known)
+
+
+def means_of(metrics: Mapping[str, Any]) -> list[float]:
+    """Return the mean score over all tasks, before and after each, of a metrics.json; rows with gaps are left out."""
+    return [mean for row in metrics.get("accuracy", []) if (mean := mean_of(row or [])) is not None]
 
 
 def change_from(reference: float | None, value: float | None) -> float | None:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from urllib.parse import quote
 
 
 class Link(NamedTuple):
@@ -162,6 +164,11 @@ class Page:
     facts: Sequence[str] = ()
     tiles: Sequence[Tile] = ()
     sections: Sequence[Section] = field(default_factory=list)
+
+
+def linked(text: str, folder: Path, place: str) -> Cell:
+    """Return a cell that leads to a file, PLACE in the page's folder, where it is there; else the text."""
+    return Link(text, quote(place)) if (folder / place).is_file() else text
 
 
 def number(value: float | None, signed: bool = False) -> str:

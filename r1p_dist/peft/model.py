@@ -9,7 +9,7 @@ from torch import nn
 
 from r1p_dist.adapters import Routing, take_penalties
 from r1p_dist.attached_pool import AttachedDac
-from r1p_dist.backbones.plain import prompt_tokens
+from r1p_dist.backbones.plain import tell_prompts
 from r1p_dist.errors import InputError
 from r1p_dist.peft.config import R1PConfig
 from r1p_dist.peft.layer import R1PLinear, StreamPool
@@ -107,11 +107,7 @@ class R1PModel(BaseTuner):
         method.set_past([])
 
     def _hear(self, model: nn.Module, inputs: tuple, given: dict[str, Any]) -> None:
-        ids = given.get("input_ids", inputs[0] if inputs else None)
-        prompt = prompt_tokens(ids, given.get("attention_mask"), given.get("labels"))
-        self._routing.padding = prompt
-        if prompt is not None:
-            self._routing.end = (torch.arange(prompt.shape[1], device=prompt.device) * prompt).amax(1)
+        tell_prompts(self._routing, inputs, given)
 
     def _add_penalty(self, model: nn.Module, inputs: tuple, given: dict[str, Any], output: Any) -> None:
         loss = getattr(output, "loss", None)

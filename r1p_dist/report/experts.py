@@ -13,12 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from r1p_dist.page.parts import Columns, Fold, Heat, HeatCell, Part, Text
 from r1p_dist.report.run import RunFiles
-from r1p_dist.run_files import CHECKPOINTS, FACTS_FILE, UPDATES_FILE, stage_folder
+from r1p_dist.run_files import CHECKPOINTS, FACTS_FILE, METHOD_FILE, UPDATES_FILE, stage_folder
 
 LAYERS = 48  # that are looked at
 STAGES = 24  # the last ones
 _VOTES = ".activation_counts"
-_METHOD_FILE = "method.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,8 @@ def layers(run: RunFiles) -> list[Part]:
     tables = [_sizes(left, names), *([_overlaps(left, names)] if len(left) > 1 else [])]
     parts: list[Part] = [Columns(tables, is_wide=True)]
     merged = run.config.get("options", {}).get("merged")
-    maps = [_votes(stage, merged) for stage in left if stage.votes]
-    if maps:
-        parts.append(Text("Experts, by the votes of the samples:"))
-        parts += [Fold(stage.name, [each]) for stage, each in zip((s for s in left if s.votes), maps, strict=True)]
-    return parts
+    maps = [Fold(stage.name, [_votes(stage, merged)]) for stage in left if stage.votes]
+    return [*parts, Text("Experts, by the votes of the samples:"), *maps] if maps else parts
 
 
 def _read(run: RunFiles) -> list[Left]:
@@ -76,7 +72,7 @@ def _read_updates(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _read_votes(folder: Path) -> dict[str, np.ndarray]:
-    steps = sorted(folder.glob(f"step-*/{_METHOD_FILE}"), key=lambda path: int(path.parent.name.partition("-")[2]))
+    steps = sorted(folder.glob(f"step-*/{METHOD_FILE}"), key=lambda path: int(path.parent.name.partition("-")[2]))
     if not steps:
         return {}
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from r1p_dist.data.stream import Stream, Task
 from r1p_dist.errors import InputError
 from r1p_dist.evaluation.score_matrix import ScoreMatrix
+from r1p_dist.files import read_mapping
 from r1p_dist.run_files import (
     ANSWERS_FILE,
     CONFIG_FILE,
@@ -52,7 +53,7 @@ class RunFiles:
             folder,
             metrics,
             *(_read_lines(folder / name) for name in (LOG_FILE, CORRECT_FILE, ANSWERS_FILE)),
-            status=_read_mapping(folder / STATUS_FILE),
+            status=read_mapping(folder / STATUS_FILE),
             config=config if isinstance(config, dict) else {},
             config_text=config_text,
         )
@@ -98,20 +99,12 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 
 def _without_metrics(folder: Path) -> dict[str, Any]:
-    tasks = _read_mapping(folder / TASKS_FILE).get("tasks", [])
+    tasks = read_mapping(folder / TASKS_FILE).get("tasks", [])
     return {
         "tasks": [task["name"] for task in tasks],
         "metric": [task.get("metric", "accuracy") for task in tasks],
         "accuracy": [],
     }
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _read_lines(path: Path) -> Records:

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from r1p_dist.cluster.runs import RunState, describe_without_cluster, find_runs
-from r1p_dist.evaluation.score_matrix import mean_of
+from r1p_dist.evaluation.score_matrix import means_of
+from r1p_dist.files import read_mapping
 from r1p_dist.page.charts import COLOURS, axis, layout, line, plain
 from r1p_dist.page.parts import Chart, Link, Page, Part, Section, Table, number
 from r1p_dist.report.run import RunFiles
@@ -69,7 +69,7 @@ class Watched:
 
     def _list(self) -> Page:
         states = self.states()
-        means = {name: _means(state.run_dir) for name, state in states.items()}
+        means = {name: means_of(read_mapping(state.run_dir / METRICS_FILE)) for name, state in states.items()}
         rows = []
         for name, state in states.items():
             left = "" if state.seconds_left is None else str(timedelta(seconds=round(state.seconds_left)))
@@ -94,12 +94,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.st_size, found.st_mtime_ns
-
-
-def _means(run_dir: Path) -> list[float]:
-    """Returns the mean over all tasks before and after each."""
-    rows: list[Any] = RunFiles.read(run_dir, is_begun=True).metrics["accuracy"]
-    return [mean for row in rows if (mean := mean_of(row or [])) is not None]
 
 
 def _curves(means: dict[str, list[float]]) -> list[Part]:

@@ -18,12 +18,6 @@ from tests.export.fake_run import SMALL_MODEL, write_model, write_run
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    base = write_model(tmp_path / "base", SMALL_MODEL)
-    return write_run(tmp_path / "run", [f"backbone.name=local-dir:{base}"])
-
-
 def test_a_folder_with_content_is_left_alone_and_an_empty_one_is_filled(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()

@@ -13,7 +13,6 @@ from huggingface_hub import ModelCard, constants
 from r1p_dist.errors import InputError
 from r1p_dist.export import export_run
 from r1p_dist.export.main import main
-from tests.export.fake_run import SMALL_MODEL, write_model, write_run
 
 TOKEN = "hf_of_the_test"
 
@@ -77,12 +76,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ThreadingHT
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    base = write_model(tmp_path / "base", SMALL_MODEL)
-    return write_run(tmp_path / "run", [f"backbone.name=local-dir:{base}"])
 
 
 def test_the_folder_is_uploaded_as_it_is_into_a_private_repository(

@@ -67,12 +67,7 @@ class LlavaHost(Host):
         if ids is None:
             raise InputError(f"{type(model).__name__}: call it with input_ids=…, by which pictures find their routers")
         pixels, mask, labels = given.get("pixel_values"), given.get("attention_mask"), given.get("labels")
-        if (
-            pixels is None
-            and self.model.training
-            and world_size() > 1
-            and any(s.tower != "language" for s in self._slots)
-        ):
+        if pixels is None and world_size() > 1 and any(slot.tower != "language" for slot in self._slots):
             raise InputError(
                 "a batch without pictures while other ranks have some: experts outside the language model would wait "
                 "for each other; give every rank a picture, or use towers=['language']"
