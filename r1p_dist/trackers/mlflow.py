@@ -2,12 +2,12 @@
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from mlflow.entities import Metric, Param
 from mlflow.tracking import MlflowClient
+from mlflow.utils.time import get_current_time_millis
 
 from r1p_dist.trackers.tracker import TrackedRun
 
@@ -36,7 +36,7 @@ class MLflow:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         # one request: training waits for it
-        now = int(1000 * time.time())
+        now = get_current_time_millis()
         self._client.log_batch(self._run_id, [Metric(name, value, now, step) for name, value in values.items()])
 
     def matrix(self, step: int, metrics: Mapping[str, Any]) -> None:
