@@ -102,6 +102,10 @@ def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks)
 def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     run_dir, _ = on_two_ranks
     metrics = read_metrics(run_dir)
+    folders = sorted((run_dir / "adapters").iterdir())
+    layers = [json.loads((folder / "adapter.json").read_text())["layers"].values() for folder in folders]
+    drifts = [[layer.get("drift") for layer in of_task] for of_task in layers]
+    assert set(drifts[0]) == {None} and all(0 < drift < 1 for of_task in drifts[1:] for drift in of_task)
     assert metrics["tasks"] == TASKS and len(metrics["accuracy"]) == 1 + len(TASKS)
     asked = [(task.name, task.class_names, task.templates) for task in Stream.load("mini_mtil", tasks=TASKS).tasks]
     assert [(task.name, task.class_names, task.templates) for task in read_tasks(run_dir / "tasks.json")] == asked
