@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests import browser
+
 # Ranks are forked from a server that imported these once: several CPU seconds per rank otherwise. None of them may
 # start a thread or touch an accelerator when it is imported (test_run_distributed.py looks).
 PRELOADED = [
@@ -84,6 +86,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.path,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[browser.Tab]:
+    """One browser for all pages of a module. R1P_BROWSER=1: fail where there is none."""
+    if browser.PROGRAM is None and not os.environ.get("R1P_BROWSER"):
+        pytest.skip("needs Chromium: apt install chromium")
+    with browser.browser() as found:
+        yield found
 
 
 @pytest.fixture(scope="session", autouse=True)
