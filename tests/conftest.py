@@ -36,16 +36,16 @@ multiprocessing.set_forkserver_preload(PRELOADED)
 # Files that take longest, in that order: what starts last must not leave one process alone at the end.
 LONGEST = (
     "methods/test_conformance.py",
-    "test_gpu_check.py",
     "planner/test_collectives.py",
     "test_llava_parity.py",
     "test_resume.py",
     "test_interrupts.py",
     "test_parity.py",
+    "planner/test_memory.py",
     "test_endings.py",
+    "test_gpu_check.py",
     "test_chaos.py",
     "test_llava_run.py",
-    "planner/test_memory.py",
     "test_train.py",
 )
 # what start_process_group sets where no launcher has
