@@ -86,6 +86,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: DeepSpeed collects garbage for every engine, and would look through all of it."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def fresh_compiled_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What torch compiles is kept for this session alone: a test must not pass by what an earlier one left."""
