@@ -38,16 +38,16 @@ multiprocessing.set_forkserver_preload(PRELOADED)
 # Files that take longest, in that order: what starts last must not leave one process alone at the end.
 LONGEST = (
     "methods/test_conformance.py",
-    "test_gpu_check.py",
     "planner/test_collectives.py",
     "test_llava_parity.py",
     "test_resume.py",
     "test_interrupts.py",
     "test_parity.py",
+    "planner/test_memory.py",
     "test_endings.py",
+    "test_gpu_check.py",
     "test_chaos.py",
     "test_llava_run.py",
-    "planner/test_memory.py",
     "test_train.py",
 )
 # what start_process_group sets where no launcher has
@@ -95,6 +95,12 @@ def tab() -> Iterator[browser.Tab]:
         pytest.skip("needs Chromium: apt install chromium")
     with browser.browser() as found:
         yield found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: DeepSpeed collects garbage for every engine, and would look through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
