@@ -18,7 +18,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.peft import R1PCallback, R1PConfig, R1PLinear
 from tests import small_llava
 from tests.backbones.test_llava import plain_inputs, training_batch
-from tests.test_attached_pool import make_llama
+from tests.test_attached_pool import make_llama, make_llama4
 from tests.test_parity import relative
 
 # peft asks transformers by the name of before
@@ -246,6 +246,9 @@ def test_what_cannot_be_is_refused() -> None:
         config(router_grad="gate")
     with pytest.raises(InputError, match="embed_tokens is a Embedding; experts go on torch.nn.Linear alone"):
         get_peft_model(make_model(), config(target_modules=["embed_tokens"]))
+    for target, kind in (("experts", "Llama4TextExperts"), ("router", "Llama4Router")):
+        with pytest.raises(InputError, match=rf"{target} is a {kind}; experts go on torch.nn.Linear alone"):
+            get_peft_model(make_llama4(), config(target_modules=[target]))
     tuner = get_peft_model(make_model(), config())
     with pytest.raises(InputError, match=r"next_task\(\): task 0 made no training step"):
         tuner.next_task()
