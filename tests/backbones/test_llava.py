@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaImageProcessorPil
 
@@ -17,6 +18,7 @@ from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava import weights as llava_weights
 from r1p_dist.kinds.llava.weights import read_config
 from r1p_dist.methods import make_method
 from r1p_dist.protocol import Drift, InputMoments
@@ -388,6 +390,18 @@ def test_wrong_folders_are_named(folder: Path) -> None:
             load_llava(str(folder))
     with pytest.raises(InputError, match="nothing-there: neither a folder nor a model of the hub"):
         load_llava("nothing-there")
+
+
+def test_a_gated_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__) -> None:
+        error = GatedRepoError.__new__(GatedRepoError)
+        error.args = ("403 Client Error.\n\nCannot access gated repo.\nVisit https://hub/a/gated to ask for access.",)
+        raise error
+
+    monkeypatch.setattr(llava_weights, "snapshot_download", refuse)
+    with pytest.raises(InputError, match="backbone.name=a/gated: .* Visit https://hub/a/gated to ask for access") as told:
+        load_llava("a/gated")
+    assert "\n" not in str(told.value)
 
 
 def test_code_in_a_folder_is_never_run(folder: Path) -> None:
