@@ -129,12 +129,14 @@ def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]
     return found
 
 
-def measure_memory(rank: int, ranks: int, sizes: dict, overrides: list[str]) -> int:
-    """Returns the anonymous bytes that a run adds to a process at the peak of its second step.
+def measure_memory(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[int]:
+    """Returns per case the anonymous bytes that a run adds to a process at the peak of its second step."""
+    return [_memory_of_run(rank, sizes, overrides) for sizes, overrides in cases]
 
-    A first run in the same process, closed before, leaves behind what is not the model's: modules that DeepSpeed
-    imports late and the code that oneDNN makes for each shape of a product.
-    """
+
+def _memory_of_run(rank: int, sizes: dict, overrides: list[str]) -> int:
+    # a first run in the same process, closed before, leaves behind what is not the model's: modules that DeepSpeed
+    # imports late and the code that oneDNN makes for each shape of a product
     for is_measured in (False, True):
         gc.collect()
         before = _anonymous_bytes()

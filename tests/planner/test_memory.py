@@ -37,25 +37,31 @@ def test_logits_are_planned_by_chunks(monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes, ranks, samples, overrides",
+    "ranks, cases",
     [
-        (SIZES, 2, 16, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL]),
-        (LLAVA_SIZES, 2, 2, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL, CHECKPOINTING, *LLAVA]),
-        campaign(SIZES, 1, 4, ["deepspeed.config=zero2", "train.precision=bf16"]),
-        campaign(SIZES, 1, 16, ["deepspeed.config=zero0"]),
-        campaign(SIZES, 1, 24, ["deepspeed.config=zero1", CHECKPOINTING]),
-        campaign(LLAVA_SIZES, 1, 2, ["deepspeed.config=zero2", "train.precision=bf16", *LLAVA]),
+        (
+            2,
+            [
+                (SIZES, 16, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL]),
+                (LLAVA_SIZES, 2, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL, CHECKPOINTING, *LLAVA]),
+            ],
+        ),
+        campaign(1, [(SIZES, 4, ["deepspeed.config=zero2", "train.precision=bf16"])]),
+        campaign(1, [(SIZES, 16, ["deepspeed.config=zero0"])]),
+        campaign(1, [(SIZES, 24, ["deepspeed.config=zero1", CHECKPOINTING])]),
+        campaign(1, [(LLAVA_SIZES, 2, ["deepspeed.config=zero2", "train.precision=bf16", *LLAVA])]),
     ],
 )
 def test_memory_is_within_a_tenth(
-    run_distributed, monkeypatch, sizes: dict, ranks: int, samples: int, overrides: list
+    run_distributed, monkeypatch, ranks: int, cases: list[tuple[dict, int, list[str]]]
 ) -> None:
     # freed memory must go back at once, or the peak is that of the allocator; a rank reads these when it starts
     for name, value in (("TRIM_THRESHOLD_", "1048576"), ("MMAP_THRESHOLD_", "524288"), ("ARENA_MAX", "1")):
         monkeypatch.setenv(f"MALLOC_{name}", value)
-    overrides = [*overrides, f"train.global_batch_size={ranks * samples}"]
-    measured = max(run_distributed(measure_memory, ranks, sizes, overrides, timeout_s=1100, new_interpreter=True))
-    shape, zero, _ = describe(sizes, overrides, ranks)
-    predicted = training_memory(shape, zero, ranks, touches_buffers=True)
-    print(f"measured {measured / 1e6:.0f} MB, predicted {predicted.total / 1e6:.0f} MB: {predicted}")
-    assert predicted.total == pytest.approx(measured, rel=0.1), predicted
+    runs = [(sizes, [*overrides, f"train.global_batch_size={ranks * samples}"]) for sizes, samples, overrides in cases]
+    found = run_distributed(measure_memory, ranks, runs, timeout_s=1100, new_interpreter=True)
+    for (sizes, overrides), measured in zip(runs, map(max, zip(*found, strict=True)), strict=True):
+        shape, zero, _ = describe(sizes, overrides, ranks)
+        predicted = training_memory(shape, zero, ranks, touches_buffers=True)
+        print(f"measured {measured / 1e6:.0f} MB, predicted {predicted.total / 1e6:.0f} MB: {predicted}")
+        assert predicted.total == pytest.approx(measured, rel=0.1), (overrides, predicted)
