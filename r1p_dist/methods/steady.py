@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
+from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import weights_identity
-from r1p_dist.config import Count, FilePlace, NotNegative
+from r1p_dist.config import Count, FilePlace, NotNegative, Positive
 from r1p_dist.distributed import agree, gathered, owner, rank, world_size
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
+from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
@@ -45,17 +47,30 @@ def _times(A: torch.Tensor, C: Moment) -> torch.Tensor:
 
 
 class MetricLinear(LoRALinear):
-    """A LoRA B A with a penalty s^2 tr(A C A^T B^T B), the mean squared change of the layer's output on past inputs.
+    """A LoRA B A R with a penalty s^2 tr(A R C R A^T B^T B), the mean squared change of the output on past inputs.
 
-    moment: C, (in, in) or its sketch, on the rank that owns the layer's input; other ranks have None and add zero.
-    scale: what the penalty is multiplied by; 0 where no inputs are known yet.
+    whitening: R, (in, in); None, as long as no inputs are known, is the identity. moment: C, (in, in) or its sketch, on
+    the rank that owns the layer's input; other ranks have None and add zero. scale: what the penalty is multiplied by.
     """
 
+    whitening: Whitening | None = None
     moment: Moment | None = None
     scale = 0.0
 
+    @staticmethod
+    def factors(adapters: Sequence[MetricLinear], x: torch.Tensor, votes: None) -> list[Factors]:
+        return [adapter.whole(adapter.A, adapter.B) for adapter in adapters]
+
+    def whole(self, A: torch.Tensor, B: torch.Tensor) -> Factors:
+        if self.whitening is not None:
+            A = self.whitening.times(A.float()).to(A.dtype)
+        return Factors(A, B, self.scaling)
+
+    def update(self) -> Factors:
+        return self.whole(*full_values(self.A, self.B))
+
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
-        """Returns scale * s^2 tr(A C A^T B^T B); see `Steady`."""
+        """Returns scale * s^2 tr(A C A^T B^T B) of the whole factors; see `Steady`."""
         if not self.scale:
             return {}
         change = _Change.apply(factors.A.float(), factors.B.float(), self.moment)
@@ -69,9 +84,13 @@ class Steady(LowRankMethod):
     layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
     layer's input, so a step costs the same after any number; DAC's AGO loss, which keeps new columns of B orthogonal to
     merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
-    at the merge. No past picture or prompt is kept. An anchor, moments of data like those of the backbone's own
-    pretraining, counts as past tasks from the first one on; DAC claims to need no such knowledge, and without one the
-    first task is not held to anything.
+    at the merge.
+
+    The update is B A R with R about C^(-1/2) (`Whitening`). Adam's steps on A are about alike in all directions; behind
+    R they are large in those that past inputs hardly use, and the penalty is about alike in all. K-FAC (arXiv
+    1503.05671) has such a factor, of the inputs that are trained on. No past picture or prompt is kept. An anchor,
+    moments of data like those of the backbone's own pretraining, counts as past tasks from the first one on; DAC claims
+    to need no such knowledge, and without one the first task is not held to anything.
     """
 
     stores = "a second moment (in, in), or a sketch of it, per layer input"
@@ -85,12 +104,14 @@ class Steady(LowRankMethod):
 
         weight: NotNegative = 1e4
         """Of the penalty: mu."""
+        ridge: Positive = 1e-2
+        """What a direction counts as beside past inputs' energy in it, in units of the mean; a large one: R = I."""
         by_sensitivity: bool = True
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
         sketch: Count = 256
-        """Directions that are kept of the moment of an input wider than `sketch_above`; the rest as one number."""
+        """Directions of R, and of the moment of an input wider than `sketch_above`; the rest is one number."""
         sketch_above: Count = 2048
         """Width of a layer's input up to which its moment is kept whole."""
         anchor: FilePlace | None = None
@@ -111,10 +132,13 @@ class Steady(LowRankMethod):
         if not self._past and self._anchor is None:
             return
         by_name = {adapter.name: adapter for adapter in self.adapters}
-        for number, (layer, names) in enumerate(self._inputs().layers.items()):
-            moment = self._known_moment(layer) if rank() == owner(number) else None
+        layers = self._inputs().layers
+        known = {layer: self._known_moment(layer) for number, layer in enumerate(layers) if rank() == owner(number)}
+        whitenings = trainer.by_layer(layers, lambda layer: self._whitening(known[layer]).tensor())
+        for layer, names in layers.items():
+            moment = known.get(layer)
             for adapter in (by_name[name] for name in names):
-                adapter.moment = moment
+                adapter.moment, adapter.whitening = moment, Whitening.of_tensor(whitenings[layer])
                 with gathered([adapter.linear.weight]):
                     size = 1.0 if moment is None else _size(adapter, moment)
                 # the mean over ranks is taken, and one alone adds this layer's
@@ -136,6 +160,10 @@ class Steady(LowRankMethod):
         for weight, whole in zip(weights, wholes, strict=True):
             total += weight / sum(weights) * whole
         return total
+
+    def _whitening(self, moment: Moment) -> Whitening:
+        sketch = moment if isinstance(moment, Sketch) else Sketch.of(moment, self.options.sketch)
+        return Whitening.of(sketch, self.options.ridge)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         inputs = self._inputs()

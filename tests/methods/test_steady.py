@@ -65,12 +65,38 @@ def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(stages_
         for other in method.adapters:
             other.B.zero_()
         adapter.B.normal_(generator=torch.Generator().manual_seed(0))
-    changed = (x @ (adapter.scaling * adapter.B @ adapter.A).T).square().sum(1) @ times / times.sum()
+    update = adapter.update()
+    changed = (x @ (update.scaling * update.B @ update.A).T).square().sum(1) @ times / times.sum()
     whole = (x @ adapter.linear.weight[adapter.rows].T).square().sum(1) @ times / times.sum()
     backbone.train()
     _, terms = method.loss(backbone, stages.scan_batches(1, 1)[0])
     expected = 7 * changed / whole / len(method.adapters)
     torch.testing.assert_close(terms["inputs"], expected.detach(), rtol=1e-4, atol=0)
+    stages.engine.close()
+
+
+def test_what_trains_is_seen_through_the_root_of_the_moment(stages_of) -> None:
+    stages, train = stages_of("steady", "options.batches=1", "options.ridge=0.1")
+    stages.begin(0)
+    adapter = stages.method.adapters[0]
+    assert torch.equal(adapter.update().A, adapter.A.detach())
+    train(0)
+    stages.end()
+    stages.begin(1)
+    C = stages.memory[0][f"{adapter.name}.moment"].double()
+    values, vectors = torch.linalg.eigh(C)
+    R = vectors @ torch.diag((values / values.mean() + 0.1) ** -0.5) @ vectors.T
+    R *= (C.trace() / (R @ C @ R).trace()).sqrt()
+    torch.testing.assert_close(adapter.update().A.double(), adapter.A.detach().double() @ R, rtol=1e-3, atol=1e-5)
+    before = {id(other): other.A.detach().clone() for other in stages.method.adapters}
+    train(1)
+    assert not torch.equal(before[id(adapter)], adapter.A)
+    x = torch.randn(2, 3, adapter.in_features)
+    adapter.train()
+    update, W = adapter.update(), adapter.linear.weight[adapter.rows].detach()
+    expected = x @ (W + update.scaling * update.B @ update.A).T
+    (factors,) = type(adapter).factors([adapter], x, None)
+    torch.testing.assert_close(x @ (W + factors.scaling * factors.B @ factors.A).T, expected)
     stages.engine.close()
 
 
