@@ -25,13 +25,17 @@ class LayerPlan:
     """What the planner must know of an adapter beside its shapes.
 
     merged: ranks that a task leaves. vote: when votes are summed over ranks, None where there are none. voters: equal
-    for adapters that vote together. gate_bytes: of a mean over ranks in every forward and backward.
+    for adapters that vote together. gate_bytes: of a mean over ranks in every forward and backward. kept: numbers,
+    fp32, of the layer's input that one rank keeps in training and a task leaves in a file. spread: those that every
+    rank keeps.
     """
 
     merged: int
     vote: str | None = None
     voters: Any = None
     gate_bytes: int = 0
+    kept: int = 0
+    spread: int = 0
 
 
 class LowRankLinear(nn.Module):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
-from r1p_dist.adapters.low_rank import full_values
+from r1p_dist.adapters.low_rank import LayerPlan, full_values
 from r1p_dist.backbones import weights_identity
 from r1p_dist.config import Count, FilePlace, NotNegative, Positive
 from r1p_dist.distributed import agree, gathered, owner, rank, world_size
@@ -18,6 +19,7 @@ from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
+    from r1p_dist.backbones import Slot
     from r1p_dist.data import Stream
 
 Moment = torch.Tensor | Sketch
@@ -56,6 +58,7 @@ class MetricLinear(LoRALinear):
     whitening: Whitening | None = None
     moment: Moment | None = None
     scale = 0.0
+    kept, spread = 0, 0  # as `LayerPlan` has them
 
     @staticmethod
     def factors(adapters: Sequence[MetricLinear], x: torch.Tensor, votes: None) -> list[Factors]:
@@ -68,6 +71,9 @@ class MetricLinear(LoRALinear):
 
     def update(self) -> Factors:
         return self.whole(*full_values(self.A, self.B))
+
+    def plan(self) -> LayerPlan:
+        return replace(super().plan(), kept=self.kept, spread=self.spread)
 
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
         """Returns scale * s^2 tr(A C A^T B^T B) of the whole factors; see `Steady`."""
@@ -120,6 +126,14 @@ class Steady(LowRankMethod):
         """As how many past tasks the anchor counts."""
 
     options: Options
+
+    def make_adapter(self, slot: Slot) -> MetricLinear:
+        adapter = super().make_adapter(slot)
+        width = adapter.in_features
+        directions = min(self.options.sketch, width)
+        adapter.kept = directions * width + 1 if width > self.options.sketch_above else width * width
+        adapter.spread = directions * (width + 1)
+        return adapter
 
     def stages(self, stream: Stream) -> list[Stage]:
         if self.options.anchor is not None and self.options.anchor_tasks:

@@ -129,11 +129,16 @@ def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
     assert 0 < len(wide) < len(full)
     for name, adapter in adapters.items():
         if name in wide:
-            found = adapter.moment.whole()
-            torch.testing.assert_close(found.trace(), full[name].trace(), rtol=0.05, atol=0)
+            found = adapter.moment
+            torch.testing.assert_close(found.whole().trace(), full[name].trace(), rtol=0.05, atol=0)
             assert adapter.moment.factor.shape[1] == 6
         else:
             assert isinstance(adapter.moment, torch.Tensor)
+        # what the planner counts
+        held = [found.factor, found.rest] if name in wide else [adapter.moment]
+        plan = adapter.plan()
+        assert plan.kept == sum(tensor.numel() for tensor in held)
+        assert plan.spread == adapter.whitening.factor._base.numel()
     for run in (stages, whole):
         run.engine.close()
 
