@@ -19,7 +19,6 @@ from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
-    from r1p_dist.backbones import Slot
     from r1p_dist.data import Stream
 
 Moment = torch.Tensor | Sketch
@@ -117,9 +116,9 @@ class Steady(LowRankMethod):
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
         sketch: Count = 256
-        """Directions of R, and of the moment of an input wider than `sketch_above`; the rest is one number."""
+        """Directions kept of the moment of an input wider than `sketch_above`, and of R; the rest as one number."""
         sketch_above: Count = 2048
-        """Width of a layer's input up to which its moment is kept whole."""
+        """Width of a layer's input up to which its moment is kept whole, and R."""
         anchor: FilePlace | None = None
         """File of `r1p moments`, or a shipped backbone that has one (tiny); null: none."""
         anchor_tasks: NotNegative = 6.0
@@ -127,13 +126,13 @@ class Steady(LowRankMethod):
 
     options: Options
 
-    def make_adapter(self, slot: Slot) -> MetricLinear:
-        adapter = super().make_adapter(slot)
-        width = adapter.in_features
-        directions = min(self.options.sketch, width)
-        adapter.kept = directions * width + 1 if width > self.options.sketch_above else width * width
-        adapter.spread = directions * (width + 1)
-        return adapter
+    def build(self) -> None:
+        super().build()
+        for adapter in self.adapters:
+            width, is_wide = adapter.in_features, adapter.in_features > self.options.sketch_above
+            directions = min(self.options.sketch, width) if is_wide else width
+            adapter.kept = directions * width + (1 if is_wide else 0)
+            adapter.spread = directions * (width + 1)
 
     def stages(self, stream: Stream) -> list[Stage]:
         if self.options.anchor is not None and self.options.anchor_tasks:
@@ -176,7 +175,7 @@ class Steady(LowRankMethod):
         return total
 
     def _whitening(self, moment: Moment) -> Whitening:
-        sketch = moment if isinstance(moment, Sketch) else Sketch.of(moment, self.options.sketch)
+        sketch = moment if isinstance(moment, Sketch) else Sketch.of(moment, len(moment))
         return Whitening.of(sketch, self.options.ridge)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
