@@ -1,8 +1,10 @@
 """What the parsers of all commands share."""
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NoReturn
 
 from r1p_dist.errors import InputError
 
@@ -10,7 +12,18 @@ RECIPE_HELP = "a name in launchers/recipes or the path of a YAML file"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors."""
+    """An argument parser whose errors are InputErrors.
+
+    instead: where a shell asks for completions, what is done with a parser and whether it takes overrides, in place of
+    parsing; it ends the process.
+    """
+
+    instead: ClassVar[Callable[[Parser, bool], None] | None] = None
+
+    def parse_args(self, args=None, namespace=None):
+        if Parser.instead is not None:
+            Parser.instead(self, False)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} ({self.prog} --help shows how)")
@@ -27,6 +40,8 @@ def parse_with_overrides(parser: Parser, argv: Sequence[str]) -> tuple[argparse.
 
     InputError: a flag that the parser does not know.
     """
+    if Parser.instead is not None:
+        Parser.instead(parser, True)
     arguments, words = parser.parse_known_args(argv)
     for flag in (word for word in words if word.startswith("-")):
         key, separator, _ = flag.lstrip("-").partition("=")

@@ -4,6 +4,7 @@ tools/*.py and launchers/*.py are single commands of it under names of their own
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -48,18 +49,19 @@ COMMANDS = {
     "backbones": Command("list open_clip's models and whether adapters go on them", "r1p_dist.backbone_list"),
     "methods": Command("list the methods", "r1p_dist.method_list"),
     "config": Command("print the keys of a configuration with their meanings", "r1p_dist.config_command"),
+    "completion": Command("complete commands, options, recipes and keys in a shell by TAB", "r1p_dist.completion"),
     "doctor": Command("say what this machine has and what it lacks", "r1p_dist.doctor"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `r1p` and return its exit code: 2 for wrong input; r1p_dist/errors.py has the others."""
-    return report_errors(partial(_r1p, sys.argv[1:] if argv is None else argv))
+    return report_errors(partial(_r1p, _words() if argv is None else argv))
 
 
 def run_command(name: str, argv: Sequence[str] | None = None) -> int:
     """Run one command as a program of its own and return its exit code."""
-    return report_errors(partial(_run, name, Path(sys.argv[0]).name, sys.argv[1:] if argv is None else argv))
+    return report_errors(partial(_run, name, Path(sys.argv[0]).name, _words() if argv is None else argv))
 
 
 def submit() -> int:
@@ -67,12 +69,21 @@ def submit() -> int:
     return run_command("submit")
 
 
+def _words() -> list[str]:
+    """Return the words behind the program's name, or, for a shell that completes them, those before the cursor."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return sys.argv[1:]
+    from r1p_dist.completion import words_before_cursor
+
+    return words_before_cursor()
+
+
 def _r1p(argv: Sequence[str]) -> int:
     parser = Parser(prog="r1p", description="Distributed continual trainer for vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.summary, add_help=False)
-    name = parser.parse_args(argv[:1]).command
+    name = argv[0] if argv[:1] and argv[0] in COMMANDS else parser.parse_args(argv[:1]).command
     return _run(name, f"r1p {name}", argv[1:])
 
 

@@ -1,6 +1,7 @@
 """What a run measures between its stages, and what metrics.json says of it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from statistics import mean
@@ -49,12 +50,24 @@ class Scores:
         """Evaluates all tasks after a stage, or before the first: a row of the accuracy matrix."""
         self._log.status("evaluating", *([stage.name] if stage else []))
         row = len(self._progress.rows)
-        results = self._evaluate(model, self._stream.tasks, f"all tasks after {stage.name}" if stage else "zero-shot")
+        what = f"all tasks after {stage.name}" if stage else "zero-shot"
+        results = self._evaluate(model, self._stream.tasks, what) if row < 2 else self._evaluate_drift(model, row, what)
         for result in results:
             self._log.result(row, result)
         self._progress.rows.append([result.score for result in results])
         if following := _following(results):
             self._progress.following.append(following)
+        return results
+
+    def _evaluate_drift(self, model: Callable, row: int, what: str) -> list[TaskResult]:
+        """Evaluates all tasks after a stage, and how far it moved the layers' outputs on the tasks before it."""
+        session, index = self._session, row - 1
+        drift = session.start_drift(index)
+        past = {task.name for stage in session.stages[:index] for task in stage.tasks}
+        results = self._evaluate(
+            model, self._stream.tasks, what, lambda task: drift.watch() if task.name in past else nullcontext()
+        )
+        session.drift = drift.by_layer()
         return results
 
     def repeat_row(self) -> None:
@@ -78,10 +91,16 @@ class Scores:
                 self._progress.left_out += [result.left_out for result in results]
         self._session.deploy(method.merged(index))
 
-    def _evaluate(self, model: Callable, tasks: Sequence[Task], what: str) -> list[TaskResult]:
+    def _evaluate(
+        self,
+        model: Callable,
+        tasks: Sequence[Task],
+        what: str,
+        watch: Callable[[Task], AbstractContextManager] = nullcontext,
+    ) -> list[TaskResult]:
         self._log.begin(what, sum(len(self._evaluator.loaders[task.name]) for task in tasks))
         try:
-            return self._evaluator.evaluate(model, tasks)
+            return self._evaluator.evaluate(model, tasks, watch)
         finally:
             self._log.end()
 

@@ -29,7 +29,7 @@ from r1p_dist.engine import TaskEngine
 from r1p_dist.errors import InputError
 from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import adam_steps
-from r1p_dist.protocol import Method, Stage
+from r1p_dist.protocol import Drift, Method, Stage, change_between
 from r1p_dist.run_files import METHOD_FILE, stage_folder
 from r1p_dist.run_folder import RunFolder
 from r1p_dist.runlog import RunLog
@@ -91,6 +91,7 @@ class Session:
         self.last_saved: str | None = None
         self._saved_before: str | None = None
         self._updates: dict[int, Mapping[str, Update]] = {}  # of finished stages, those that were asked for
+        self.drift: dict[str, float] = {}  # by layer, of the stage that was evaluated last
         self._started = time.perf_counter()
         if self.point is not None:
             self._check_facts(self.point)
@@ -234,13 +235,29 @@ class Session:
 
     def deploy(self, stages: Sequence[int]) -> None:
         """Makes the weights those of the pristine model with what these finished stages left."""
-        method = self.method
-        for index in stages:
-            if index not in self._updates:
-                file = self._stage_file(index, "adapter")
-                self._updates[index] = load_updates(file, method.update_places(), method.backbone.device)
-        held = method.set_merged([self._updates[index] for index in stages])
+        held = self.method.set_merged([self._update(index) for index in stages])
         self._updates.update(zip(stages, held, strict=True))
+
+    def _update(self, index: int) -> Mapping[str, Update]:
+        """Returns what a finished stage left."""
+        if index not in self._updates:
+            file = self._stage_file(index, "adapter")
+            self._updates[index] = load_updates(file, self.method.update_places(), self.method.backbone.device)
+        return self._updates[index]
+
+    def start_drift(self, index: int) -> Drift:
+        """Returns what measures how far stage `index`, the last one that was finished, moved each layer's output.
+
+        It measures none where a stage leaves whole weights, or the model is not the same for all tasks.
+        """
+        method = self.method
+        adapters = method.adapters if method.inference == "merged" else []
+        if not adapters:
+            return Drift(method.backbone, [], {})
+        before, after = method.deployed(index), method.deployed(index + 1)
+        gone = [self._update(stage) for stage in before if stage not in after]
+        new = [self._update(stage) for stage in after if stage not in before]
+        return Drift(method.backbone, adapters, change_between(gone, new))
 
     def _own_file(self, index: int, name: str) -> Path:
         return stage_folder(self.config.run_dir, index, self.stages[index].name) / f"{name}.safetensors"
@@ -270,7 +287,7 @@ class Session:
         facts = {"task": name, "method": self.config.method}
         facts |= {"backbone": self.config.backbone.name, "seed": self.config.seed}
         updates = self._updates.get(index) or self.method.updates()
-        agree(lambda: write_facts(self._own_file(index, "adapter").parent, updates, facts))
+        agree(lambda: write_facts(self._own_file(index, "adapter").parent, updates, facts, self.drift))
         state = {"stage": index + 1, "step": 0}
         self._save(index, self.stages[index].iterations, state, None, StepMeter(torch.device("cpu")))
 

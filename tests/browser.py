@@ -81,6 +81,28 @@ class Tab:
         ]
         return [url for url in sent if not url.startswith(("data:", "blob:"))]
 
+    def choose(self, field: str, path: Path) -> None:
+        """Puts a file into a field for files, found by its selector."""
+        field = self.ask("Runtime.evaluate", expression=f"document.querySelector('{field}')")["result"]["objectId"]
+        self.ask("DOM.setFileInputFiles", objectId=field, files=[str(path)])
+
+    def drop(self, place: str, path: Path) -> None:
+        """Drops a file on what a selector finds."""
+        x, y = self.run(
+            f"(({{ x, y, width, height }}) => [x + width / 2, y + height / 2])"
+            f"(document.querySelector('{place}').getBoundingClientRect())"
+        )
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.ask("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def press(self, key: str, number: int) -> None:
+        """Presses and lets go of a key. number: its code on Windows."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            more = text if kind == "keyDown" else {}
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=number, **more)
+
     def picture(self, path: Path) -> None:
         """Writes the whole page as a PNG."""
         size = self.ask("Page.getLayoutMetrics")["cssContentSize"]

@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from tests import browser
+
 # Ranks are forked from a server that imported these once: several CPU seconds per rank otherwise. None of them may
 # start a thread or touch an accelerator when it is imported (test_run_distributed.py looks).
 PRELOADED = [
@@ -36,16 +38,16 @@ multiprocessing.set_forkserver_preload(PRELOADED)
 # Files that take longest, in that order: what starts last must not leave one process alone at the end.
 LONGEST = (
     "methods/test_conformance.py",
-    "test_gpu_check.py",
     "planner/test_collectives.py",
     "test_llava_parity.py",
     "test_resume.py",
     "test_interrupts.py",
     "test_parity.py",
+    "planner/test_memory.py",
     "test_endings.py",
+    "test_gpu_check.py",
     "test_chaos.py",
     "test_llava_run.py",
-    "planner/test_memory.py",
     "test_train.py",
 )
 # what start_process_group sets where no launcher has
@@ -84,6 +86,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.path,
         )
     )
+
+
+@pytest.fixture(scope="module")
+def tab() -> Iterator[browser.Tab]:
+    """One browser for all pages of a module. R1P_BROWSER=1: fail where there is none."""
+    if browser.PROGRAM is None and not os.environ.get("R1P_BROWSER"):
+        pytest.skip("needs Chromium: apt install chromium")
+    with browser.browser() as found:
+        yield found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What was imported stays: DeepSpeed collects garbage for every engine, and would look through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

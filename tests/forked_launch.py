@@ -1,7 +1,7 @@
-"""`r1p train` on two ranks without the seconds of its imports: a launcher and its ranks, forked from the server that
-`run_distributed` has. They are processes of their own, which signals and kills meet as any others; how DeepSpeed's
-launcher, `r1p train --ranks` and SLURM start and end theirs has tests of its own (test_interrupts.py, test_endings.py,
-tests/slurm)."""
+"""Programs without the seconds of their imports: `r1p train` on two ranks, a launcher and its ranks, or one function,
+forked from the server that `run_distributed` has. They are processes of their own, which signals and kills meet as any
+others; how DeepSpeed's launcher, `r1p train --ranks` and SLURM start and end theirs has tests of its own
+(test_interrupts.py, test_endings.py, tests/slurm)."""
 
 import gc
 import multiprocessing
@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -76,12 +77,39 @@ def _rank(rank: int, words: list[str], log: Path, in_ranks: Callable[[], None] |
     from r1p_dist.cli import run_command
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
+    _print_to(log)
     if in_ranks is not None:
         in_ranks()
     code = run_command("train", words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+class ForkedProgram:
+    """A function of the top level of its module as a program of its own, which prints to the end of `log`."""
+
+    def __init__(self, function: Callable[..., None], given: Sequence[Any], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        arguments = (function, given, log, dict(os.environ))
+        self._process = context.Process(target=_program, args=arguments, daemon=True)  # none outlives the tests
+        self._process.start()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Returns its exit code; None where the time is over."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
+def _program(function: Callable[..., None], given: Sequence[Any], log: Path, environment: dict[str, str]) -> None:
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(environment)
+    _print_to(log)
+    function(*given)
+
+
+def _print_to(log: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)

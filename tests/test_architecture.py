@@ -18,7 +18,7 @@ ROOMS = (
     "evaluation figures protocol moments memory_faults methods recipes trackers checks optimizer optimizer_state "
     "rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer session fit scores page report "
     "export predict serve train dry_run attached_pool peft forget measuring doctor config_reference config_command "
-    "method_list backbone_list planner local_ranks compare cluster watch run_commands cli __main__"
+    "method_list backbone_list planner local_ranks compare cluster watch run_commands completion cli __main__"
 ).split()
 
 # The rooms of what the folder of a kind of backbone holds; its facts are in `kinds`, before them all.

@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipConfig,
@@ -232,6 +234,13 @@ def make_llama() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=60, max_position_embeddings=8, **sizes))
 
 
+def make_llama4() -> nn.Module:
+    """Every layer is a mixture of experts, four that transformers keeps in one weight and one of plain linears."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    return Llama4ForCausalLM(Llama4TextConfig(vocab_size=60, pad_token_id=0, interleave_moe_layer_step=1, **sizes))
+
+
 def make_bert() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=60, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
@@ -258,6 +267,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], torch.Ten
         lambda model: model(input_ids=IDS, attention_mask=MASK).logits,
         {"targets": ["q_proj", "v_proj", "model.layers.1.mlp.down_proj"], "guide": "last_prompt"},
         5,
+    ),
+    "a mixture of experts": (
+        make_llama4,
+        lambda model: model(input_ids=IDS, attention_mask=MASK).logits,
+        {"targets": ["q_proj", "shared_expert.up_proj"], "guide": "last_prompt"},
+        4,
     ),
     "bert": (
         make_bert,
@@ -538,6 +553,10 @@ REFUSED = [
     (Perceptron, {"targets": ["first"], "merged": 9}, "merged=9 must not be larger than active=8"),
     (Perceptron, {"targets": ["first"], "ago_weight": -1.0}, "ago_weight=-1.0: Input should be greater than or"),
     (tied, {"targets": ["second"], "rank": 4, "active": 2, "merged": 1}, "second shares its weight with another"),
+    (make_llama4, {}, "a Llama4ForCausalLM is of no kind that is known; name its linears"),
+    (make_llama4, {"targets": ["experts"]}, "'experts' is a Llama4TextExperts, not a linear"),
+    (make_llama4, {"targets": ["gate_up_proj"]}, "'gate_up_proj' is a weight of a Llama4TextExperts itself, not a lin"),
+    (make_llama4, {"targets": ["router"]}, "feed_forward.router is a Llama4Router, which computes more than a linear"),
     (make_timm, {"layers": ["query"]}, "layers: the model has no 'query'; it has q, k"),
     (make_timm, {"towers": ["imag"]}, "towers: the model has no 'imag', did you mean 'image'"),
     (make_timm, {"layers": ["gate"]}, "the image tower, a VisionTransformer, has no linears gate"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -62,7 +63,12 @@ def test_live_tensors_count_each_storage_once(measure: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_step_writes_every_ratio(tool: ModuleType, tmp_path: Path, capsys) -> None:
+def test_step_writes_every_ratio(
+    tool: ModuleType, measure: ModuleType, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # four processes, each with the seconds of its imports; what only a new one measures is shown above
+    forkserver = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(measure.multiprocessing, "get_context", lambda _: forkserver)
     path = tmp_path / "step.json"
     arguments = "step --model tiny --batch 4 --pairs 1 --dropout 0.2 --against limit,peft --json"
     assert tool.main([*arguments.split(), str(path)]) == 0

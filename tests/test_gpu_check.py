@@ -2,12 +2,17 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from tests.forked_launch import ForkedProgram
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
@@ -21,8 +26,20 @@ def tool() -> ModuleType:
         sys.path.remove(folder)
 
 
+def start_forked(function: str, call: Mapping[str, Any], options: Mapping[str, Any], log: Path) -> ForkedProgram:
+    """Stands for `start` without the seconds of imports; others show how a new Python begins and ends."""
+    return ForkedProgram(run_case_on_cpu, (function, json.dumps(call), json.dumps(options)), log)
+
+
+def run_case_on_cpu(function: str, call: str, options: str) -> None:
+    case = importlib.import_module("gpu_check_parts.case")
+    os.environ.update(case.ON_CPU)
+    case._main(function, call, options)
+
+
 @pytest.mark.slow
-def test_the_cpu_form_passes_every_part_but_the_recipes(tool: ModuleType, tmp_path: Path, capsys) -> None:
+def test_the_cpu_form_passes_every_part_but_the_recipes(tool: ModuleType, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.import_module("gpu_check_parts.case"), "start", start_forked)
     file = tmp_path / "check.json"
     # minutes: an upper limit, for machines that do much else; b: `make smoke` trains the recipes
     words = f"--device cpu --quick --parts a,c,d,e --minutes 30 --folder {tmp_path / 'runs'} --json {file}"

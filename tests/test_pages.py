@@ -31,15 +31,6 @@ from r1p_dist.watch.runs import Watched  # noqa: E402
 EVIL = "<img src=x onerror=alert(1)>"
 
 
-@pytest.fixture(scope="module")
-def tab() -> Iterator[browser.Tab]:
-    """One browser for all pages. R1P_BROWSER=1: fail where there is none."""
-    if browser.PROGRAM is None and not os.environ.get("R1P_BROWSER"):
-        pytest.skip("needs Chromium: apt install chromium")
-    with browser.browser() as found:
-        yield found
-
-
 def make_report(folder: Path) -> Path:
     """A run of ten tasks with long names, one of them hostile, its log and its updates."""
     count = 10
@@ -54,7 +45,8 @@ def make_report(folder: Path) -> Path:
         there.mkdir(parents=True)
         ones = {"image.0.q.A": np.ones((2, 4)), "image.0.q.B": np.eye(5)[:, :2], "image.0.q.scaling": np.array(1.0)}
         save_file(ones, there / "adapter.safetensors")
-        (there / "adapter.json").write_text("{}")
+        drift = {"drift": 0.1 * at} if at else {}
+        (there / "adapter.json").write_text(json.dumps({"layers": {"image.0.q": drift}}))
     write_report(run)
     return run / "report.html"
 
@@ -93,7 +85,7 @@ def make_sweep(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("make", "charts", "heats"),
-    [(make_report, 10, 3), (make_single, 5, 1), (make_comparison, 5, 0), (make_sweep, 3, 0)],
+    [(make_report, 10, 4), (make_single, 5, 1), (make_comparison, 5, 0), (make_sweep, 3, 0)],
 )
 def test_pages_are_drawn_at_all_widths_in_both_colours_and_ask_for_nothing(
     tab: browser.Tab, tmp_path: Path, make: Callable[[Path], Path], charts: int, heats: int
@@ -128,8 +120,7 @@ def test_the_matrix_changes_its_view_by_the_keyboard_and_a_print_is_light(tab: b
     shown += ".filter((span) => span.offsetParent).map((span) => span.textContent)"
     assert tab.run(shown) == ["13.0"]
     tab.run("document.querySelector('input[type=radio]').focus()")
-    for kind in ("keyDown", "keyUp"):
-        tab.ask("Input.dispatchKeyEvent", type=kind, key="ArrowRight", code="ArrowRight", windowsVirtualKeyCode=39)
+    tab.press("ArrowRight", 39)
     assert tab.run(shown) == ["+3.0"]
     # every heading below another, each control with a name, each table with heads
     levels = tab.run("[...document.querySelectorAll('h1, h2, h3')].map((head) => Number(head.tagName[1]))")

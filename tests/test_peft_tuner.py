@@ -18,7 +18,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.peft import R1PCallback, R1PConfig, R1PLinear
 from tests import small_llava
 from tests.backbones.test_llava import plain_inputs, training_batch
-from tests.test_attached_pool import make_llama
+from tests.test_attached_pool import make_llama, make_llama4
 from tests.test_parity import relative
 
 # peft asks transformers by the name of before
@@ -117,25 +117,19 @@ def test_the_tuner_trains_what_the_pool_trains() -> None:
     assert_same_training(found, expected)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_what_one_trains(run_distributed) -> None:
-    expected = by_pool()
-    for found in run_distributed(train_stream, 2):
-        assert_same_training(found, expected)
-
-
 class InOrder(Trainer):
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
 
-def test_a_trainer_with_the_callback_trains_a_stream(tmp_path) -> None:
+def train_by_trainer(folder: str) -> dict[str, torch.Tensor]:
+    """A stream by transformers' Trainer, four samples a step: two micro steps on one rank, one on each of two."""
     tuner = get_peft_model(make_model(), config(task_type="CAUSAL_LM"))
     for task in range(TASKS):
         arguments = TrainingArguments(
-            str(tmp_path),
+            folder,
             per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
+            gradient_accumulation_steps=2 // world_size(),
             max_steps=STEPS,
             learning_rate=0.3,
             lr_scheduler_type="constant",
@@ -149,9 +143,27 @@ def test_a_trainer_with_the_callback_trains_a_stream(tmp_path) -> None:
         )
         steps = [texts(task, step) for step in range(STEPS)]
         samples = [{name: batch[name][i] for name in batch} for batch in steps for i in range(4)]
-        InOrder(tuner, arguments, train_dataset=samples, callbacks=[R1PCallback()]).train()
+        trainer = InOrder(tuner, arguments, train_dataset=samples, callbacks=[R1PCallback()])
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (world_size() > 1)
         assert tuner.peft_config["default"].tasks == task + 1
-    found, expected = tuner.merge_and_unload().state_dict(), by_pool(micro_steps=2)
+    return tuner.merge_and_unload().state_dict()
+
+
+def train_both_ways(rank_: int, ranks: int, folder: str) -> list[dict[str, torch.Tensor]]:
+    return [train_stream(rank_, ranks), train_by_trainer(folder)]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_trains_in_a_loop_and_in_a_trainer(run_distributed, tmp_path) -> None:
+    expected = by_pool()
+    for found, by_trainer in run_distributed(train_both_ways, 2, str(tmp_path)):
+        assert_same_training(found, expected)
+        assert_same_training({**{name: expected[name] for name in ("counts", "losses")}, **by_trainer}, expected)
+
+
+def test_a_trainer_with_the_callback_trains_a_stream(tmp_path) -> None:
+    found, expected = train_by_trainer(str(tmp_path)), by_pool(micro_steps=2)
     assert_same_training({**found, **{name: expected[name] for name in ("counts", "losses")}}, expected)
 
 
@@ -234,6 +246,9 @@ def test_what_cannot_be_is_refused() -> None:
         config(router_grad="gate")
     with pytest.raises(InputError, match="embed_tokens is a Embedding; experts go on torch.nn.Linear alone"):
         get_peft_model(make_model(), config(target_modules=["embed_tokens"]))
+    for target, kind in (("experts", "Llama4TextExperts"), ("router", "Llama4Router")):
+        with pytest.raises(InputError, match=rf"{target} is a {kind}; experts go on torch.nn.Linear alone"):
+            get_peft_model(make_llama4(), config(target_modules=[target]))
     tuner = get_peft_model(make_model(), config())
     with pytest.raises(InputError, match=r"next_task\(\): task 0 made no training step"):
         tuner.next_task()

@@ -95,7 +95,9 @@ def test_without_the_shards_or_with_other_ones_there_are_no_classes(run: RunFile
     assert classes.classes(classes.judged(write_run(run.folder, marks))) == []
 
 
-def write_stage(run: RunFiles, index: int, factors: dict[str, tuple[np.ndarray, np.ndarray]], votes=None) -> None:
+def write_stage(
+    run: RunFiles, index: int, factors: dict[str, tuple[np.ndarray, np.ndarray]], votes=None, drift=None
+) -> None:
     name = f"{index:02d}-{TASKS[index]}"
     folder = run.folder / "adapters" / name
     folder.mkdir(parents=True)
@@ -103,7 +105,8 @@ def write_stage(run: RunFiles, index: int, factors: dict[str, tuple[np.ndarray, 
     for layer, (A, B) in factors.items():
         tensors |= {f"{layer}.A": A, f"{layer}.B": B, f"{layer}.scaling": np.array(0.5)}
     save_file(tensors, folder / "adapter.safetensors")
-    (folder / "adapter.json").write_text("{}")
+    layers = {layer: {"rank": 2, **({"drift": drift[layer]} if drift else {})} for layer in factors}
+    (folder / "adapter.json").write_text(json.dumps({"layers": layers}))
     if votes:
         there = run.folder / "checkpoints" / name / "step-50"
         there.mkdir(parents=True)
@@ -112,18 +115,21 @@ def write_stage(run: RunFiles, index: int, factors: dict[str, tuple[np.ndarray, 
         )
 
 
-def test_layers_show_sizes_overlaps_and_votes(run: RunFiles) -> None:
+def test_layers_show_sizes_drift_overlaps_and_votes(run: RunFiles) -> None:
     random = np.random.default_rng(0)
     one, other = (
         {f"image.{n}.q": (random.normal(size=(2, 6)), random.normal(size=(8, 2))) for n in (2, 10)} for _ in "ab"
     )
     write_stage(run, 0, one, {"image.2.q": [5, 0, 9, 9], "image.10.q": [0, 0, 0, 0]})
-    write_stage(run, 1, other)
+    write_stage(run, 1, other, drift={"image.2.q": 0.25, "image.10.q": 0.001})
     (run.folder / "config.yaml").write_text(json.dumps({"options": {"merged": 2}}))
     columns, _, fold = experts.layers(RunFiles.read(run.folder))
     assert isinstance(columns, Columns) and isinstance(fold, Fold)
-    sizes, overlaps = columns.parts
-    assert isinstance(sizes, Heat) and isinstance(overlaps, Heat)
+    sizes, drifts, overlaps = columns.parts
+    assert isinstance(sizes, Heat) and isinstance(drifts, Heat) and isinstance(overlaps, Heat)
+    assert drifts.columns == TASKS[1:]  # of the first task there is none
+    cells = {name: (cell.text, cell.shade) for name, (cell,) in drifts.rows}
+    assert cells == {"image.2.q": ("25.0", -1), "image.10.q": ("0.1", pytest.approx(-0.004))}
     assert [name for name, _ in sizes.rows] == ["image.2.q", "image.10.q"]
     norms = [[np.linalg.norm(0.5 * B @ A) for A, B in (task[name] for task in (one, other))] for name in one]
     assert [[cell.text for cell in cells] for _, cells in sizes.rows] == [[f"{n:.2f}" for n in row] for row in norms]

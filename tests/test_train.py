@@ -77,19 +77,21 @@ def accuracy(
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(run_distributed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """A run folder, and what `run` returned on each rank."""
+def on_two_ranks(
+    run_distributed, toy: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A run folder, of the small model on whole tasks, and what `run` returned on each rank."""
     run_dir = tmp_path_factory.mktemp("run")
-    overrides = [*SHORT, f"run_dir={run_dir}", "deepspeed.config=zero3", "log.trackers=[tensorboard]"]
+    overrides = [*SHORT, toy[1], f"run_dir={run_dir}", "deepspeed.config=zero3", "log.trackers=[tensorboard]"]
     return run_dir, [json.loads(text) for text in run_distributed(run_stream, 2, overrides)]
 
 
-def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks) -> None:
+def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks, toy: list[str]) -> None:
     run_dir, (first, second) = on_two_ranks
     metrics = read_metrics(run_dir)
     assert first == metrics and {**second, "wall_seconds": 0} == {**metrics, "wall_seconds": 0}
 
-    model, preprocess, tokenizer = plain_clip()
+    model, preprocess, tokenizer = plain_clip(Path(toy[1].partition(":")[2]))
     expected = [accuracy(model, preprocess, tokenizer, task) for task in TASKS]
     assert metrics["accuracy"][0] == pytest.approx(expected)
     add_adapters(model, run_dir / "adapters")
@@ -102,13 +104,17 @@ def test_a_run_on_two_ranks_leaves_what_plain_open_clip_reproduces(on_two_ranks)
 def test_the_files_of_a_run_agree_with_each_other(on_two_ranks) -> None:
     run_dir, _ = on_two_ranks
     metrics = read_metrics(run_dir)
+    folders = sorted((run_dir / "adapters").iterdir())
+    layers = [json.loads((folder / "adapter.json").read_text())["layers"].values() for folder in folders]
+    drifts = [[layer.get("drift") for layer in of_task] for of_task in layers]
+    assert set(drifts[0]) == {None} and all(0 < drift < 1 for of_task in drifts[1:] for drift in of_task)
     assert metrics["tasks"] == TASKS and len(metrics["accuracy"]) == 1 + len(TASKS)
     asked = [(task.name, task.class_names, task.templates) for task in Stream.load("mini_mtil", tasks=TASKS).tasks]
     assert [(task.name, task.class_names, task.templates) for task in read_tasks(run_dir / "tasks.json")] == asked
     facts = [metrics[key] for key in ("world_size", "zero_stage", "method", "seed")]
     assert facts == [2, 3, "dac", 0]
-    # 12 experts per linear: 4 linears of 192 by 192 and two of 192 by 768 in each of 10 blocks, without the routers
-    assert metrics["trainable_parameters"] == 12 * 10 * (4 * 384 + 2 * 960)
+    # 12 experts per linear: 4 linears of 192 by 192 and two of 192 by 768 in each of 5 blocks, without the routers
+    assert metrics["trainable_parameters"] == 12 * 5 * (4 * 384 + 2 * 960)
     assert metrics["inference"] == "merged"
     features = 32 * 192 * 4  # of a global batch, fp32; those of image and text and the labels are gathered
     assert metrics["collectives_per_step"]["allgather"] == {"calls": 3, "bytes": 2 * features + 32 * 8}

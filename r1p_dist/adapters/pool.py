@@ -149,10 +149,12 @@ class AdaptedLinear(LowRankLinear):
             return torch.stack([sample[0] if self.guide == "first" else sample.mean(0) for sample in samples])
         if self.routing.places is not None:
             return self._guide_of_packed(x.flatten(0, -2), self.routing.places)
+        padding = self.routing.padding
+        if x.dim() == 2 and padding is not None and len(x) == padding.numel():
+            x = x.unflatten(0, padding.shape)  # a mixture of experts sees the tokens of all samples in one row
         x = x.flatten(1, -2) if x.dim() > 2 else x[:, None]
         if self.guide == "first":
             return x[:, 0]
-        padding = self.routing.padding
         # linears chosen by their names can be of towers that see something else than the tokens, a picture's patches
         is_other = padding is not None and padding.shape != x.shape[:2]
         if self.guide in ("eot", "last_prompt"):

@@ -109,6 +109,12 @@ def _no_linear(target: str, modules: dict[str, nn.Module], linears: Sequence[str
     others = {type(module).__name__ for name, module in modules.items() if _is_named(name, target)}
     if others:
         return f"targets: {target!r} is a {' or '.join(sorted(others))}, not a linear; {_described(linears)}"
+    owners = {type(module).__name__ for module in modules.values() if target in module._parameters}
+    if owners:  # as experts of a mixture, all of a layer in one weight
+        return (
+            f"targets: {target!r} is a weight of a {' or '.join(sorted(owners))} itself, not a linear; "
+            f"{_described(linears)}"
+        )
     ends = sorted({name.rpartition(".")[2] for name in linears})
     nearest = difflib.get_close_matches(target, ends, n=1) or difflib.get_close_matches(target, linears, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -123,6 +129,9 @@ def _described(linears: Sequence[str]) -> str:
 def _refuse_unserved(model: nn.Module, names: Sequence[str]) -> None:
     holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name in names:
+        own = type(model.get_submodule(name))
+        if own.forward is not nn.Linear.forward:
+            raise InputError(f"targets: {name} is a {own.__name__}, which computes more than a linear; leave it out")
         owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.MultiheadAttention):
             raise InputError(f"targets: {name} is never called: nn.MultiheadAttention reads its weight; leave it out")

@@ -102,12 +102,19 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], facts: Mappin
         raise InputError(f"{path}: cannot be written: {error}") from error
 
 
-def write_facts(folder: Path, updates: Mapping[str, Update], facts: Mapping[str, Any]) -> None:
-    """Writes adapter.json, which says that the folder is complete: facts, and of each layer rank and scaling."""
-    layers = {
+def write_facts(
+    folder: Path, updates: Mapping[str, Update], facts: Mapping[str, Any], drift: Mapping[str, float] | None = None
+) -> None:
+    """Writes adapter.json, which says that the folder is complete: facts, and of each layer rank and scaling.
+
+    drift: of some layers, as of `Drift`.
+    """
+    layers: dict[str, dict[str, Any]] = {
         name: {"dense": True} if isinstance(update, Dense) else {"rank": len(update.A), "scaling": update.scaling}
         for name, update in updates.items()
     }
+    for name, value in (drift or {}).items():
+        layers[name]["drift"] = value
     write_atomically(folder / FACTS_FILE, json.dumps({**facts, "layers": layers}, indent=2) + "\n")
 
 

@@ -30,13 +30,21 @@ class Evaluator:
         self.select: Callable[[Task], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
-    def evaluate(self, model: Callable, tasks: Sequence[Task]) -> list[TaskResult]:
-        """Returns one result per task, the same on every rank. model: the backbone, or the engine around it."""
+    def evaluate(
+        self,
+        model: Callable,
+        tasks: Sequence[Task],
+        watch: Callable[[Task], AbstractContextManager] = nullcontext,
+    ) -> list[TaskResult]:
+        """Returns one result per task, the same on every rank. model: the backbone, or the engine around it.
+
+        watch: gives a context in which a task is evaluated, for who measures something in its forward passes.
+        """
         self.backbone.eval()
         results = []
         for task in tasks:
             self.before_task()
-            with self.select(task):
+            with self.select(task), watch(task):
                 results.append(self.evaluate_task(model, task, self.loaders[task.name]))
         self.backbone.train()
         return results

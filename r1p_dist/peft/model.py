@@ -49,7 +49,7 @@ class R1PModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, R1PLinear):
-            if not isinstance(target, nn.Linear):
+            if type(target).forward is not nn.Linear.forward:
                 raise InputError(
                     f"target_modules: {current_key} is a {type(target).__name__}; experts go on torch.nn.Linear alone"
                 )

@@ -154,12 +154,21 @@ class _Meter(StorageMeter):
 
 
 def _without_content(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Returns an operation's arguments, all on the meta device where one is; not a mask whose sum decides a shape."""
+    """Returns an operation's arguments, all on the meta device where one is; not a mask whose sum decides a shape.
+
+    Code that moves a tensor to where another one is moves nothing: numbers and masks keep their content, which is looked
+    into later, and what has none gets none.
+    """
+    if name == "_to_copy" and (args[0].is_meta or not args[0].is_floating_point()):
+        return args, kwargs | {"device": None}
     if not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs))):
         return args, kwargs
+    kept: set[int] = set()
+    if name in _INDEXING:
+        kept = {id(index) for index in args[1] if index is not None and index.dtype == torch.bool}
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if name in _INDEXING and tensor.dtype == torch.bool else tensor.to("meta")
+        return tensor if id(tensor) in kept else tensor.to("meta")
 
     return tree_map_only(torch.Tensor, move, (args, kwargs))
 

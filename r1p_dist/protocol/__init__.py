@@ -2,6 +2,8 @@
 
 from r1p_dist.protocol.distilled import DistilledMethod as DistilledMethod
 from r1p_dist.protocol.distilled import DistilledOptions as DistilledOptions
+from r1p_dist.protocol.drift import Drift as Drift
+from r1p_dist.protocol.drift import change_between as change_between
 from r1p_dist.protocol.full import FullMethod as FullMethod
 from r1p_dist.protocol.low_rank import LowRankMethod as LowRankMethod
 from r1p_dist.protocol.low_rank import LowRankOptions as LowRankOptions

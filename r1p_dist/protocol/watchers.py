@@ -10,12 +10,36 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from r1p_dist.adapters import FusedProjection, LowRankLinear
+from r1p_dist.adapters import FusedProjection, LowRankLinear, Routing
 from r1p_dist.distributed import owner, rank, sum_on_rank, sum_over_ranks
 from r1p_dist.protocol.trainer import Gradients, Need
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Backbone
+
+
+def modules_that_run(backbone: Backbone, adapters: Sequence[LowRankLinear]) -> dict[str, nn.Module]:
+    """Returns by an adapter's name the module that is called with its input: the adapter, or the fused projection."""
+    fused = {id(module.linear): module for module in backbone.modules() if isinstance(module, FusedProjection)}
+    return {adapter.name: fused.get(id(adapter.linear), adapter) for adapter in adapters}
+
+
+def token_counts(routing: Routing, x: torch.Tensor) -> torch.Tensor:
+    """Returns how often each token of x (batch, tokens, in) counts, or of samples in one row (tokens, in): of padding
+    none, of a prompt as often as it occurs.
+
+    Rows and columns of a picture may stand in place of the tokens.
+    """
+    times = torch.ones(x.shape[:-1], device=x.device)
+    if routing.lengths is not None:
+        if routing.weights is not None:
+            times = routing.weights.float().repeat_interleave(torch.tensor(routing.lengths, device=x.device))
+        return times
+    if routing.real is not None and routing.real.shape == x.shape[:-1]:
+        times = routing.real.float()
+    if routing.weights is not None and len(routing.weights) == len(x):
+        times = times * routing.weights.view(-1, *[1] * (times.ndim - 1))
+    return times
 
 
 class InputMoments:
@@ -31,16 +55,15 @@ class InputMoments:
     def __init__(self, backbone: Backbone, adapters: Sequence[LowRankLinear], by_sensitivity: bool = False) -> None:
         self._backbone = backbone
         self.needs: Need = "sensitivity" if by_sensitivity else "forward"
-        fused = {id(module.linear): module for module in backbone.modules() if isinstance(module, FusedProjection)}
         self._modules: dict[str, nn.Module] = {}
-        by_linear: dict[int, list[str]] = {}
+        by_module: dict[nn.Module, list[str]] = {}
         self.layers: dict[str, list[str]] = {}
-        for adapter in adapters:
-            names = by_linear.setdefault(id(adapter.linear), [])
+        for name, module in modules_that_run(backbone, adapters).items():
+            names = by_module.setdefault(module, [])
             if not names:
-                self.layers[adapter.name] = names
-                self._modules[adapter.name] = fused.get(id(adapter.linear), adapter)
-            names.append(adapter.name)
+                self.layers[name] = names
+                self._modules[name] = module
+            names.append(name)
         self.moments: dict[str, torch.Tensor] = {}
         self._totals: dict[str, torch.Tensor] = {}  # of the tokens' weights, on this rank
 
@@ -77,21 +100,7 @@ class InputMoments:
         )
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Returns how often each token of x (batch, tokens, in) counts, or of samples in one row (tokens, in).
-
-        Rows and columns of a picture may stand in place of the tokens.
-        """
-        routing = self._backbone.routing[name.partition(".")[0]]
-        times = torch.ones(x.shape[:-1], device=x.device)
-        if routing.lengths is not None:
-            if routing.weights is not None:
-                times = routing.weights.float().repeat_interleave(torch.tensor(routing.lengths, device=x.device))
-            return times
-        if routing.real is not None and routing.real.shape == x.shape[:-1]:
-            times = routing.real.float()
-        if routing.weights is not None and len(routing.weights) == len(x):
-            times = times * routing.weights.view(-1, *[1] * (times.ndim - 1))
-        return times
+        return token_counts(self._backbone.routing[name.partition(".")[0]], x)
 
     @torch.no_grad()
     def _add(self, number: int, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What each task left in which layer: the votes for its experts, the size of its updates, and how they overlap.
+"""What each task left in which layer: the votes for its experts, its updates, and what they do to past inputs.
 
-Read from adapters/ (the updates) and, where it is there, from the checkpoint of each task's end (the votes). Of models
-with many layers some stand for all, so that this takes a moment.
+Read from adapters/ (the updates and the drift) and, where it is there, from the checkpoint of each task's end (the
+votes). Of models with many layers some stand for all, so that this takes a moment.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from r1p_dist.page.parts import Columns, Fold, Heat, HeatCell, Part, Text
+from r1p_dist.files import read_mapping
+from r1p_dist.page.parts import Columns, Fold, Heat, HeatCell, Part, Text, number
 from r1p_dist.report.run import RunFiles
 from r1p_dist.run_files import CHECKPOINTS, FACTS_FILE, METHOD_FILE, UPDATES_FILE, stage_folder
 
@@ -22,20 +23,24 @@ _VOTES = ".activation_counts"
 
 @dataclass(frozen=True)
 class Left:
-    """What a stage left. A (k, in) and B (out, k) by layer, with B times the scaling; votes (rank,) by layer."""
+    """What a stage left. A (k, in) and B (out, k) by layer, with B times the scaling; votes (rank,) by layer.
+
+    drift: by layer, how far its output on past tasks' inputs moved, as a share of it.
+    """
 
     name: str
     updates: dict[str, tuple[np.ndarray, np.ndarray]]
     votes: dict[str, np.ndarray]
+    drift: dict[str, float]
 
 
 def layers(run: RunFiles) -> list[Part]:
-    """Return the maps layer x task, layer x expert, and task x task; nothing where tasks leave no low-rank update."""
+    """Return the maps layer x task, task x task and layer x expert; nothing where tasks leave no low-rank update."""
     left = _read(run)
     names = [name for name in next((stage.updates for stage in left), {}) if all(name in s.updates for s in left)]
     if not names:
         return []
-    tables = [_sizes(left, names), *([_overlaps(left, names)] if len(left) > 1 else [])]
+    tables = [_sizes(left, names), *_drifts(left, names), *([_overlaps(left, names)] if len(left) > 1 else [])]
     parts: list[Part] = [Columns(tables, is_wide=True)]
     merged = run.config.get("options", {}).get("merged")
     maps = [Fold(stage.name, [_votes(stage, merged)]) for stage in left if stage.votes]
@@ -50,7 +55,8 @@ def _read(run: RunFiles) -> list[Left]:
         # written last: the folder is whole
         if (folder / FACTS_FILE).is_file():
             votes = _read_votes(run.folder / CHECKPOINTS / folder.name)
-            found.append(Left(name, _read_updates(folder / UPDATES_FILE), votes))
+            drift = _read_drift(folder / FACTS_FILE)
+            found.append(Left(name, _read_updates(folder / UPDATES_FILE), votes, drift))
     return [stage for stage in found if stage.updates]
 
 
@@ -84,6 +90,12 @@ def _read_votes(folder: Path) -> dict[str, np.ndarray]:
     return {name: counts for name, counts in votes.items() if counts.sum() > 0}
 
 
+def _read_drift(path: Path) -> dict[str, float]:
+    """Returns what there is; runs of before it was measured have none."""
+    layers = read_mapping(path).get("layers", {})
+    return {name: layer["drift"] for name, layer in layers.items() if "drift" in layer}
+
+
 def _order(name: str) -> list[tuple[int, str]]:
     """Returns what puts image.2.q before image.10.q."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
@@ -110,6 +122,30 @@ def _sizes(left: Sequence[Left], names: Sequence[str]) -> Heat:
     if len(names) == LAYERS:
         caption += f" Of the layers, {LAYERS} are shown."
     return Heat("size of the updates, layer by task", [stage.name for stage in left], rows, ("norm",), caption)
+
+
+def _drifts(left: Sequence[Left], names: Sequence[str]) -> list[Heat]:
+    """Return the map of the drift; none where no stage has any, as of one task alone."""
+    stages = [stage for stage in left if stage.drift]
+    names = [name for name in names if any(name in stage.drift for stage in stages)]
+    if not names:
+        return []
+    most = max(stage.drift.get(name, 0.0) for stage in stages for name in names) or 1.0
+    rows = []
+    for name in names:
+        values = [(stage.name, stage.drift.get(name)) for stage in stages]
+        cells = [
+            HeatCell("–")
+            if value is None
+            else HeatCell(number(100 * value), "", -value / most, f"{name}, {task}: {100 * value:.3g} percent")
+            for task, value in values
+        ]
+        rows.append((name, cells))
+    caption = (
+        "How far a task moved what a layer gives out on the test inputs of the tasks before it, in percent of that "
+        "output: where it may be forgetting."
+    )
+    return [Heat("drift on past inputs, layer by task", [stage.name for stage in stages], rows, ("drift",), caption)]
 
 
 def _norm(A: np.ndarray, B: np.ndarray) -> float:

@@ -7,19 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from transformers import AutoModelForImageTextToText, LlavaImageProcessorPil
 
-from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.adapters import AdaptedLinear, Factors
 from r1p_dist.backbones import LlavaBackbone, load_backbone, load_llava
 from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.data.samples import BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
+from r1p_dist.kinds.llava import weights as llava_weights
 from r1p_dist.kinds.llava.weights import read_config
 from r1p_dist.methods import make_method
-from r1p_dist.protocol import InputMoments
+from r1p_dist.protocol import Drift, InputMoments
 from r1p_dist.recipes import load_config
 from tests.small_llava import TEXT, make_backbone, make_model, make_processor
 
@@ -101,6 +103,33 @@ def test_answers_in_a_batch_are_those_of_each_alone(family: str) -> None:
         ids = plain.generate(**inputs, do_sample=False, max_new_tokens=6)[0, alone["input_ids"].shape[1] :]
         assert text and text == backbone.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         assert is_finished == (2 in ids.tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_drift_of_what_answers_read_leaves_padding_and_their_own_tokens_out(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1p_dist.protocol.drift.TOKENS", 10_000)
+    backbone = make_backbone(family).eval()
+    (adapter,) = [adapter for adapter in attach(backbone, "cls_image") if adapter.name == "language.0.q"]
+    torch.manual_seed(0)
+    change = Factors(torch.randn(2, adapter.in_features), torch.randn(adapter.out_features, 2), 0.1)
+    adapter.set_merged([change])
+    encoder, seen = encoder_of(backbone), []
+    batch = encoder.collate([encoder.evaluate(sample) for sample in SAMPLES])
+    assert not batch["attention_mask"].all()
+    backbone(training_batch(backbone))  # which leaves a mask of its own
+    drift = Drift(backbone, [adapter], {adapter.name: change})
+    with drift.watch(), torch.no_grad():
+        handle = adapter.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+        backbone.answer(backbone, batch, 4)
+        handle.remove()
+    (x, y), *later = seen
+    assert x.shape[:2] == batch["attention_mask"].shape and len(later) == 3
+    moved = 0.1 * x @ change.A.T @ change.B.T
+    is_real = batch["attention_mask"].bool()
+    expected = (moved[is_real].norm() / (y - moved)[is_real].norm()).item()
+    assert drift.by_layer() == {"language.0.q": pytest.approx(expected, rel=1e-4)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -361,6 +390,18 @@ def test_wrong_folders_are_named(folder: Path) -> None:
             load_llava(str(folder))
     with pytest.raises(InputError, match="nothing-there: neither a folder nor a model of the hub"):
         load_llava("nothing-there")
+
+
+def test_a_gated_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_, **__) -> None:
+        error = GatedRepoError.__new__(GatedRepoError)
+        error.args = ("403 Client Error.\n\nCannot access gated repo.\nVisit https://hub/a/gated to ask for access.",)
+        raise error
+
+    monkeypatch.setattr(llava_weights, "snapshot_download", refuse)
+    with pytest.raises(InputError, match="backbone.name=a/gated: .* Visit https://hub/a/gated to ask for access") as told:
+        load_llava("a/gated")
+    assert "\n" not in str(told.value)
 
 
 def test_code_in_a_folder_is_never_run(folder: Path) -> None:

@@ -107,6 +107,23 @@ def test_gradients_equal_those_of_a_low_rank_update_of_plain_weights(family: str
     assert any(adapter.A.grad.abs().max() > 1e-4 for adapter in adapters)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_bf16_are_those_in_fp32_to_rounding(family: str, tmp_path: Path) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = make_backbone(family, tmp_path)
+        # all experts are active: a vote can turn over with a rounding
+        adapters = attach_pool(backbone, guide="auto", **POOL | {"active": 6, "merged": 6}).adapters
+        torch.manual_seed(1)
+        for adapter in adapters:
+            nn.init.normal_(adapter.B, std=0.1)
+        backbone.to(dtype)
+        batch = {"image": pictures(family, 4), "label": torch.tensor([0, 2, 2, 1])}
+        backbone.loss(backbone, backbone.preparer(PROMPTS)(batch)).backward()
+        found.append(torch.cat([value.grad.flatten().float() for a in adapters for value in (a.A, a.B)]))
+    assert (found[1] - found[0]).norm() < 5 * torch.finfo(torch.bfloat16).eps * found[0].norm()
+
+
 def plain_loss(model: nn.Module, weights: dict, family: str, label: torch.Tensor) -> torch.Tensor:
     """The loss as its paper writes it, over one full-length prompt per sample."""
     call = torch.func.functional_call

@@ -137,6 +137,21 @@ def attach(backbone: LlavaBackbone, guide: str, towers: tuple[str, ...]) -> list
     return backbone.attach(make, towers, KIND.layers)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_bf16_are_those_in_fp32_to_rounding(family: str) -> None:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = make_backbone(family).train()
+        torch.manual_seed(1)
+        adapters = attach(backbone, "mean", TOWERS)
+        for adapter in adapters:
+            adapter.active = len(adapter.A)  # a vote can turn over with a rounding
+        losses, _ = backbone.to(dtype)(training_batch(backbone, samples_of(family)))
+        losses.mean().backward()
+        found.append(torch.cat([value.grad.flatten().float() for a in adapters for value in (a.A, a.B)]))
+    assert (found[1] - found[0]).norm() < 5 * torch.finfo(torch.bfloat16).eps * found[0].norm()
+
+
 def picture_vector(family: str, backbone: LlavaBackbone, image: Image.Image) -> torch.Tensor:
     """Returns the mean of what the image tower of transformers says of one whole picture, or its [CLS]."""
     plain = plain_model(family)

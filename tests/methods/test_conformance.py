@@ -1,6 +1,7 @@
 """What every method must pass, found by listing the folder: its author writes none of it (docs/add_a_method.md)."""
 
 import hashlib
+import json
 import re
 import shutil
 from functools import partial
@@ -21,7 +22,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.export.run import export_run
 from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method, method_class, shipped_methods
-from r1p_dist.protocol import Method
+from r1p_dist.protocol import FullMethod, Method
 from r1p_dist.recipes import load_config
 from r1p_dist.train import run
 from tests.export.fake_run import PROMPTS as PROMPTS_OF_EXPORT
@@ -285,6 +286,24 @@ def runs(run_distributed, shallow_toy: list[str], tmp_path_factory) -> tuple[Pat
 @pytest.mark.parametrize("name", METHODS)
 def test_a_stopped_run_ends_as_an_undisturbed_one(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     assert_equal(runs[0] / name / "calm", runs[0] / name / "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_says_how_far_its_last_task_moved_the_layers(runs: tuple[Path, dict[str, Any]], name: str) -> None:
+    told = []
+    for part in ("calm", "stopped"):
+        folders = sorted((runs[0] / name / part / "adapters").iterdir())
+        facts = [json.loads((folder / "adapter.json").read_text())["layers"].values() for folder in folders]
+        told.append([[layer.get("drift") for layer in layers] for layers in facts])
+    assert told[0] == told[1]
+    first, last = told[0][0], told[0][-1]
+    kind = method_class(name)
+    if len(told[0]) > 1 and kind.inference == "merged" and not issubclass(kind, FullMethod):
+        # a booster serves some linears alone, so others may not have moved
+        assert set(first) == {None} and all(0 <= drift < 10 for drift in last) and any(last)
+    else:
+        assert {*first, *last} == {None}
 
 
 @pytest.mark.slow

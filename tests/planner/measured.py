@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -17,12 +18,14 @@ from r1p_dist.backbones import Backbone, ClipBackbone, LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
 from r1p_dist.checkpoint import save_memory, save_updates
 from r1p_dist.config import RunConfig
+from r1p_dist.data.samples import IMAGE_MARK, Sample, Turn
 from r1p_dist.distributed import world_size
 from r1p_dist.fit import train_step
 from r1p_dist.kinds.llava import token_losses
+from r1p_dist.kinds.llava.weights import build_on_meta
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
-from tests import small_clip, small_llava, small_towers
+from tests import small_clip, small_llava, small_towers, small_vlms
 from tests.stages import Stages
 
 IMAGE_TOKEN = 3
@@ -56,19 +59,25 @@ class Recorder(TorchDispatchMode):
 
 def make_backbone(config: RunConfig, sizes: dict, device: str = "cpu") -> Backbone:
     """Returns a model with random weights. sizes: those that differ from tests/small_clip.py's or small_llava.py's, or
-    the family of one of tests/small_towers.py."""
-    is_llava = config.backbone.kind == "llava"
+    the family of one of tests/small_towers.py, small_llava.py or small_vlms.py."""
+    is_llava, family = config.backbone.kind == "llava", sizes.get("family")
     torch.manual_seed(0)
-    with torch.device(device):
-        if "family" in sizes:
-            model = small_towers.make_model(sizes["family"], Path())
-        else:
-            model = _make_llava(sizes) if is_llava else _make_clip(sizes)
+    if is_llava and family is not None:
+        module = small_vlms if family in small_vlms.FAMILIES else small_llava
+        model, processor = module.make_model(family), module.make_processor(family)
+        model = build_on_meta(model.config) if device == "meta" else model
+    else:
+        processor = small_llava.make_processor()
+        with torch.device(device), TemporaryDirectory() as folder:
+            if family is not None:
+                model = small_towers.make_model(family, Path(folder))
+            else:
+                model = _make_llava(sizes) if is_llava else _make_clip(sizes)
     if not is_llava:
         return ClipBackbone(model, small_clip.tokenize, {"size": 16})
     cache_bytes = int(config.backbone.feature_cache_gb * 1e9)
     is_sharded = config.deepspeed.config == "zero3"
-    return LlavaBackbone(model, small_llava.make_processor(), cache_bytes, is_sharded)
+    return LlavaBackbone(model, processor, cache_bytes, is_sharded)
 
 
 def _make_clip(sizes: dict) -> torch.nn.Module:
@@ -185,7 +194,9 @@ class _Run:
     def step(self) -> None:
         micro_steps = self.config.train.gradient_accumulation_steps
         count = self.config.train.global_batch_size // micro_steps // world_size()
-        make = self._conversations if self.config.backbone.kind == "llava" else self._pictures
+        make = self._pictures
+        if self.config.backbone.kind == "llava":
+            make = self._talks if "family" in self.sizes else self._conversations
         batches = [self.prepare(make(count)) for _ in range(micro_steps)]
         train_step(self.method, self.stages.trainer, batches, self.config.train)
         list(self.stages.agreement.findings())
@@ -195,6 +206,17 @@ class _Run:
             "image": torch.randn(count, 3, *self.backbone.model.visual.image_size, generator=self.generator),
             "label": torch.randint(len(PROMPTS), (count,), generator=self.generator),
         }
+
+    def _talks(self, count: int) -> dict[str, torch.Tensor]:
+        """Conversations as a family's processor makes them, with a picture each on rank 0 and without on the others."""
+        images: tuple[Image.Image, ...] = ()
+        if self.rank == 0:
+            pixels = torch.randint(256, (12, 20, 3), generator=self.generator, dtype=torch.uint8)
+            images = (Image.fromarray(pixels.numpy()),)
+        turns = (Turn("user", IMAGE_MARK * len(images) + "what is it?"), Turn("assistant", "a cat"))
+        encoder = self.backbone.encoder(self.config.data)
+        example = encoder.train(Sample("one", images, turns=turns), self.generator)
+        return encoder.collate([example] * count)
 
     def _conversations(self, count: int) -> dict[str, torch.Tensor]:
         """Conversations of equal length, with a picture each on rank 0 and without any on the others."""

@@ -68,7 +68,7 @@ def test_llava_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
     words = ["--model", "tiny", "--gpus", "8", "--batch", "4", "--json", str(tmp_path / "plan.json"), *sizes]
     assert run(monkeypatch, *words, "backbone.kind=llava", "options.rank=6", "options.active=4") == 0
     printed = capsys.readouterr().out
-    assert "4 conversations of 150 tokens, 6 of them answers; pictures in each: 2" in printed
+    assert "4 conversations of 150 tokens, 6 of them answers; pictures of 448 x 448 in each: 2" in printed
     assert "operations per conversation" in printed
     for setting in json.loads((tmp_path / "plan.json").read_text())["settings"]:
         calls = {row["purpose"]: row["calls"] for row in setting["communication"]["step"]}
@@ -96,6 +96,8 @@ LLAVA = "backbone.kind=llava"
         (["--prompts", "4", LLAVA], "--prompts 4: not for tiny, of backbone.kind=llava; it has --tokens"),
         (["--answer-tokens", "0", LLAVA], "--answer-tokens 0: must be from 1"),
         (["--pictures", "-1", LLAVA], "--pictures -1: must be from 0"),
+        (["--picture-side", "0", LLAVA], "--picture-side 0: must be from 1"),
+        (["--pictures", "9", LLAVA], "--pictures 9: key planned: its conversation has"),
         (["--tokens", "80", LLAVA], "--tokens 80: must be above"),
         (["--model", "nowhere/llava", LLAVA], "--model nowhere/llava: no such folder; use one, or tiny, llava-1.5-7b"),
         (["--model", "llava-1.5-14b"], "open_clip has no such model; nearest: llava-1.5-13b"),

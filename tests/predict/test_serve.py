@@ -21,6 +21,7 @@ from r1p_dist import cli
 from r1p_dist.predict.model import PredictingModel
 from r1p_dist.predict.request import make_request
 from r1p_dist.predict.source import open_source
+from tests.browser import Tab
 from tests.export.fake_run import TASKS
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -112,6 +113,55 @@ def test_words_of_ones_own_are_classes(port: int, pictures: list[Path]) -> None:
     assert status == 200 and result["task"] is None
     assert {line["class"] for line in result["classes"]} == {"cat", "hot dog", "<b>&"}
     assert sum(line["before"] for line in result["classes"]) == pytest.approx(1)
+
+
+def test_the_page_in_a_browser_shows_before_and_after(
+    port: int, tab: Tab, pictures: list[Path], tmp_path: Path
+) -> None:
+    address = f"http://127.0.0.1:{port}/"
+    shown = """[...document.querySelectorAll('#results table')].map((table) => [table.caption?.textContent ?? null,
+        ...[...table.querySelectorAll('tr')].map((row) => [...row.cells].map((cell) => cell.textContent))])"""
+
+    def said(query: str, picture: Path) -> list:
+        """What the page is to show, from the server's answer to somebody else."""
+        _, text = ask(port, "POST", f"/predict{query}", picture.read_bytes())
+        head = ["class", "before", "after"]
+        return [
+            [task["task"], head]
+            + [[line["class"], *(f"{100 * line[state]:.1f} %" for state in head[1:])] for line in task["classes"]]
+            for task in json.loads(text)["tasks"]
+        ]
+
+    tab.open(address, width=400)
+    tab.wait("document.title === 'run'")
+    tab.choose("#file", pictures[0])
+    tab.wait("document.querySelectorAll('#results table').length")
+    assert tab.run(shown) == said("", pictures[0]) and len(said("", pictures[0])) == len(TASKS)
+    assert tab.run("document.getElementById('preview').naturalWidth > 0")
+    tab.run("document.getElementById('classes').focus()")
+    words = "cat, hot dog, <b>&, " + "x" * 60
+    tab.ask("Input.insertText", text=words)
+    tab.press("Enter", 13)
+    tab.wait("document.querySelectorAll('#results table').length === 1")
+    assert tab.run(shown) == said(f"?classes={quote(words)}", pictures[0])
+    with Image.open(pictures[1]) as image:
+        image.save(tmp_path / "other.jpg")
+    other = said(f"?classes={quote(words)}", tmp_path / "other.jpg")
+    tab.drop("#drop", tmp_path / "other.jpg")
+    tab.wait(f"JSON.stringify({shown}) === {json.dumps(json.dumps(other, separators=(',', ':')))}")
+    grounds = set()
+    for width, dark in ((400, False), (400, True), (2560, False), (2560, True)):
+        tab.size(width, dark)
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        grounds.add(tab.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(grounds) == 2  # light and dark
+    assert tab.run("[...document.querySelectorAll('input')].every((input) => input.labels.length === 1)")
+    assert tab.complaints() == [] and all(url.startswith(address) for url in tab.requests())
+    (tmp_path / "page.jpg").write_text("<script>alert(1)</script>")
+    tab.choose("#file", tmp_path / "page.jpg")
+    tab.wait("document.getElementById('state').textContent.includes('no JPEG, PNG, WEBP file')")
+    assert tab.run("document.querySelectorAll('#results *').length") == 0
+    assert all("status of 400" in complaint for complaint in tab.complaints())
 
 
 def bomb(side: int) -> bytes:

@@ -12,17 +12,18 @@ import pytest
 from tests.slurm.conftest import SCRIPT, SLURM
 from tests.slurm.runs import RECIPE, SETTINGS, Run, ask, submit, wait_until
 from tests.test_resume import assert_equal
+from tests.test_train import run_stream
 
 pytestmark = SLURM
 TWO_NODES = ["--profile", "loopback"]
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: Path, toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run on two nodes that nothing happens to."""
-    run = Run(tmp_path_factory.mktemp("calm") / "run")
-    submit(*RECIPE, *toy, *SETTINGS, *TWO_NODES, "--wait", f"run_dir={run.folder}")
-    return run
+def calm(run_distributed, toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks that nothing happens to; test_submit.py compares one on two nodes with one process."""
+    folder = tmp_path_factory.mktemp("calm") / "run"
+    run_distributed(run_stream, 2, [*RECIPE[2:], *toy, *SETTINGS, f"run_dir={folder}"])
+    return folder
 
 
 def preempted(run: Run, cluster: Path) -> None:
@@ -36,20 +37,17 @@ def queued_again_from_outside(run: Run, cluster: Path) -> None:
 
 
 def time_limit_near(run: Run, cluster: Path) -> None:
-    """So near that SLURM gives notice, which it does every half minute; until then the ranks are in a long step."""
-    for rank in (0, 1):
-        run.rank(rank).suspend()  # SLURM wakes those that it sends a signal
+    """So near that SLURM gives notice, which it does every half minute; until then the ranks are in a long step. From
+    then on signals go on, through the agreement, the save and the requeue."""
+    ranks = [run.rank(0), run.rank(1)]
+    for rank in ranks:
+        rank.suspend()  # SLURM wakes those that it sends a signal
+    wait_until("the ranks are suspended", lambda: all(is_suspended(rank) for rank in ranks))
     hours, minutes, seconds = map(int, run.about_job("RunTime").split(":"))
     limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in 30 to 90 s
     ask("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
     restarts = run.restarts
-    wait_until("the job is queued again", lambda: run.restarts > restarts)
-    ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
-
-
-def told_many_times(run: Run, cluster: Path) -> None:
-    """Signals go on through the agreement, the save and the requeue."""
-    ranks = [run.rank(0), run.rank(1)]
+    wait_until("SLURM wakes the ranks", lambda: not any(is_suspended(rank) for rank in ranks))
     while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
         for rank in ranks:
             try:
@@ -57,6 +55,12 @@ def told_many_times(run: Run, cluster: Path) -> None:
             except psutil.NoSuchProcess:
                 continue
         time.sleep(0.01)
+    wait_until("the job is queued again", lambda: run.restarts > restarts)
+    ask("scontrol", "update", f"JobId={run.job}", "TimeLimit=30")
+
+
+def is_suspended(rank: psutil.Process) -> bool:
+    return rank.is_running() and rank.status() == psutil.STATUS_STOPPED
 
 
 def rank_killed(run: Run, cluster: Path) -> None:
@@ -73,11 +77,11 @@ def node_lost(run: Run, cluster: Path) -> None:
     subprocess.run([SCRIPT, "node", cluster, "n2"], check=True)
 
 
-EVENTS = (preempted, queued_again_from_outside, time_limit_near, told_many_times, rank_killed, node_lost)
+EVENTS = (preempted, queued_again_from_outside, time_limit_near, rank_killed, node_lost)
 
 
 def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(
-    calm: Run, cluster: Path, toy: list[str], tmp_path: Path
+    calm: Path, cluster: Path, toy: list[str], tmp_path: Path
 ) -> None:
     run = Run(tmp_path / "run")
     submit(*RECIPE, *toy, *SETTINGS, *TWO_NODES, "--partition", "low", f"run_dir={run.folder}")
@@ -92,8 +96,8 @@ def test_a_run_goes_on_through_all_that_a_cluster_does_to_it(
     # All but the killed rank and the lost node left a checkpoint of the very step.
     log = (run.folder / "jobs" / f"{run.job}_0_log.out").read_text()
     told = re.findall(r"(SIG\w+) at task \w+ step \d+: saved in", log)
-    assert told == ["SIGUSR2", "SIGTERM", "SIGUSR2", "SIGUSR2", "SIGTERM"]
+    assert told == ["SIGUSR2", "SIGTERM", "SIGUSR2", "SIGTERM"]
     one_node = ["--nodes", "1", "--tasks-per-node", "2", "--partition", "main"]
     submit(*RECIPE, *toy, *SETTINGS, *one_node, "--wait", f"run_dir={run.folder}")
     assert run.restarts == 0
-    assert_equal(calm.folder, run.folder)
+    assert_equal(calm, run.folder)

@@ -1,10 +1,12 @@
 """Runs on two nodes: their numbers, their states and logs, and what SLURM refuses."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from safetensors.torch import load_file
@@ -40,13 +42,20 @@ def activation_counts(run_dir: Path) -> dict[str, list[int]]:
 def test_two_nodes_train_what_one_process_trains_and_can_be_watched(toy: list[str], tmp_path: Path) -> None:
     two, one = Run(tmp_path / "two"), Run(tmp_path / "one")
     submit(*SHORT, *toy, *TWO_NODES, f"run_dir={two.folder}")
-    wait_until("rank 0 is at work", lambda: two.status.get("state") == "evaluating")
-    states = submit("status", str(tmp_path)).stdout.splitlines()
-    folder, state, method, *_, job = states[1].split()
-    assert len(states) == 2 and (folder, method, job) == (str(two.folder), "dac", two.job)
-    assert state in ("evaluating", "training"), "to ask takes longer than to evaluate so few pictures"
-    followed = submit("logs", str(two.folder), "-f").stdout
-    assert followed == submit("logs", str(two.folder)).stdout and "[2/2] playing_cards" in followed
+    watch = [sys.executable, "-m", "r1p_dist", "watch", str(two.folder), "--port", "0"]
+    with subprocess.Popen(watch, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watching:
+        address = watching.stdout.readline().split()[0]
+        wait_until("rank 0 is at work", lambda: two.status.get("state") == "evaluating")
+        with urlopen(address, timeout=PATIENCE_S) as page:
+            assert re.search(r"The run is (evaluating|training)", page.read().decode())
+        states = submit("status", str(tmp_path)).stdout.splitlines()
+        folder, state, method, *_, job = states[1].split()
+        assert len(states) == 2 and (folder, method, job) == (str(two.folder), "dac", two.job)
+        assert state in ("evaluating", "training"), "to ask takes longer than to evaluate so few pictures"
+        followed = submit("logs", str(two.folder), "-f").stdout
+        assert followed == submit("logs", str(two.folder)).stdout and "[2/2] playing_cards" in followed
+        said = watching.communicate(timeout=PATIENCE_S)[0]
+    assert (said, watching.returncode) == (f"{two.folder}: finished; report: {two.folder}/report.html\n", 0)
     assert submit("status", str(tmp_path)).stdout.splitlines()[1].split()[1] == "finished"
     nodes = ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=NodeList,State", "--jobs", two.job)
     assert nodes == "n[1-2]|COMPLETED"

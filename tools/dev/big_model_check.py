@@ -3,12 +3,13 @@
     python tools/dev/big_model_check.py --model ViT-L-14 --tasks 2 --steps 3
     python tools/dev/big_model_check.py --model ViT-bigG-14 --limit-gb 18 --json big.json
     python tools/dev/big_model_check.py --model llava-1.5-7b --limit-gb 22
+    python tools/dev/big_model_check.py --model qwen2.5-vl-3b --plan
 
 A real run of `deepspeed launchers/train.py` under ZeRO-3 in bf16, on a stream of few pictures: zero-shot evaluation,
 steps, merge, evaluation, save. Memory is what all ranks hold together, from /proc (Linux): anonymous and shared memory,
 and apart from it pages of files, which the system can drop at any time (weights that are mapped, the pristine copy).
---depth N cuts every tower, and the language model, to N blocks. Exit code 0; 1 where the run fails or needs more than
---limit-gb.
+--depth N cuts every tower, and the language model, to N blocks. --plan says beside it what the planner counts for a
+step on these ranks. Exit code 0; 1 where the run fails or needs more than --limit-gb.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--limit-gb", type=float, metavar="GB", help="of anonymous and shared memory, all ranks together"
     )
+    parser.add_argument("--plan", action="store_true", help="plan the memory of a step as well, which takes a while")
     parser.add_argument("--folder", type=Path, default=Path("runs/big_model_check"), help="emptied first")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="laid over the run's configuration")
@@ -93,6 +95,8 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         model = write_clip(arguments.folder / "model", arguments.model, arguments.depth)
         settings += ["train.global_batch_size=4", f"backbone.name=local-dir:{model}"]
+    overrides = [f"stream={stream}", *settings, *arguments.settings]
+    planned = plan_step(recipe, overrides, arguments.ranks) if arguments.plan else None
     command = ["deepspeed", "--num_accelerators", str(arguments.ranks), str(ROOT / "launchers/train.py")]
     command += ["--recipe", recipe, f"stream={stream}", f"run_dir={run_dir}", *settings, *arguments.settings]
     started = time.monotonic()
@@ -110,6 +114,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         "accuracy": metrics.get("accuracy"),
         "seconds": round(time.monotonic() - started, 1),
         "peak_gb": max(phase["peak_gb"] for phase in phases),
+        "planned_gb": planned,
         "phases": phases,
         "exit_code": process.returncode,
     }
@@ -122,8 +127,14 @@ def write_clip(folder: Path, name: str, depth: int | None) -> Path:
     config = get_model_config(name)
     if config is None:
         sys.exit(f"error: --model {name}: open_clip has no such model")
-    for tower in ("vision_cfg", "text_cfg"):
-        config[tower]["layers"] = min(depth or config[tower]["layers"], config[tower]["layers"])
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    for tower in (vision, text):
+        if depth is not None and "layers" in tower:
+            tower["layers"] = min(depth, tower["layers"])
+    if depth is not None and vision.get("timm_model_name", "").startswith(("vit", "eva")):
+        vision["timm_model_kwargs"] = {"depth": depth}
+    for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # of a hub; open_clip's own serves any vocabulary of its size
+        text.pop(key, None)
     folder.mkdir(parents=True)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     return folder
@@ -134,11 +145,71 @@ def write_llava(folder: Path, name: str, depth: int | None) -> Path:
     from r1p_dist.kinds.llava.weights import read_config, read_processor
 
     config = read_config(name)
-    for part in (config.vision_config, config.text_config):
-        part.num_hidden_layers = min(depth or part.num_hidden_layers, part.num_hidden_layers)
+    if depth is not None:
+        cut(config, depth)
     config.save_pretrained(folder)
     read_processor(name).save_pretrained(folder)
     return folder
+
+
+def cut(config: Any, depth: int) -> None:
+    """Cuts tower and decoder of a configuration to their first blocks."""
+    for part in (config.vision_config, config.text_config):
+        name = "depth" if hasattr(part, "depth") else "num_hidden_layers"
+        setattr(part, name, min(depth, getattr(part, name)))
+        for blocks in ("fullatt_block_indexes", "deepstack_visual_indexes"):
+            if hasattr(part, blocks):
+                setattr(part, blocks, [number for number in getattr(part, blocks) if number < depth])
+        if getattr(part, "layer_types", None):
+            part.layer_types = part.layer_types[:depth]
+
+
+def plan_step(recipe: str, overrides: Sequence[str], ranks: int) -> float:
+    """Returns the GB of a step's tensors that the planner counts, of all ranks together."""
+    from r1p_dist.engine import resolve_deepspeed
+    from r1p_dist.planner.memory import training_memory
+    from r1p_dist.planner.part import planner_part
+    from r1p_dist.planner.zero import Zero
+    from r1p_dist.precision import precision_type
+    from r1p_dist.recipes import load_config
+
+    config = load_config(recipe, overrides)
+    part = planner_part(config.backbone.kind)
+    sizes = longest_conversation(config) if config.backbone.kind == "llava" else longest_prompt(config)
+    batch = part.micro_batch(config.train.global_batch_size // ranks, sizes)
+    shape = part.describe(config, batch, precision_type(config.train.precision))
+    memory = training_memory(shape, Zero.of(resolve_deepspeed(config, ranks)), ranks, touches_buffers=True)
+    return round(ranks * memory.total / GB, 2)
+
+
+def longest_conversation(config: Any) -> dict[str, int | None]:
+    """Returns the sizes of the first task's longest conversation."""
+    from r1p_dist.backbones.conversations import IGNORED
+    from r1p_dist.data import ShardDataset
+    from r1p_dist.kinds.llava.planner import build_llava
+
+    encoder = build_llava(config.backbone).encoder(config.data)
+    data = ShardDataset(Stream.load(config.stream).tasks[0].train, None)
+    samples = [data.read(number) for number in range(len(data))]
+    sample, example = max(((s, encoder.train(s, None)) for s in samples), key=lambda pair: len(pair[1]["input_ids"]))
+    return {
+        "--tokens": len(example["input_ids"]),
+        "--answer-tokens": int((example["labels"] != IGNORED).sum()),
+        "--pictures": len(sample.images),
+        "--picture-side": max([1, *(max(image.size) for image in sample.images)]),
+    }
+
+
+def longest_prompt(config: Any) -> dict[str, int | None]:
+    """Returns the sizes of the first task's prompts, with one template."""
+    import open_clip
+
+    from r1p_dist.kinds.open_clip.planner import build_clip
+
+    task, backbone = Stream.load(config.stream).tasks[0], build_clip(config.backbone)
+    tokenize = open_clip.SimpleTokenizer(context_length=backbone.model.context_length)
+    tokens, _ = backbone.towers["text"].trim(tokenize([task.prompt(label) for label in range(CLASSES)]))
+    return {"--prompts": CLASSES, "--prompt-tokens": tokens.shape[1]}
 
 
 def write_stream(folder: Path, name: str, tasks: Sequence[str]) -> Path:
@@ -229,6 +300,8 @@ def print_table(result: dict[str, Any]) -> None:
     for phase in result["phases"]:
         print(f"{phase['phase']:<32} {phase['seconds']:>8.1f} {phase['peak_gb']:>8.2f} {phase['files_gb']:>9.2f}")
     print(f"{'all':<32} {result['seconds']:>8.1f} {result['peak_gb']:>8.2f}")
+    if result["planned_gb"] is not None:
+        print(f"{'planned: the tensors of a step':<32} {'':>8} {result['planned_gb']:>8.2f}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """Part d: rank 0 of many, run alone on the card, against what the planner says that it takes."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_check_parts.case import ROOT, NotPossibleError, Report
+from gpu_check_parts.case import Report
+from r1p_dist.cli import main
 
-R1P = "import sys; from r1p_dist.cli import main; sys.exit(main())"  # its script may lie outside of the PATH
 TOLERANCE = 0.1
 
 
@@ -17,12 +16,7 @@ def model(report: Report, name: str, recipe: str, ranks: int, batch: int, checkp
     settings = [f"backbone.name={name}", "deepspeed.config=zero3", "train.precision=bf16"]
     settings.append(f"backbone.gradient_checkpointing={str(checkpointing).lower()}")
     file, ranked = report.folder / f"dry-run-{name}.json", ["--ranks", str(ranks), "--batch", str(batch)]
-    command = [sys.executable, "-c", R1P, "dry-run", "--recipe", recipe, *ranked, "--json", str(file), *settings]
-    result = subprocess.run(command, stdout=sys.stdout, stderr=subprocess.PIPE, text=True)
-    print(result.stderr, file=sys.stderr)
-    if "invalid choice: 'dry-run'" in result.stderr:
-        raise NotPossibleError("there is no `r1p dry-run` yet")
-    result.check_returncode()
+    _r1p(["dry-run", "--recipe", recipe, *ranked, "--json", str(file), *settings])
     found = json.loads(file.read_text())
     step = found["phases"]["step"]
     measured, planned = step["memory"]["total"], _planned(report.folder, name, recipe, checkpointing, found)
@@ -42,11 +36,17 @@ def _planned(folder: Path, name: str, recipe: str, checkpointing: bool, found: d
     sizes = ["--prompts", str(batch["texts"]), "--prompt-tokens", str(batch["tokens"])]
     if "llava" in name:
         sizes = ["--tokens", str(batch["tokens"])]
-    command = [sys.executable, str(ROOT / "tools/plan.py"), "--model", name, "--gpus", str(found["ranks"])]
-    command += ["--zero", str(found["zero_stage"]), "--batch", str(batch["samples"]), "--recipe", recipe, *sizes]
-    subprocess.run([*command, "--precision", found["precision"], "--json", str(file)], check=True)
+    command = ["plan", "--model", name, "--gpus", str(found["ranks"]), "--zero", str(found["zero_stage"]), *sizes]
+    command += ["--batch", str(batch["samples"]), "--recipe", recipe, "--precision", found["precision"]]
+    _r1p([*command, "--json", str(file)])
     settings = json.loads(file.read_text())["settings"]
     return next(setting for setting in settings if setting["checkpointing"] == checkpointing)
+
+
+def _r1p(words: Sequence[str]) -> None:
+    """Runs a command in this process, whose memory is this case's alone."""
+    if code := main(words):
+        raise RuntimeError(f"r1p {words[0]} ended with code {code}")
 
 
 def _gb(memory: dict[str, int]) -> dict[str, float]:

@@ -31,7 +31,7 @@ function drawAnswer(state, text) {
   make("p", text || "(nothing)", section).className = "answer";
 }
 
-function draw(found) {
+function drawFound(found) {
   if (model.answers) ["before", "after"].filter((state) => state in found).forEach((s) => drawAnswer(s, found[s]));
   else found.tasks.forEach(drawTask);
 }
@@ -54,7 +54,7 @@ async function predict() {
     const found = await response.json();
     if (mine !== number) return;  // another one was asked for since
     at("results").replaceChildren();
-    if (response.ok) draw(found);
+    if (response.ok) drawFound(found);
     else message = found.error;
   } catch {
     message = "The server does not answer; is it still running?";
@@ -77,6 +77,7 @@ async function start() {
   at("name").textContent = document.title = model.name;
   at("classes-field").hidden = model.answers;
   at("question-field").hidden = !model.answers;
+  predict();  // a picture may have been chosen by now
 }
 
 at("file").addEventListener("change", (event) => choose(event.target.files[0]));

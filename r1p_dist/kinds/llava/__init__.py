@@ -16,9 +16,10 @@ KIND = Kind(
     pipeline="image-text-to-text",
     notice="tiny_llava",
     sizes={
-        "--tokens": (700, "LLaVA: of the longest conversation, with those of its pictures (700)"),
-        "--answer-tokens": (64, "LLaVA: of them, those of answers (64)"),
-        "--pictures": (1, "LLaVA: of each conversation (1)"),
+        "--tokens": (700, "VLMs: of the longest conversation, with those of its pictures (700)"),
+        "--answer-tokens": (64, "VLMs: of them, those of answers (64)"),
+        "--pictures": (1, "VLMs: of each conversation (1)"),
+        "--picture-side": (448, "VLMs: of a picture, a square, in pixels (448)"),
     },
     libraries=("transformers.models.", f"{__name__}."),
     unknown={"pretrained": _NAME_SAYS_IT, "force_quick_gelu": "its activation is that of its files"},

@@ -295,6 +295,7 @@ class LlavaBackbone(nn.Module):
         given["pixel_values"] = given["pixel_values"].to(self.model.dtype)
         self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
+            self.routing["language"].real = batch["attention_mask"].bool()
             ids = self.model.generate(
                 **given,
                 generation_config=self._generation(max_new_tokens),

@@ -1,4 +1,4 @@
-"""LLaVA-style models: their micro batch of conversations, their own forward, and what the loss exchanges."""
+"""Vision-language models: their micro batch of conversations, their own forward, and what the loss exchanges."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from PIL import Image
 
 from r1p_dist.backbones import LlavaBackbone
 from r1p_dist.backbones.conversations import IGNORED
-from r1p_dist.config import BackboneConfig, RunConfig
+from r1p_dist.config import BackboneConfig, DataConfig, RunConfig
+from r1p_dist.data.samples import IMAGE_MARK, BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.shapes import SHAPES
 from r1p_dist.kinds.llava.weights import build_on_meta, read_config, read_processor
@@ -25,7 +27,8 @@ _COUNT_BYTES = 8  # int64
 class Conversations:
     """One rank's micro batch: conversations, and what each of them has.
 
-    tokens: with those of its pictures, as long as the longest. answer_tokens: of them, the ones that carry loss.
+    tokens: with those of its pictures, of the longest. answer_tokens: of them, the ones that carry loss. picture_side:
+    of a picture, a square, in pixels.
     """
 
     kind: ClassVar[str] = "llava"
@@ -34,6 +37,7 @@ class Conversations:
     pictures: int
     tokens: int
     answer_tokens: int
+    picture_side: int
 
     @property
     def samples(self) -> int:
@@ -42,7 +46,7 @@ class Conversations:
     def __str__(self) -> str:
         return (
             f"{self.conversations} conversations of {self.tokens} tokens, {self.answer_tokens} of them answers; "
-            f"pictures in each: {self.pictures}"
+            f"pictures of {self.picture_side} x {self.picture_side} in each: {self.pictures}"
         )
 
 
@@ -71,7 +75,9 @@ class Answers:
 
 def micro_batch(samples: int, sizes: Mapping[str, int | None]) -> Conversations:
     answers = check_size("--answer-tokens", sizes["--answer-tokens"], 1)
-    return Conversations(samples, check_size("--pictures", sizes["--pictures"], 0), sizes["--tokens"], answers)
+    pictures = check_size("--pictures", sizes["--pictures"], 0)
+    side = check_size("--picture-side", sizes["--picture-side"], 1)
+    return Conversations(samples, pictures, sizes["--tokens"], answers, side)
 
 
 def describe(config: RunConfig, batch: Conversations, dtype: torch.dtype) -> ModelShape:
@@ -79,53 +85,53 @@ def describe(config: RunConfig, batch: Conversations, dtype: torch.dtype) -> Mod
 
 
 def build_llava(config: BackboneConfig) -> LlavaBackbone:
-    """Returns a LLaVA model on the meta device. InputError: neither a known shape nor a folder of one."""
+    """Returns a model on the meta device. InputError: neither a known shape nor a folder of one."""
     name = config.name
     if name != "tiny" and name not in SHAPES and not Path(name).is_dir():
         raise InputError(f"--model {name}: no such folder; use one, or {', '.join(['tiny', *SHAPES])}")
-    model_config = read_config(name)
-    if model_config.model_type != "llava":
+    return LlavaBackbone(build_on_meta(read_config(name)), read_processor(name))
+
+
+def make_conversations(name: str, backbone: LlavaBackbone, batch: Conversations) -> dict[str, torch.Tensor]:
+    """Returns a micro batch with content, as code of transformers looks into it: grids, masks, crops.
+
+    The model's own processor makes what its pictures become; words stand behind them. All conversations but the first
+    are shorter by one, for those of unlike lengths have a mask. InputError: as `describe_llava`.
+    """
+    longest = backbone.config.text_config.max_position_embeddings
+    picture = Image.new("RGB", (batch.picture_side, batch.picture_side))
+    turn = Turn("user", IMAGE_MARK * batch.pictures + "?")
+    encoder = backbone.encoder(DataConfig())
+    try:
+        example = encoder.evaluate(Sample("planned", (picture,) * batch.pictures, turns=(turn,)))
+    except BadSampleError as error:
+        raise InputError(f"--pictures {batch.pictures}: {error}") from error
+    ids = example["input_ids"]
+    places = (ids == backbone.config.image_token_id).nonzero().flatten().tolist()
+    seen = ids[places[0] : places[-1] + 1] if places else ids[:0]
+    if not len(seen) + batch.answer_tokens < batch.tokens <= longest:
         raise InputError(
-            f"--model {name}: is of type {model_config.model_type}; the planner counts the type llava alone, use "
-            "dry-run, which takes real steps of any type"
+            f"--tokens {batch.tokens}: must be above {len(seen) + batch.answer_tokens}, for {batch.pictures} pictures "
+            f"and --answer-tokens {batch.answer_tokens}, and at most the {longest} that {name} reads"
         )
-    return LlavaBackbone(build_on_meta(model_config), read_processor(name))
+    examples = []
+    for length in [batch.tokens] + (batch.conversations - 1) * [batch.tokens - 1]:
+        tokens = torch.cat([seen, ids[-1:].expand(length - len(seen))])
+        prompt_length = length - batch.answer_tokens
+        labels = torch.where(torch.arange(length) < prompt_length, IGNORED, tokens)
+        examples.append(example | {"input_ids": tokens, "labels": labels, "prompt_length": prompt_length})
+    made = encoder.collate(examples)
+    made.pop("picture_digests", None)  # of a step in which all pictures are new
+    return made
 
 
 def describe_llava(config: RunConfig, backbone: LlavaBackbone, batch: Conversations, dtype: torch.dtype) -> ModelShape:
-    """Returns the shape of a LLaVA backbone on the meta device; it gets the method's adapters.
+    """Returns the shape of a backbone on the meta device; it gets the method's adapters.
 
     InputError: conversations too short for what they shall have, or too long for the model.
     """
-    model, vision = backbone.config, backbone.config.vision_config
-    side = vision.image_size // vision.patch_size
-    seen = batch.pictures * (side**2 + (model.vision_feature_select_strategy != "default"))  # the [CLS] token is seen
-    longest = model.text_config.max_position_embeddings
-    if not seen + batch.answer_tokens < batch.tokens <= longest:
-        raise InputError(
-            f"--tokens {batch.tokens}: must be above {seen + batch.answer_tokens}, for {batch.pictures} pictures and "
-            f"--answer-tokens {batch.answer_tokens}, and at most the {longest} that {config.backbone.name} reads"
-        )
+    example = backbone.prepare(make_conversations(config.backbone.name, backbone, batch))
     adapters = attach_adapters(config, backbone, dtype)
-
-    ids = torch.full((batch.conversations, batch.tokens), model.image_token_id + 1)
-    ids[:, :seen] = model.image_token_id
-    labels = ids.clone()
-    labels[:, : -batch.answer_tokens] = IGNORED
-    count, size = max(1, batch.conversations * batch.pictures), vision.image_size
-    example = backbone.prepare(
-        {
-            "input_ids": ids,
-            "labels": labels,
-            # as conversations of unlike lengths have; with four dimensions it is not looked into
-            "attention_mask": torch.empty(
-                batch.conversations, 1, batch.tokens, batch.tokens, dtype=torch.bool, device="meta"
-            ),
-            "prompt_length": torch.full((batch.conversations,), batch.tokens - batch.answer_tokens),
-            "image_counts": torch.full((batch.conversations,), batch.pictures),
-            "pixel_values": torch.empty(count, vision.num_channels, size, size, device="meta"),
-        }
-    )
 
     def forward() -> list[torch.Tensor]:
         return [backbone(example)[0]]

@@ -17,6 +17,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from r1p_dist.adapters import FusedProjection
 from r1p_dist.backbones.conversations import Pictures
@@ -163,9 +164,7 @@ class Qwen3Vl(Qwen25Vl):
 
     def give(self, kept: torch.Tensor) -> BaseModelOutputWithPooling:
         merged, *more = self._merged(kept)
-        output = BaseModelOutputWithPooling(pooler_output=merged)
-        output.deepstack_features = more
-        return output
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=merged, deepstack_features=more)
 
 
 def _token_types(batch: Batch, image_token: int) -> torch.Tensor:

@@ -9,19 +9,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoProcessor,
-    CLIPImageProcessorPil,
-    LlavaConfig,
-    LlavaProcessor,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.kinds.llava.families import FAMILIES
+from r1p_dist.kinds.llava.random_models import shape_config, shape_processor
 from r1p_dist.kinds.llava.shapes import SHAPES
 
 _DOWNLOADED = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
@@ -55,10 +48,7 @@ def read_config(name: str) -> PreTrainedConfig:
     """Returns a model's configuration. InputError: not one of FAMILIES, or code of its own."""
     folder = model_folder(name)
     if folder is None:
-        # vocabulary and image token are those of the shipped tokenizer's model, which serves these shapes
-        config = LlavaConfig(text_config={"model_type": "llama", **SHAPES[name]}, tie_word_embeddings=False)
-        config.image_token_index = config.image_token_id = read_config("tiny").image_token_id
-        return config
+        return shape_config(name)
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, decoder = content["model_type"], content.get("text_config") or {}
@@ -78,36 +68,27 @@ def read_config(name: str) -> PreTrainedConfig:
 def read_processor(name: str) -> ProcessorMixin:
     """Returns a model's own tokenizer and image processor; a shape of SHAPES has the shipped tokenizer."""
     folder = model_folder(name)
-    if folder is not None:
-        try:
-            # False, not the default: that asks at a terminal
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise InputError(f"backbone.name={name}: its processor cannot be used: {one_line(error)}") from error
-        parts = ("tokenizer", "image_processor", "image_token")
-        missing = [part for part in parts if getattr(processor, part, None) is None]
-        if missing:
-            raise InputError(
-                f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
-                "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
-            )
-        family = FAMILIES[read_config(name).model_type]
-        unserved = family.unserved(processor)
-        if unserved is not None:
-            raise InputError(f"backbone.name={name}: its processor {unserved}")
-        if not family.processor(processor).chat_template:
-            raise InputError(f"backbone.name={name}: has no chat template; add a chat_template.jinja to its folder")
-        return processor
-    tiny, config = read_processor("tiny"), read_config(name)
-    size = config.vision_config.image_size
-    return LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        tiny.tokenizer,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=tiny.chat_template,
-        num_additional_image_tokens=1,
-    )
+    try:
+        if folder is None:
+            return shape_processor(name)
+        # False, not the default: that asks at a terminal
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(f"backbone.name={name}: its processor cannot be used: {one_line(error)}") from error
+    parts = ("tokenizer", "image_processor", "image_token")
+    missing = [part for part in parts if getattr(processor, part, None) is None]
+    if missing:
+        raise InputError(
+            f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
+            "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
+        )
+    family = FAMILIES[read_config(name).model_type]
+    unserved = family.unserved(processor)
+    if unserved is not None:
+        raise InputError(f"backbone.name={name}: its processor {unserved}")
+    if not family.processor(processor).chat_template:
+        raise InputError(f"backbone.name={name}: has no chat template; add a chat_template.jinja to its folder")
+    return processor
 
 
 def build_on_meta(config: PreTrainedConfig) -> nn.Module:

@@ -105,17 +105,29 @@ def build_clip(config: BackboneConfig) -> ClipBackbone:
     return ClipBackbone(model, open_clip.tokenize, open_clip.get_model_preprocess_cfg(model))
 
 
+def make_prompts(backbone: ClipBackbone, batch: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns tokens of prompts, (prompts, tokens), and the place (prompts,) of each one's last.
+
+    Masks of transformers' towers depend on the tokens, which have content then: all prompts but the first are shorter
+    by one.
+    """
+    size = (batch.prompts, batch.prompt_tokens)
+    tower = backbone.towers["text"]
+    if not isinstance(tower, HfTextTower):
+        tokens = torch.empty(size, dtype=torch.int64, device="meta")
+        return tokens, tokens[:, 0]
+    padding = backbone.model.text.config.pad_token_id
+    tokens = torch.full(size, padding + 1)
+    tokens[1:, -1] = padding
+    return tokens, tower.end(tokens)
+
+
 def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dtype: torch.dtype) -> ModelShape:
     """Returns the shape of a CLIP backbone on the meta device; it gets the method's adapters.
 
-    InputError: more prompt tokens than it reads, or a text tower whose code asks for the values of tokens.
+    InputError: more prompt tokens than it reads.
     """
     clip = backbone.model
-    if isinstance(backbone.towers["text"], HfTextTower):
-        raise InputError(
-            f"--model {config.backbone.name}: its text tower is of transformers, whose masks depend on the tokens' "
-            "values, and a plan has shapes alone; r1p dry-run tries a step"
-        )
     context = clip.text.context_length  # some of transformers' have no limit: 0
     if context and batch.prompt_tokens > context:
         raise InputError(
@@ -127,8 +139,8 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
         size = clip.visual.image_size
         height, width = size if isinstance(size, tuple | list) else (size, size)
         image = torch.empty(batch.pictures, 3, height, width, dtype=dtype, device="meta")
-        tokens = torch.empty(batch.prompts, batch.prompt_tokens, dtype=torch.int64, device="meta")
-        counts = end = tokens[:, 0]
+        tokens, end = make_prompts(backbone, batch)
+        counts = torch.ones_like(end)
         # by way of the backbone, as DeepSpeed calls it: the first weights are prefetched when it is entered
         return backbone(image, tokens, counts, end)
 
