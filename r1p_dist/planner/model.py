@@ -46,7 +46,7 @@ class Loss(Protocol):
 class Adapted:
     """One adapted linear. group: those of equal number vote together. merged: rank-1 experts that a task leaves.
 
-    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0. kept, spread: of
+    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0. held, left: of
     what a group reads, as `LayerPlan` has them. is_recomputed: activation checkpointing runs it a second time.
     """
 
@@ -57,8 +57,8 @@ class Adapted:
     merged: int
     group: int
     gate_bytes: int
-    kept: int
-    spread: int
+    held: int
+    left: int
     is_recomputed: bool
 
 
@@ -132,7 +132,7 @@ def _describe(adapter: LowRankLinear, groups: dict[int, int], is_recomputed: boo
         plan.merged,
         groups.setdefault(id(plan.voters), len(groups)),
         plan.gate_bytes,
-        plan.kept,
-        plan.spread,
+        plan.held,
+        plan.left,
         is_recomputed,
     )

@@ -15,27 +15,36 @@ def moment() -> torch.Tensor:
     return x.T @ x / 40
 
 
-@pytest.mark.parametrize("keep", [2, 6, 9])
+@pytest.mark.parametrize("keep", [2, 6, 9, None])
 @pytest.mark.parametrize("ridge", [0.01, 1.0])
-def test_it_is_the_root_of_the_moment_by_its_leading_directions(moment, keep: int, ridge: float) -> None:
+def test_it_is_the_root_of_the_moment_by_its_leading_directions(moment, keep: int | None, ridge: float) -> None:
     values, vectors = torch.linalg.eigh(moment)
-    others = max(0, 6 - keep)
+    others = max(0, 6 - (keep or 6))
     values[:others] = values[:others].mean()
+    C = vectors @ torch.diag(values) @ vectors.T
     R = vectors @ torch.diag((values / values.mean() + ridge) ** -0.5) @ vectors.T
-    R *= (values.sum() / (vectors.T @ R @ R @ vectors).diagonal().mul(values).sum()).sqrt()
-    whitening = Whitening.of(Sketch.of(moment, keep), ridge)
+    R *= (C.trace() / (R @ C @ R).trace()).sqrt()
+    whitening = Whitening.of(moment if keep is None else Sketch.of(moment, keep), ridge)
     A = torch.randn(3, 6, dtype=torch.float64)
-    torch.testing.assert_close(whitening.times(A), A @ R)
-    sent = Whitening.of_tensor(whitening.tensor())
-    torch.testing.assert_close(sent.times(A), whitening.times(A))
+    AR = whitening.times(A)
+    torch.testing.assert_close(AR, A @ R)
+    torch.testing.assert_close(whitening.moment(A, AR), A @ R @ C @ R @ A.T)
 
 
-def test_the_inputs_keep_their_energy(moment) -> None:
-    R = Whitening.of(Sketch.of(moment, 6), 0.01).times(torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close((R @ moment @ R).trace(), moment.trace())
+@pytest.mark.parametrize("keep", [2, None])
+def test_inputs_of_nothing_leave_all_as_it_is(keep: int | None) -> None:
+    A, nothing = torch.randn(3, 6), torch.zeros(6, 6)
+    whitening = Whitening.of(nothing if keep is None else Sketch.of(nothing, keep), 0.01)
+    assert torch.equal(whitening.times(A), A)
+    assert not whitening.moment(A, A).any()
 
 
-def test_a_large_ridge_and_inputs_of_nothing_leave_all_as_it_is(moment) -> None:
-    A = torch.randn(3, 6, dtype=torch.float64)
-    torch.testing.assert_close(Whitening.of(Sketch.of(moment, 6), 1e9).times(A), A)
-    assert torch.equal(Whitening.of(Sketch.of(torch.zeros_like(moment), 6), 0.01).times(A), A)
+def test_what_past_inputs_lack_costs_nothing_in_single_precision_too() -> None:
+    x = torch.randn(40, 6) * torch.tensor([9.0, 5.0, 2.0, 1.0, 1e-3, 0.0])
+    C = x.T @ x / 40
+    whitening = Whitening.of(C, 0.01)
+    A = torch.zeros(1, 6)
+    A[0, 5] = 1.0
+    AR = whitening.times(A)
+    assert AR.square().sum() > 100  # a step there is a long one
+    assert whitening.moment(A, AR).abs() < 1e-5 * whitening.span
