@@ -70,14 +70,14 @@ def test_step_writes_every_ratio(
     forkserver = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(measure.multiprocessing, "get_context", lambda _: forkserver)
     path = tmp_path / "step.json"
-    arguments = "step --model tiny --batch 4 --pairs 1 --dropout 0.2 --against limit,peft --json"
+    arguments = "step --model tiny --batch 4 --pairs 1 --dropout 0.2 --against limit,steady,peft --json"
     assert tool.main([*arguments.split(), str(path)]) == 0
     result = json.loads(path.read_text())
     assert json.loads(capsys.readouterr().out) == result
-    ratios = {"step/limit", "peft/step", "flops step/limit", "memory step/limit"}
+    ratios = {"step/limit", "steady/step", "peft/step", "flops step/limit", "memory step/limit"}
     for work in ("same_work", "end_to_end"):
         assert result[work].keys() == ratios and all(value > 0 for value in result[work].values())
-    variants = {"step", "limit", "peft"}
+    variants = {"step", "limit", "steady", "peft"}
     assert result["median_s"].keys() == variants | {f"{name} end_to_end" for name in variants}
     assert result["end_to_end"]["flops step/limit"] < result["same_work"]["flops step/limit"] < 1.1
     assert (result["dtype"], result["dropout"], result["model"]) == ("float32", 0.2, "tiny") and result["processor"]
@@ -164,7 +164,10 @@ def run_checkpoint(rank: int, world_size: int) -> str:
 
 def test_unknown_variants_are_refused(tool: ModuleType, capsys) -> None:
     assert tool.main(["step", "--against", "limits"]) == 2
-    assert "error: --against limits: no variant 'limits'; there are limit, compiled and peft" in capsys.readouterr().err
+    assert (
+        "error: --against limits: no variant 'limits'; there are limit, compiled, steady and peft"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_published_tables_are_those_of_the_published_results(tool: ModuleType, capsys) -> None:

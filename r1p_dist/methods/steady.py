@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import torch
+from pydantic import Field
 
 from r1p_dist.adapters import Factors, LoRALinear
+from r1p_dist.adapters.low_rank import LayerPlan, full_values
 from r1p_dist.backbones import weights_identity
-from r1p_dist.config import Count, FilePlace, NotNegative
-from r1p_dist.distributed import agree, gathered, owner, rank, world_size
+from r1p_dist.config import Count, FilePlace, NotNegative, Positive
+from r1p_dist.distributed import agree, gathered, owner, rank, sum_over_ranks
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
+from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
 
 if TYPE_CHECKING:
@@ -21,45 +25,42 @@ if TYPE_CHECKING:
 Moment = torch.Tensor | Sketch
 
 
-class _Change(torch.autograd.Function):
-    """tr(A C A^T B^T B), or 0 where C is None: A (k, in), B (out, k), C (in, in) symmetric, or its sketch.
-
-    One node of the graph on every rank: ZeRO 1 and 2 add up gradients in the order in which they come, so the graph
-    must be the same on all.
-    """
-
-    @staticmethod
-    def forward(ctx, A: torch.Tensor, B: torch.Tensor, C: Moment | None) -> torch.Tensor:
-        AC = torch.zeros_like(A) if C is None else _times(A, C)
-        ctx.save_for_backward(A, B, AC)
-        return ((AC @ A.T) * (B.T @ B)).sum()
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        A, B, AC = ctx.saved_tensors
-        return 2 * gradient * (B.T @ B) @ AC, 2 * gradient * B @ (AC @ A.T), None
-
-
-def _times(A: torch.Tensor, C: Moment) -> torch.Tensor:
-    return C.times(A) if isinstance(C, Sketch) else A @ C
-
-
 class MetricLinear(LoRALinear):
-    """A LoRA B A with a penalty s^2 tr(A C A^T B^T B), the mean squared change of the layer's output on past inputs.
+    """A LoRA B A R with a penalty s^2 tr(A R C R A^T B^T B), the mean squared change of the output on past inputs.
 
-    moment: C, (in, in) or its sketch, on the rank that owns the layer's input; other ranks have None and add zero.
-    scale: what the penalty is multiplied by; 0 where no inputs are known yet.
+    C is the moment of these inputs. whitening: R, (in, in); None, as long as no inputs are known, is the identity.
+    scale: what the penalty is multiplied by.
     """
 
-    moment: Moment | None = None
+    whitening: Whitening | None = None
     scale = 0.0
+    held, left = 0, 0  # as `LayerPlan` has them
+
+    @staticmethod
+    def factors(adapters: Sequence[MetricLinear], x: torch.Tensor, votes: None) -> list[Factors]:
+        As: list[torch.Tensor] = [adapter.A for adapter in adapters]
+        whitening = adapters[0].whitening  # one input, one R
+        if whitening is not None:
+            whole = whitening.times(torch.cat(As).float()).to(x.dtype)
+            As = list(whole.split([len(A) for A in As]))
+        return [Factors(A, adapter.B, adapter.scaling) for A, adapter in zip(As, adapters, strict=True)]
 
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
-        """Returns scale * s^2 tr(A C A^T B^T B); see `Steady`."""
-        if not self.scale:
+        """Returns scale * s^2 tr(A R C R A^T B^T B); see `Steady`."""
+        if self.whitening is None:
             return {}
-        change = _Change.apply(factors.A.float(), factors.B.float(), self.moment)
+        A, B = self.A.float(), factors.B.float()
+        # where it is rounded, what the moment subtracts would not fit
+        AR = factors.A if factors.A.dtype == torch.float32 else self.whitening.times(A)
+        change = (self.whitening.moment(A, AR) * (B.T @ B)).sum()
         return {"inputs": self.scale * factors.scaling**2 * change}
+
+    def update(self) -> Factors:
+        A, B = full_values(self.A, self.B)
+        return Factors(A if self.whitening is None else self.whitening.times(A), B, self.scaling)
+
+    def plan(self) -> LayerPlan:
+        return replace(super().plan(), held=self.held, left=self.left)
 
 
 class Steady(LowRankMethod):
@@ -69,9 +70,13 @@ class Steady(LowRankMethod):
     layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
     layer's input, so a step costs the same after any number; DAC's AGO loss, which keeps new columns of B orthogonal to
     merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
-    at the merge. No past picture or prompt is kept. An anchor, moments of data like those of the backbone's own
-    pretraining, counts as past tasks from the first one on; DAC claims to need no such knowledge, and without one the
-    first task is not held to anything.
+    at the merge.
+
+    The update is B A R with R about C^(-1/2) (`Whitening`). Adam's steps on A are about alike in all directions; behind
+    R they are large in those that past inputs hardly use, and the penalty is about alike in all. K-FAC (arXiv
+    1503.05671) has such a factor, of the inputs that are trained on. No past picture or prompt is kept. An anchor,
+    moments of data like those of the backbone's own pretraining, counts as past tasks from the first one on; DAC claims
+    to need no such knowledge, and without one the first task is not held to anything.
     """
 
     stores = "a second moment (in, in), or a sketch of it, per layer input"
@@ -85,20 +90,30 @@ class Steady(LowRankMethod):
 
         weight: NotNegative = 1e4
         """Of the penalty: mu."""
+        ridge: Annotated[Positive, Field(le=1)] = 1e-2
+        """What each direction counts as in R beside past inputs' energy in it, in units of the mean over directions."""
         by_sensitivity: bool = True
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
         sketch: Count = 256
-        """Directions that are kept of the moment of an input wider than `sketch_above`; the rest as one number."""
+        """Directions kept of the moment of an input wider than `sketch_above`, and of R; the rest as one number."""
         sketch_above: Count = 2048
-        """Width of a layer's input up to which its moment is kept whole."""
+        """Width of a layer's input up to which its moment is kept whole, and R."""
         anchor: FilePlace | None = None
         """File of `r1p moments`, or a shipped backbone that has one (tiny); null: none."""
         anchor_tasks: NotNegative = 6.0
         """As how many past tasks the anchor counts."""
 
     options: Options
+
+    def build(self) -> None:
+        super().build()
+        for adapter in self.adapters:
+            width, is_wide = adapter.in_features, adapter.in_features > self.options.sketch_above
+            directions = min(self.options.sketch, width) if is_wide else width
+            adapter.left = directions * width + (1 if is_wide else 0)
+            adapter.held = directions * width
 
     def stages(self, stream: Stream) -> list[Stage]:
         if self.options.anchor is not None and self.options.anchor_tasks:
@@ -110,15 +125,28 @@ class Steady(LowRankMethod):
         self._past = trainer.past_memory()
         if not self._past and self._anchor is None:
             return
-        by_name = {adapter.name: adapter for adapter in self.adapters}
-        for number, (layer, names) in enumerate(self._inputs().layers.items()):
+        layers = self._inputs().layers
+        place = {adapter.name: number for number, adapter in enumerate(self.adapters)}
+        made: dict[str, Whitening] = {}
+        # of each adapter tr(W C W^T), and of R the numbers, from the rank that owns the layer's input
+        numbers = torch.zeros(len(self.adapters), 4, dtype=torch.float64)
+        for number, (layer, names) in enumerate(layers.items()):
             moment = self._known_moment(layer) if rank() == owner(number) else None
-            for adapter in (by_name[name] for name in names):
-                adapter.moment = moment
+            if moment is not None:
+                made[layer] = Whitening.of(moment, self.options.ridge)
+            for name in names:
+                adapter = self.adapters[place[name]]
                 with gathered([adapter.linear.weight]):
-                    size = 1.0 if moment is None else _size(adapter, moment)
-                # the mean over ranks is taken, and one alone adds this layer's
-                adapter.scale = self.options.weight * world_size() / (size * len(self.adapters))
+                    if moment is not None:
+                        found = made[layer]
+                        sizes = [_size(adapter, moment), found.gain, found.span, found.ridge]
+                        numbers[place[name]] = torch.tensor(sizes, dtype=torch.float64)
+        rows = sum_over_ranks(numbers).tolist()
+        for layer, matrix in trainer.by_layer(layers, lambda layer: made[layer].matrix).items():
+            for name in layers[layer]:
+                adapter, (size, *of_root) = self.adapters[place[name]], rows[place[name]]
+                adapter.whitening = Whitening(matrix, *of_root)
+                adapter.scale = self.options.weight / (size * len(self.adapters)) if size else 0.0
 
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
@@ -167,4 +195,5 @@ def _stored(memory: Mapping[str, torch.Tensor], layer: str) -> Moment:
 def _size(adapter: MetricLinear, moment: Moment) -> float:
     """Returns tr(W C W^T) of the adapter's rows: the mean squared output of the layer on past inputs."""
     W = adapter.linear.weight[adapter.rows].float()
-    return float((_times(W, moment) * W).sum())
+    WC = moment.times(W) if isinstance(moment, Sketch) else W @ moment
+    return float((WC * W).sum())

@@ -19,7 +19,7 @@ class Memory:
     """gathered: ZeRO-3's whole copies at the peak, with those of persistent weights that are always there.
 
     optimizer: fp32 values and both moments. buffers: gradients on their way. pristine: in a file that is mapped into
-    memory, given back whenever the system wants it, so not part of the total.
+    memory, given back whenever the system wants it, so not part of the total. method: what it knows of past tasks.
     """
 
     weights: int
@@ -28,6 +28,7 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
+    method: int
     pristine: int
 
     @property
@@ -70,7 +71,8 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: 
         optimizer = share * 3 * _FP32
         bucket = min(zero.reduce_bucket_size, trained) if touches_buffers else zero.reduce_bucket_size
         buffers = bucket * size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
-    return Memory(weights * size, gathered, gradients, optimizer, activations, buffers, pristine)
+    method = _FP32 * sum(adapted.held for adapted in shape.by_group)
+    return Memory(weights * size, gathered, gradients, optimizer, activations, buffers, method, pristine)
 
 
 def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) -> int:
@@ -95,4 +97,5 @@ def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) 
 
 def checkpoint_bytes(shape: ModelShape) -> dict[str, int]:
     """Returns the bytes of one save in a task (values and both moments, fp32) and of what a finished task leaves."""
-    return {"step": 3 * _FP32 * shape.count("adapter"), "task": _FP32 * shape.merged_numel}
+    left = sum(adapted.left for adapted in shape.by_group)
+    return {"step": 3 * _FP32 * shape.count("adapter"), "task": _FP32 * (shape.merged_numel + left)}

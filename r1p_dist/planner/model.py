@@ -46,8 +46,8 @@ class Loss(Protocol):
 class Adapted:
     """One adapted linear. group: those of equal number vote together. merged: rank-1 experts that a task leaves.
 
-    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0. is_recomputed:
-    activation checkpointing runs it a second time.
+    gate_bytes: of the mean routing probabilities that ranks sum where the router is trained, else 0. held, left: of
+    what a group reads, as `LayerPlan` has them. is_recomputed: activation checkpointing runs it a second time.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Adapted:
     merged: int
     group: int
     gate_bytes: int
+    held: int
+    left: int
     is_recomputed: bool
 
 
@@ -78,6 +80,11 @@ class ModelShape:
     def merged_numel(self) -> int:
         """Numbers in the factors that a finished task leaves."""
         return sum(adapted.merged * (adapted.inputs + adapted.outputs) for adapted in self.adapted)
+
+    @property
+    def by_group(self) -> list[Adapted]:
+        """One of each group, in order."""
+        return list({adapted.group: adapted for adapted in reversed(self.adapted)}.values())[::-1]
 
     @property
     def pristine_numel(self) -> int:
@@ -125,5 +132,7 @@ def _describe(adapter: LowRankLinear, groups: dict[int, int], is_recomputed: boo
         plan.merged,
         groups.setdefault(id(plan.voters), len(groups)),
         plan.gate_bytes,
+        plan.held,
+        plan.left,
         is_recomputed,
     )

@@ -8,7 +8,7 @@ from r1p_dist.planner.plan import Plan, Setting, communication_rows, parameters
 from r1p_dist.tables import table
 
 _MEMORY = ("weights", "gathered", "gradients", "optimizer", "activations", "buffers")
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999")
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999", "#D55E00")
 
 
 def as_text(plan: Plan) -> str:
@@ -40,12 +40,18 @@ def _millions(numel: int) -> str:
     return f"{numel / 1e6:,.1f} M"
 
 
+def _kinds(plan: Plan) -> tuple[str, ...]:
+    """Returns the kinds of memory; what a method knows of past tasks where it keeps any of it in memory."""
+    return (*_MEMORY, "method") if plan.settings[0].memory.method else _MEMORY
+
+
 def _settings_table(plan: Plan) -> str:
-    head = ["GPUs", "ZeRO", "checkpointing", *_MEMORY, "total GB", "fits", "pristine"]
+    kinds = _kinds(plan)
+    head = ["GPUs", "ZeRO", "checkpointing", *kinds, "total GB", "fits", "pristine"]
     head += ["step ms*", "samples/s*", "efficiency*", "between tasks s*"]
     rows = []
     for setting in plan.settings:
-        memory = [f"{getattr(setting.memory, kind) / 1e9:.2f}" for kind in _MEMORY]
+        memory = [f"{getattr(setting.memory, kind) / 1e9:.2f}" for kind in kinds]
         is_best = plan.best.get(setting.ranks) is setting
         rows.append(
             [
@@ -113,7 +119,7 @@ def as_png(plan: Plan) -> bytes:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     bottoms = [0.0] * len(shown)
-    for kind, colour in zip(_MEMORY, _COLOURS, strict=True):
+    for kind, colour in zip(_kinds(plan), _COLOURS, strict=False):
         values = [getattr(setting.memory, kind) / 1e9 for setting in shown]
         left.bar(range(len(shown)), values, bottom=bottoms, color=colour, label=kind, width=0.7)
         bottoms = [bottom + value for bottom, value in zip(bottoms, values, strict=True)]

@@ -16,7 +16,7 @@ def _step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="of activations, in all variants")
     parser.add_argument("--dropout", type=float, default=0.0, help="on the input of the updates, ours and PEFT's")
     parser.add_argument("--dropout-kind", choices=("element", "feature"), default="element", help="ours")
-    parser.add_argument("--against", default="limit,peft", help="limit, compiled, peft, or several")
+    parser.add_argument("--against", default="limit,peft", help="limit, compiled, steady, peft, or several")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
 
 

@@ -3,6 +3,7 @@
 limit  the frozen model without adapters, gradient flowing to the input of the first block of each tower; with this
        project's attention, which is faster than open_clip's nn.MultiheadAttention
 step   the same model with a pool of experts on q, k, v, out, fc1 and fc2: votes, forward, backward, AdamW
+steady the same model under the method of that name, which knows inputs of past tasks
 peft   open_clip's blocks with PEFT's LoRA of the same rank, alpha and dropout on the same linears (q, k and v as
        linears of their own, as Hugging Face's CLIP has them): forward, backward, AdamW
 
@@ -50,7 +51,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ["step", *arguments.against.split(",")]
     for name in names:
         if name not in VARIANTS:
-            raise InputError(f"--against {arguments.against}: no variant {name!r}; there are limit, compiled and peft")
+            raise InputError(
+                f"--against {arguments.against}: no variant {name!r}; there are limit, compiled, steady and peft"
+            )
     torch.set_num_threads(arguments.threads)
     variants = make_variants(names, arguments)
     if arguments.checkpointing:
@@ -89,7 +92,7 @@ def steps_of(variants: Mapping[str, Variant], work: str) -> dict[str, Callable[[
 
 def time_ratios(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Returns the ratios of times that the variants at hand allow."""
-    pairs = [("step", "limit"), ("compiled", "limit"), ("peft", "step")]
+    pairs = [("step", "limit"), ("compiled", "limit"), ("steady", "step"), ("peft", "step")]
     return {f"{a}/{b}": ratio(seconds, a, b) for a, b in pairs if a in seconds and b in seconds}
 
 

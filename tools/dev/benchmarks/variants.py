@@ -1,4 +1,4 @@
-"""What a training step is compared with: the frozen model (`limit`), ours (`step`, `compiled`), PEFT's LoRA (`peft`).
+"""What a training step is compared with: the frozen model (`limit`), ours (`step`, `compiled`, `steady`), PEFT's LoRA.
 
 A variant is a model under training with the batch that all of them see. Variants of one model share its frozen
 weights, so that the largest ones fit on one card.
@@ -20,6 +20,7 @@ from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.losses import contrastive_loss
 from r1p_dist.methods import make_method
+from r1p_dist.moments.whitening import Whitening
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
 
@@ -132,6 +133,23 @@ class Compiled(Step):
         self.backbone.compile_blocks()
 
 
+class Steady(Step):
+    """The method of that name, as it trains from the second task on."""
+
+    def prepare(self) -> None:
+        options = [f"options.{key}={value}" for key, value in (("rank", RANK), ("alpha", ALPHA))]
+        recipe = "mini_mtil" if self.is_clip else "mini_instruct"
+        config = load_config(recipe, ["method=steady", *options, f"options.dropout={self.arguments.dropout}"])
+        self.method = make_method(config, self.backbone)
+        known: dict[int, Whitening] = {}
+        for adapter in self.method.adapters:
+            if adapter.in_features not in known:
+                moment = torch.eye(adapter.in_features, device=self.device)
+                known[adapter.in_features] = Whitening.of(moment, 0.01)
+            adapter.whitening = known[adapter.in_features]
+            adapter.scale = 1.0
+
+
 class Peft(Variant):
     def prepare(self) -> None:
         try:
@@ -172,7 +190,13 @@ class Peft(Variant):
         return self.model
 
 
-VARIANTS: dict[str, Callable[..., Variant]] = {"limit": Limit, "step": Step, "compiled": Compiled, "peft": Peft}
+VARIANTS: dict[str, Callable[..., Variant]] = {
+    "limit": Limit,
+    "step": Step,
+    "compiled": Compiled,
+    "steady": Steady,
+    "peft": Peft,
+}
 
 
 def make_variants(names: list[str], arguments: argparse.Namespace) -> dict[str, Variant]:
