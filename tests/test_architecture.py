@@ -27,7 +27,7 @@ PARTS = {
     "files": "checks",
     **dict.fromkeys(["backbone", "catalogue", "weights", "feature_cache", "feature_files"], "backbones"),
     **dict.fromkeys(["towers", "own_loop", "packing", "token_losses"], "backbones"),
-    **dict.fromkeys(["family", "families", "qwen", "paligemma"], "backbones"),
+    **dict.fromkeys(["family", "families", "qwen", "paligemma", "random_models"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),
     "planner": "planner",
