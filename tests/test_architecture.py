@@ -26,7 +26,7 @@ PARTS = {
     "shapes": "kinds",
     "files": "checks",
     **dict.fromkeys(["backbone", "catalogue", "weights", "feature_cache", "feature_files"], "backbones"),
-    **dict.fromkeys(["towers", "own_loop", "packing", "token_losses"], "backbones"),
+    **dict.fromkeys(["towers", "own_loop", "packing", "token_losses", "random_models"], "backbones"),
     **dict.fromkeys(["family", "families", "qwen", "paligemma"], "backbones"),
     "evaluation": "evaluation",
     **dict.fromkeys(["export", "frozen_weights", "hf", "hf_folder", "open_clip_folder"], "export"),

@@ -372,7 +372,9 @@ def test_a_gated_model_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         raise error
 
     monkeypatch.setattr(llava_weights, "snapshot_download", refuse)
-    with pytest.raises(InputError, match="backbone.name=a/gated: .* Visit https://hub/a/gated to ask for access") as told:
+    with pytest.raises(
+        InputError, match="backbone.name=a/gated: .* Visit https://hub/a/gated to ask for access"
+    ) as told:
         load_llava("a/gated")
     assert "\n" not in str(told.value)
 

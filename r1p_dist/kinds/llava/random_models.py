@@ -91,9 +91,7 @@ def shape_config(name: str) -> PreTrainedConfig:
     family = given.pop("model_type")
     tokens, tokenizer = _TOKENS.get(family, _LLAVA), _tokenizer(family)
     config = AutoConfig.for_model(family, **{"tie_word_embeddings": False} | given)
-    config.image_token_id = tokenizer.convert_tokens_to_ids(
-        tokens.get("image_token") or tokens["context_image_token"]
-    )
+    config.image_token_id = tokenizer.convert_tokens_to_ids(tokens.get("image_token") or tokens["context_image_token"])
     for key, token in _IDS.items():
         if token in tokens:
             setattr(config, key, tokenizer.convert_tokens_to_ids(tokens[token]))
@@ -132,8 +130,11 @@ def shape_processor(name: str) -> ProcessorMixin:
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
-    named = {name: token for name, token in _TOKENS.get(family, _LLAVA).items()}
-    return PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny_llava", extra_special_tokens=named)
+    return PreTrainedTokenizerFast.from_pretrained(
+        ASSETS / "tiny_llava",
+        extra_special_tokens=_TOKENS.get(family, _LLAVA),
+        model_max_length=1 << 20,  # the model says what it takes
+    )
 
 
 def _of_qwen(family: str, vision: PreTrainedConfig, common: dict[str, Any]) -> ProcessorMixin:
@@ -152,9 +153,7 @@ def _of_crops(family: str, side: int, tokens: int, common: dict[str, Any]) -> Pr
     if family == "idefics3":
         return Idefics3Processor(Idefics3ImageProcessorPil(**sizes), image_seq_len=tokens, **common)
     video = SmolVLMVideoProcessor(size={"longest_edge": side})
-    return SmolVLMProcessor(
-        SmolVLMImageProcessorPil(**sizes), video_processor=video, image_seq_len=tokens, **common
-    )
+    return SmolVLMProcessor(SmolVLMImageProcessorPil(**sizes), video_processor=video, image_seq_len=tokens, **common)
 
 
 def _of_llava(config: PreTrainedConfig, common: dict[str, Any]) -> ProcessorMixin:
