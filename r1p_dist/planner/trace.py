@@ -156,8 +156,8 @@ class _Meter(StorageMeter):
 def _without_content(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Returns an operation's arguments, all on the meta device where one is; not a mask whose sum decides a shape.
 
-    Code that moves a tensor to where another one is moves nothing: numbers and masks keep their content, which is looked
-    into later, and what has none gets none.
+    Code that moves a tensor to where another one is moves nothing: numbers and masks keep their content, which is
+    looked into later, and what has none gets none.
     """
     if name == "_to_copy" and (args[0].is_meta or not args[0].is_floating_point()):
         return args, kwargs | {"device": None}

@@ -130,8 +130,11 @@ def shape_processor(name: str) -> ProcessorMixin:
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
-    named = {name: token for name, token in _TOKENS.get(family, _LLAVA).items()}
-    return PreTrainedTokenizerFast.from_pretrained(ASSETS / "tiny_llava", extra_special_tokens=named)
+    return PreTrainedTokenizerFast.from_pretrained(
+        ASSETS / "tiny_llava",
+        extra_special_tokens=_TOKENS.get(family, _LLAVA),
+        model_max_length=1 << 20,  # the model says what it takes
+    )
 
 
 def _of_qwen(family: str, vision: PreTrainedConfig, common: dict[str, Any]) -> ProcessorMixin:

@@ -18,7 +18,9 @@ _SIGLIP_SO400M = {
 _SO400M_OF_CROPS = {key: size for key, size in _SIGLIP_SO400M.items() if key not in ("model_type", "vision_use_head")}
 
 
-def _decoder(kind: str, layers: int, width: int, hidden: int, heads: tuple[int, int], vocabulary: int, **own: Any):
+def _decoder(
+    kind: str, layers: int, width: int, hidden: int, heads: tuple[int, int], vocabulary: int, **own: Any
+) -> dict:
     """heads: of queries, and of keys and values."""
     return {
         "model_type": kind,
@@ -32,7 +34,7 @@ def _decoder(kind: str, layers: int, width: int, hidden: int, heads: tuple[int, 
     }
 
 
-def _qwen25(layers: int, width: int, hidden: int, heads: tuple[int, int], vocabulary: int, is_tied: bool):
+def _qwen25(layers: int, width: int, hidden: int, heads: tuple[int, int], vocabulary: int, is_tied: bool) -> dict:
     text = _decoder("qwen2_5_vl_text", layers, width, hidden, heads, vocabulary, tie_word_embeddings=is_tied)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": width}

@@ -16,7 +16,7 @@ from r1p_dist.kinds.open_clip.weights import model_source
 
 CLASSES = ("airplane", "bicycle", "church", "dog", "elephant", "fountain", "guitar", "harbour", "island", "jaguar")
 TINY_LLAVA, SMALL_LLAVA = "tiny_llava", "small_llava"
-LLAVAS = (TINY_LLAVA, SMALL_LLAVA, *SHAPES)
+LLAVAS = (TINY_LLAVA, SMALL_LLAVA, *(name for name, shape in SHAPES.items() if shape["model_type"] == "llava"))
 # For a CPU; its head is a larger part of it than that of a large model.
 _SMALL_TEXT = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
 _SMALL_TEXT |= {"model_type": "llama", "vocab_size": 16_000, "num_key_value_heads": 4}
