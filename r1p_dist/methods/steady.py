@@ -41,7 +41,7 @@ class MetricLinear(LoRALinear):
         As: list[torch.Tensor] = [adapter.A for adapter in adapters]
         whitening = adapters[0].whitening  # one input, one R
         if whitening is not None:
-            whole = whitening.times(torch.cat(As).float()).to(x.dtype)
+            whole = whitening.times(torch.cat(As).float()).to(As[0].dtype)
             As = list(whole.split([len(A) for A in As]))
         return [Factors(A, adapter.B, adapter.scaling) for A, adapter in zip(As, adapters, strict=True)]
 

@@ -8,7 +8,9 @@ import torch
 
 from r1p_dist.backbones import weights_identity
 from r1p_dist.errors import InputError
+from r1p_dist.methods.steady import MetricLinear
 from r1p_dist.moments.file import write_moments
+from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments
 
 
@@ -92,6 +94,23 @@ def test_what_trains_is_seen_through_the_root_of_the_moment(stages_of) -> None:
     (factors,) = type(adapter).factors([adapter], x, None)
     torch.testing.assert_close(x @ (W + factors.scaling * factors.B @ factors.A).T, expected)
     stages.engine.close()
+
+
+def test_half_precision_rounds_none_of_the_penalty_away() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 32, generator=generator) * torch.logspace(1, -3, 32)
+    C = x.T @ x / 200
+    adapter = MetricLinear(torch.nn.Linear(32, 16, dtype=torch.bfloat16), 4)
+    adapter.whitening, adapter.scale = Whitening.of(C, 0.01), 1.0
+    with torch.no_grad():
+        adapter.A.zero_()
+        adapter.A[:, 24:].normal_(generator=generator)  # where past inputs have next to nothing
+        adapter.B.normal_(generator=generator)
+    (factors,) = MetricLinear.factors([adapter], x.bfloat16(), None)
+    assert factors.A.dtype == torch.bfloat16
+    A, B = adapter.update().A, adapter.B.float()
+    expected = adapter.scaling**2 * ((A @ C @ A.T) * (B.T @ B)).sum()
+    torch.testing.assert_close(adapter.penalty(factors)["inputs"], expected, rtol=1e-2, atol=0)
 
 
 def test_past_tasks_count_alike(stages_of) -> None:
