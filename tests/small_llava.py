@@ -64,13 +64,14 @@ def byte_tokenizer(
     )
 
 
-def make_processor(family: str = "llava") -> ProcessorMixin:
+def make_processor(family: str = "llava", side: int = 16, patch: int = 8) -> ProcessorMixin:
+    """side, patch: pixels of a picture and of its patches, of the family `llava` alone."""
     common = {"tokenizer": make_tokenizer(), "chat_template": TEMPLATE, "image_token": "<image>"}
     pictures = {"size": {"shortest_edge": 16}, "crop_size": SIZE}
     if family == "llava":
         return LlavaProcessor(
-            CLIPImageProcessorPil(**pictures),
-            patch_size=8,
+            CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+            patch_size=patch,
             vision_feature_select_strategy="default",
             num_additional_image_tokens=1,
             **common,
