@@ -67,7 +67,11 @@ def make_backbone(config: RunConfig, sizes: dict, device: str = "cpu") -> Backbo
         model, processor = module.make_model(family), module.make_processor(family)
         model = build_on_meta(model.config) if device == "meta" else model
     else:
-        processor = small_llava.make_processor()
+        vision = small_llava.VISION | sizes.get("vision", {})
+        processor, side = small_llava.make_processor(), vision["image_size"]
+        processor.patch_size = vision["patch_size"]
+        processor.image_processor.size = {"shortest_edge": side}
+        processor.image_processor.crop_size = {"height": side, "width": side}
         with torch.device(device), TemporaryDirectory() as folder:
             if family is not None:
                 model = small_towers.make_model(family, Path(folder))
