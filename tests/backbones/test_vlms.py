@@ -274,6 +274,10 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     backbone.config.image_token_id = 9
     with pytest.raises(InputError, match="its processor writes no token 9, image_token_id of config.json"):
         encoder_of(backbone)
+    backbone = make_backbone("paligemma")
+    backbone.processor.image_processor.size = {"height": 8, "width": 8}
+    with pytest.raises(InputError, match="its processor makes pictures of 8 x 8 pixels, its image tower takes 16 x 16"):
+        encoder_of(backbone)
 
 
 def test_paligemma_takes_one_question_and_its_answer() -> None:

@@ -153,7 +153,7 @@ class LlavaBackbone(nn.Module):
     def encoder(self, data: DataConfig) -> ConversationEncoder:
         """Returns what makes batches of samples; pictures are taken as they are, without augmentation.
 
-        InputError: data.packing for a decoder that cannot.
+        InputError: data.packing for a decoder that cannot, or pictures of another size than the image tower takes.
         """
         if data.packing:
             decoder = self.family.decoder_module
@@ -163,7 +163,7 @@ class LlavaBackbone(nn.Module):
                     f"data.packing=true: the decoder of this {self.config.model_type} {reason}; set it to false"
                 )
             use_packing(decoder)
-        return ConversationEncoder(
+        encoder = ConversationEncoder(
             self.processor,
             self.config.image_token_id,
             self.config.text_config.max_position_embeddings,
@@ -172,6 +172,13 @@ class LlavaBackbone(nn.Module):
             has_digests=self._cache.keeps,
             packs=data.packing,
         )
+        side, made = self.family.side, encoder.blank()["pixel_values"].shape[-1]
+        if side is not None and made != side:
+            raise InputError(
+                f"backbone: its processor makes pictures of {made} x {made} pixels, its image tower takes {side} x "
+                f"{side}; use the processor that belongs to the model"
+            )
+        return encoder
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
         """Returns the weights of towers by their names in `named_parameters`; the language model's with its head."""

@@ -78,6 +78,10 @@ class Idefics3(Family):
     renamed = ()
     shows_whole_last = True
 
+    @property
+    def side(self) -> None:
+        """Any: positions are those of the share of a picture."""
+
     def pictures(self, processor: ProcessorMixin) -> Pictures:
         count = processor.image_processor.get_number_of_image_patches
         return Pictures(

@@ -81,6 +81,12 @@ class Family:
         return self.config.vision_config.hidden_size
 
     @property
+    def side(self) -> int | None:
+        """The side, in pixels, of what the image tower takes; None: any."""
+        size = getattr(self.config.vision_config, "image_size", None)
+        return size[0] if isinstance(size, list | tuple) else size
+
+    @property
     def seen_blocks(self) -> Sequence[nn.Module]:
         """The image tower's blocks up to the last one whose output the projector reads."""
         return self.tower_blocks
