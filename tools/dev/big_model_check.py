@@ -8,8 +8,8 @@
 A real run of `deepspeed launchers/train.py` under ZeRO-3 in bf16, on a stream of few pictures: zero-shot evaluation,
 steps, merge, evaluation, save. Memory is what all ranks hold together, from /proc (Linux): anonymous and shared memory,
 and apart from it pages of files, which the system can drop at any time (weights that are mapped, the pristine copy).
---depth N cuts every tower, and the language model, to N blocks. --plan says beside it what the planner counts for a
-step on these ranks. Exit code 0; 1 where the run fails or needs more than --limit-gb.
+--depth N cuts every tower, and the language model, to N blocks; timm's towers stay whole. --plan says beside it what
+the planner counts for a step on these ranks. Exit code 0; 1 where the run fails or needs more than --limit-gb.
 """
 
 import argparse
@@ -131,8 +131,6 @@ def write_clip(folder: Path, name: str, depth: int | None) -> Path:
     for tower in (vision, text):
         if depth is not None and "layers" in tower:
             tower["layers"] = min(depth, tower["layers"])
-    if depth is not None and vision.get("timm_model_name", "").startswith(("vit", "eva")):
-        vision["timm_model_kwargs"] = {"depth": depth}
     for key in ("hf_tokenizer_name", "tokenizer_kwargs"):  # of a hub; open_clip's own serves any vocabulary of its size
         text.pop(key, None)
     folder.mkdir(parents=True)
