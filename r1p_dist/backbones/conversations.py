@@ -124,8 +124,9 @@ class ConversationEncoder:
         """answers: the conversation's text and where its answers stand; None: the text ends before the last one."""
         text, spans = answers or (self._render(sample, _without_last_answer(sample.turns), True), [])
         tokenizer = self.processor.tokenizer
-        # a template may write the first token itself
-        options = {"add_special_tokens": not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))}
+        # a template may write the first token itself; of too many tokens the line below tells, and no warning besides
+        is_begun = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+        options = {"add_special_tokens": not is_begun, "verbose": False}
         pictures = [Image.new("RGB", picture.size) for picture in sample.images] if self.is_blind else sample.images
         pictures = [_bounded(picture, self.processor.image_processor) for picture in pictures]
         images = {"images": [pictures]} if pictures else {}
