@@ -12,7 +12,7 @@ from torch import nn
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.config import Count
-from r1p_dist.protocol import LowRankMethod, LowRankOptions
+from r1p_dist.protocol import LowRankOptions, SingleTaskMethod, SingleTaskOptions
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Slot
@@ -36,19 +36,19 @@ class BlockLinear(LoRALinear):
         return Factors(A, B.sum(0), self.scaling)
 
 
-class BlockLora(LowRankMethod):
+class BlockLora(SingleTaskMethod):
     """Block-LoRA: a LoRA in blocks that share one A, begun anew for each task and merged (arXiv 2501.16720).
 
-    The paper trains one task; on a stream each task begins anew and is merged at its end. No code was released.
-    Reconstruction: every B is zero at first, so all of a linear stay equal, and the update is that of a LoRA of
-    rank / blocks whose B learns `blocks` times as fast. The paper's number of blocks is not known; its title has eight
-    arms.
+    The paper trains one task; on a stream each begins anew and is merged at its end, or `together` makes one of all.
+    No code was released. Reconstruction: every B is zero at first, so all of a linear stay equal, and the update is
+    that of a LoRA of rank / blocks whose B learns `blocks` times as fast. The paper's number of blocks is not known;
+    its title has eight arms.
     """
 
     paper = "arXiv 2501.16720"
     tiny = {"rank": 8, "blocks": 4}
 
-    class Options(LowRankOptions):
+    class Options(LowRankOptions, SingleTaskOptions):
         """Options of Block-LoRA."""
 
         rank: Count = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from r1p_dist.protocol import LowRankMethod, Stage
+from r1p_dist.protocol import LowRankMethod, Stage, joint_stage
 
 if TYPE_CHECKING:
     from r1p_dist.data import Stream
@@ -16,5 +16,4 @@ class Joint(LowRankMethod):
     tiny = {"rank": 4}
 
     def stages(self, stream: Stream) -> list[Stage]:
-        iterations = sum(stage.iterations for stage in super().stages(stream))
-        return [Stage("joint", stream.tasks, iterations)]
+        return [joint_stage(super().stages(stream), stream)]

@@ -9,7 +9,7 @@ import torch
 
 from r1p_dist.adapters import Factors, GatedLinear, shrink
 from r1p_dist.config import Count, NotNegative, Positive
-from r1p_dist.protocol import LowRankMethod, LowRankOptions, Trainer
+from r1p_dist.protocol import LowRankOptions, SingleTaskMethod, SingleTaskOptions, Trainer
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Slot
@@ -24,19 +24,20 @@ class SparseGates(GatedLinear):
         return {"sparse": self.weight_of_penalty * self.gate.float().abs().sum()} if self.weight_of_penalty else {}
 
 
-class SoRa(LowRankMethod):
+class SoRa(SingleTaskMethod):
     """SoRA: gated ranks, thresholded after each step; what is still open after a task is merged (arXiv 2311.11696).
 
     After each step gate <- sign(gate) max(|gate| - lr * sparsity, 0). The released code's constant threshold, with
     values below twice of it zeroed too and a loss on the mean of |gate| beside it, is `proximal: code`; its schedule of
-    growing thresholds is left out. The paper trains one task; on a stream each begins anew with all ranks.
+    growing thresholds is left out. The paper trains one task; on a stream each begins anew with all ranks, or
+    `together` makes one of all.
     """
 
     paper = "arXiv 2311.11696"
     tiny = {"rank": 4, "sparsity": 0.5}
     adapters: list[SparseGates]
 
-    class Options(LowRankOptions):
+    class Options(LowRankOptions, SingleTaskOptions):
         """Options of SoRA."""
 
         rank: Count = 8

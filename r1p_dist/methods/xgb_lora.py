@@ -11,8 +11,8 @@ from torch import nn
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.config import Count, Positive, Section
-from r1p_dist.protocol import LowRankMethod, Stage, Trainer
+from r1p_dist.config import Count, Positive
+from r1p_dist.protocol import SingleTaskMethod, SingleTaskOptions, Stage, Trainer
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Slot
@@ -66,12 +66,13 @@ class BoostedLinear(LoRALinear):
             self._set_boosters(Factors(A, B, self.scaling))
 
 
-class XgbLora(LowRankMethod):
+class XgbLora(SingleTaskMethod):
     """XGBLoRA: every few steps the rank-1 update of some linears is merged and others begin anew (arXiv 2410.19694).
 
-    A booster has fresh A, B and moments; the schedule of the learning rate goes on. The paper trains one task; on a
-    stream the boosters of a task are its update. `train.weight_decay` stands for the paper's small penalty on A and B.
-    No code was released; how many steps a booster has is a reconstruction. Where weights are bf16 a merge rounds them.
+    A booster has fresh A, B and moments; the schedule of the learning rate goes on. The paper trains one task: that
+    of all tasks with `together`; else the boosters of each task of a stream are its update. `train.weight_decay`
+    stands for the paper's small penalty on A and B. No code was released; how many steps a booster has is a
+    reconstruction. Where weights are bf16 a merge rounds them.
     """
 
     paper = "arXiv 2410.19694"
@@ -79,7 +80,7 @@ class XgbLora(LowRankMethod):
     tiny = {"every": 1, "linears": 7}
     adapters: list[BoostedLinear]
 
-    class Options(Section):
+    class Options(SingleTaskOptions):
         """Options of XGBLoRA."""
 
         every: Count = 8

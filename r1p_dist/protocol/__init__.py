@@ -7,6 +7,9 @@ from r1p_dist.protocol.drift import change_between as change_between
 from r1p_dist.protocol.full import FullMethod as FullMethod
 from r1p_dist.protocol.low_rank import LowRankMethod as LowRankMethod
 from r1p_dist.protocol.low_rank import LowRankOptions as LowRankOptions
+from r1p_dist.protocol.low_rank import SingleTaskMethod as SingleTaskMethod
+from r1p_dist.protocol.low_rank import SingleTaskOptions as SingleTaskOptions
+from r1p_dist.protocol.low_rank import joint_stage as joint_stage
 from r1p_dist.protocol.method import DataRequest as DataRequest
 from r1p_dist.protocol.method import Method as Method
 from r1p_dist.protocol.method import Stage as Stage

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from r1p_dist.adapters import LoRALinear, Routing, Update
 from r1p_dist.config import Count, Positive, Probability, Section
-from r1p_dist.protocol.method import Method
+from r1p_dist.protocol.method import Method, Stage
 
 if TYPE_CHECKING:
     from r1p_dist.backbones import Slot
+    from r1p_dist.data import Stream
 
 
 class LowRankOptions(Section):
@@ -52,3 +54,26 @@ class LowRankMethod(Method):
 
     def updates(self) -> dict[str, Update]:
         return self.trained()
+
+
+class SingleTaskOptions(Section):
+    """Option of what a paper trains on one task."""
+
+    together: bool = False
+    """All tasks as the paper's one task, in one stage; else one after the other, with a merge after each."""
+
+
+class SingleTaskMethod(LowRankMethod):
+    """A low-rank method whose paper trains one task: that of all tasks together, or on a stream each anew."""
+
+    Options = SingleTaskOptions
+    options: SingleTaskOptions
+
+    def stages(self, stream: Stream) -> list[Stage]:
+        stages = super().stages(stream)
+        return [joint_stage(stages, stream)] if self.options.together else stages
+
+
+def joint_stage(stages: Sequence[Stage], stream: Stream) -> Stage:
+    """Returns one stage of all tasks, with as many iterations as these stages have."""
+    return Stage("joint", stream.tasks, sum(stage.iterations for stage in stages))
