@@ -134,11 +134,11 @@ class Steady(LowRankMethod):
             moment = self._known_moment(layer) if rank() == owner(number) else None
             if moment is not None:
                 made[layer] = Whitening.of(moment, self.options.ridge)
-            for name in names:
-                adapter = self.adapters[place[name]]
-                with gathered([adapter.linear.weight]):
-                    if moment is not None:
-                        found = made[layer]
+            readers = [self.adapters[place[name]] for name in names]
+            with gathered({adapter.linear.weight: None for adapter in readers}):  # q, k and v may be rows of one
+                if moment is not None:
+                    found = made[layer]
+                    for name, adapter in zip(names, readers, strict=True):
                         sizes = [_size(adapter, moment), found.gain, found.span, found.ridge]
                         numbers[place[name]] = torch.tensor(sizes, dtype=torch.float64)
         rows = sum_over_ranks(numbers).tolist()
