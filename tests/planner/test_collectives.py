@@ -86,9 +86,10 @@ def describe(sizes: dict, overrides: list[str], ranks: int) -> tuple[ModelShape,
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backbone = make_backbone(config, sizes, "meta")
     if config.backbone.kind == "llava":
-        shape = describe_llava(
-            config, backbone, Conversations(samples, 1, *sizes["tokens"], small_llava.SIZE["width"]), dtype
+        batch = Conversations(
+            samples, 1, *sizes["tokens"], small_llava.SIZE["width"], mean_tokens=sizes.get("mean_tokens")
         )
+        shape = describe_llava(config, backbone, batch, dtype)
     else:
         shape = describe_clip(config, backbone, Pictures(samples, min(samples, len(PROMPTS)), 10), dtype)
     return shape, Zero.of(resolve_deepspeed(config, ranks)), config
