@@ -144,7 +144,7 @@ def test_step_of_other_families_is_predicted_exactly(run_distributed) -> None:
     bf16 = "train.precision=bf16"
     towers = [("siglip", bf16), ("eva01", CHECKPOINTING), ("roberta", bf16), ("mt5", CHECKPOINTING), ("coca",)]
     vlms = [("qwen2_vl", CHECKPOINTING), ("qwen2_5_vl", TOWERS, bf16), ("qwen3_vl",), ("idefics3", bf16)]
-    vlms += [("internvl", TOWERS), ("gemma3", bf16), ("paligemma", CHECKPOINTING), ("llava_next",)]
+    vlms += [("internvl", TOWERS, "data.packing=true"), ("gemma3", bf16), ("paligemma", CHECKPOINTING), ("llava_next",)]
     vlms += [("llava_onevision",)]
     cases = [case(3, SHARD_ALL, *own, sizes={"family": family}) for family, *own in towers]
     cases += [conversations(3, SHARD_ALL, *own, sizes=FAMILY | {"family": family}) for family, *own in vlms]
