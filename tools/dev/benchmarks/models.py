@@ -71,7 +71,7 @@ def _sizes(scale: str, family: str) -> dict[str, Any]:
     heads = 4
     text = published["text_config"] | {"hidden_size": width, "num_hidden_layers": blocks, "vocab_size": vocabulary}
     text |= {"intermediate_size": 11 * width // 4, "num_attention_heads": heads, "num_key_value_heads": heads}
-    text |= {"head_dim": width // heads, "tie_word_embeddings": False}
+    text |= {"head_dim": width // heads, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
     vision: dict[str, Any] = {"hidden_size": width}
     if family == "internvl":
         vision |= {"num_hidden_layers": tower_blocks, "num_attention_heads": heads, "image_size": [_SIDE, _SIDE]}
