@@ -47,11 +47,12 @@ class Conversations:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each conversation, in even steps from the longest to the shortest."""
-        last = self.conversations - 1
-        if self.mean_tokens is None or last == 0:
+        """Tokens of each conversation: the longest, and the others alike."""
+        others = self.conversations - 1
+        if self.mean_tokens is None or others == 0:
             return self.conversations * [self.tokens]
-        return [self.tokens - round(2 * (self.tokens - self.mean_tokens) * number / last) for number in range(last + 1)]
+        share, rest = divmod(self.mean_tokens * self.conversations - self.tokens, others)
+        return [self.tokens] + [share + (number < rest) for number in range(others)]
 
     def __str__(self) -> str:
         mean = "" if self.mean_tokens is None else f", {self.mean_tokens} in the mean and packed"
@@ -162,10 +163,8 @@ def _planned(config: RunConfig, backbone: LlavaBackbone, batch: Conversations) -
         if batch.conversations == 1:
             raise InputError(f"{flag}: of one conversation; use a --batch above 1 or leave it out")
         if batch.mean_tokens > batch.tokens or min(lengths) <= lowest:
-            # the shortest is as far below the mean as the longest is above it
-            raise InputError(
-                f"{flag}: must be above {(batch.tokens + lowest) // 2}, {what}, and at most --tokens {batch.tokens}"
-            )
+            least = -(-(batch.tokens + (batch.conversations - 1) * (lowest + 1)) // batch.conversations)
+            raise InputError(f"{flag}: must be from {least}, {what}, to --tokens {batch.tokens}")
     elif not config.data.packing:
         # all but the first are shorter by one, for those of unlike lengths have a mask
         lengths = [length - (number > 0) for number, length in enumerate(lengths)]
