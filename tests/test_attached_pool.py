@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     SiglipConfig,
     SiglipModel,
+    SwitchTransformersConfig,
+    SwitchTransformersEncoderModel,
 )
 
 import r1p_dist
@@ -241,6 +243,17 @@ def make_llama4() -> nn.Module:
     return Llama4ForCausalLM(Llama4TextConfig(vocab_size=60, pad_token_id=0, interleave_moe_layer_step=1, **sizes))
 
 
+def make_switch() -> nn.Module:
+    """Every layer is a mixture of four experts with linears of their own; the last of them gets no token."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_sparse_encoder_layers": 2}
+    sizes |= {"num_experts": 4, "dropout_rate": 0.0, "router_jitter_noise": 0.0, "router_bias": True}
+    model = SwitchTransformersEncoderModel(SwitchTransformersConfig(vocab_size=60, **sizes))
+    for name, bias in model.named_parameters():
+        if name.endswith("classifier.bias"):
+            bias.data[-1] = -100.0
+    return model
+
+
 def make_bert() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=60, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes))
@@ -347,6 +360,40 @@ def test_padding_and_answers_do_not_vote() -> None:
     moved = IDS.roll(2, 1), MASK.roll(2, 1), labels.roll(2, 1)
     model(input_ids=moved[0][:1], attention_mask=moved[1][:1], labels=moved[2][:1])
     torch.testing.assert_close(expected[1], seen[1][:, 2:4].mean(1))
+
+
+def test_each_token_that_reaches_an_expert_of_its_own_linears_votes_there() -> None:
+    torch.manual_seed(0)
+    model = make_switch()
+    pool = attach_pool(model, targets=r".*\.experts\.expert_\d\.(wi|wo)", **POOL)
+    pool.begin_task(0)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def learn(adapter: nn.Module, inputs: tuple) -> None:
+        nn.init.normal_(adapter.B, std=0.3)
+
+    for adapter in pool.adapters:
+        adapter.register_forward_pre_hook(learn)
+        adapter.register_forward_hook(lambda module, inputs, output: seen.update({module.name: (inputs[0], output)}))
+    model(input_ids=IDS, attention_mask=MASK).last_hidden_state.sum().backward()
+    assert len(pool.adapters) == 2 * 4 * 2 and not any("expert_3" in name for name in seen)
+    assert sum(len(x) for name, (x, _) in seen.items() if name.endswith("wi")) == 2 * IDS.numel()
+    weights, deltas = {a.name: a.linear.weight.clone() for a in pool.adapters}, {}
+    for adapter in pool.adapters:
+        if adapter.name not in seen:
+            assert not adapter.activation_counts.any() and adapter.A.grad is None
+            continue
+        x, y = seen[adapter.name]
+        counts = adapter.router(x).topk(3).indices.flatten().bincount(minlength=6)
+        assert torch.equal(adapter.activation_counts, counts)
+        order = counts.sort(descending=True, stable=True).indices
+        update = [adapter.scaling * adapter.B[:, order[:n]] @ adapter.A[order[:n]] for n in (3, 2)]
+        torch.testing.assert_close(y, x @ (weights[adapter.name] + update[0]).T)
+        deltas[adapter.name] = update[1].detach()
+    pool.merge()
+    plain = dict(pool.detach().named_parameters())
+    for name, weight in weights.items():
+        torch.testing.assert_close(plain[f"{name}.weight"], weight + deltas.get(name, 0))
 
 
 def test_linears_of_an_image_tower_vote_by_its_own_tokens_whatever_the_prompts_are() -> None:

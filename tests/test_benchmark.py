@@ -84,8 +84,9 @@ def test_step_writes_every_ratio(
 
 
 @pytest.mark.slow
-def test_llava_compares_steps_of_the_same_conversations(tool: ModuleType, capsys) -> None:
-    assert tool.main("llava --model tiny_llava --batch 3 --pairs 1".split()) == 0
+@pytest.mark.parametrize("model", ["tiny_llava", "tiny_qwen2_5_vl"])
+def test_llava_compares_steps_of_the_same_conversations(tool: ModuleType, capsys, model: str) -> None:
+    assert tool.main(f"llava --model {model} --batch 3 --pairs 1".split()) == 0
     result = json.loads(capsys.readouterr().out)
     first, *losses = result["loss"].values()
     assert len(losses) == 3 and losses == pytest.approx([first] * 3, rel=1e-3)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +19,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.peft import R1PCallback, R1PConfig, R1PLinear
 from tests import small_llava
 from tests.backbones.test_llava import plain_inputs, training_batch
+from tests.data.test_peers import folder_of_peers
 from tests.test_attached_pool import make_llama, make_llama4
 from tests.test_parity import relative
 
@@ -122,28 +124,27 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
+def arguments_of_trainer() -> dict[str, Any]:
+    """Four samples a step: two micro steps on one rank, one on each of two."""
+    return {
+        **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // world_size(), "max_steps": STEPS},
+        **{"learning_rate": 0.3, "lr_scheduler_type": "constant", "max_grad_norm": 0, "optim": "sgd"},
+        **{"use_cpu": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True},
+        "dataloader_pin_memory": False,
+    }
+
+
+def samples_of(task: int) -> list[dict[str, torch.Tensor]]:
+    steps = [texts(task, step) for step in range(STEPS)]
+    return [{name: batch[name][i] for name in batch} for batch in steps for i in range(4)]
+
+
 def train_by_trainer(folder: str) -> dict[str, torch.Tensor]:
-    """A stream by transformers' Trainer, four samples a step: two micro steps on one rank, one on each of two."""
+    """A stream by transformers' Trainer."""
     tuner = get_peft_model(make_model(), config(task_type="CAUSAL_LM"))
     for task in range(TASKS):
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2 // world_size(),
-            max_steps=STEPS,
-            learning_rate=0.3,
-            lr_scheduler_type="constant",
-            max_grad_norm=0,
-            optim="sgd",
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        steps = [texts(task, step) for step in range(STEPS)]
-        samples = [{name: batch[name][i] for name in batch} for batch in steps for i in range(4)]
-        trainer = InOrder(tuner, arguments, train_dataset=samples, callbacks=[R1PCallback()])
+        arguments = TrainingArguments(folder, **arguments_of_trainer())
+        trainer = InOrder(tuner, arguments, train_dataset=samples_of(task), callbacks=[R1PCallback()])
         trainer.train()
         assert isinstance(trainer.model_wrapped, DistributedDataParallel) == (world_size() > 1)
         assert tuner.peft_config["default"].tasks == task + 1
@@ -165,6 +166,41 @@ def test_two_ranks_train_what_one_trains_in_a_loop_and_in_a_trainer(run_distribu
 def test_a_trainer_with_the_callback_trains_a_stream(tmp_path) -> None:
     found, expected = train_by_trainer(str(tmp_path)), by_pool(micro_steps=2)
     assert_same_training({**found, **{name: expected[name] for name in ("counts", "losses")}}, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
+def test_trl_trains_a_stream(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # last: other versions of libraries that we have lie there too
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder_of_peers("peers"))])
+    from trl import SFTConfig, SFTTrainer
+
+    class InOrderToo(InOrder, SFTTrainer):
+        pass
+
+    own = {"bf16": False, "gradient_checkpointing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    model, losses = make_model(), []
+    for task in range(TASKS):
+        samples = [{name: s[name].tolist() for name in ("input_ids", "labels")} for s in samples_of(task)]
+        trainer = InOrderToo(
+            model,
+            SFTConfig(str(tmp_path), logging_steps=1, **arguments_of_trainer(), **own),
+            train_dataset=Dataset.from_list(samples),
+            processing_class=small_llava.make_tokenizer(),
+            callbacks=[R1PCallback()],
+            peft_config=None if task else config(task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        model = trainer.model
+    expected = by_pool(micro_steps=2)
+    batch = texts(TASKS - 1, STEPS - 1)
+    adapted = model.eval()(**batch).logits
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(plain(**batch).logits, adapted, atol=1e-4, rtol=1e-4)
+    # of the first task; the term of the second one is no part of what TRL logs
+    assert losses[:STEPS] == pytest.approx(expected["losses"].view(TASKS, STEPS, 2)[0].mean(1).tolist(), abs=1e-3)
+    found = {**plain.state_dict(), **{name: expected[name] for name in ("counts", "losses")}}
+    assert_same_training(found, expected)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -18,7 +18,9 @@ class R1PCallback(TrainerCallback):
     ) -> None:
         # such a loss is neither divided by the micro steps nor, with that option, by the ranks
         ranks = args.world_size if args.average_tokens_across_devices else 1
-        _tuner(model).penalty_share = 1 / (args.gradient_accumulation_steps * ranks)
+        tuner = _tuner(model)
+        tuner.penalty_share = 1 / (args.gradient_accumulation_steps * ranks)
+        tuner.gradient_share = 1 / args.gradient_accumulation_steps
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -19,7 +19,8 @@ class R1PModel(BaseTuner):
     """A model with pools of rank-1 experts; what `get_peft_model` gives has its methods.
 
     In training each sample votes, over all ranks where there is a process group, and where the model returns a loss the
-    AGO term is added to it. Otherwise a task counts as merged: evaluation, `merge_adapter` and `merge_and_unload` give
+    AGO term is added to it. TRL takes its loss from log probabilities that come with it, whose backward adds the term's
+    gradient. Otherwise a task counts as merged: evaluation, `merge_adapter` and `merge_and_unload` give
     the same outputs. A stream trains task after task with `next_task()` between them.
     """
 
@@ -27,7 +28,8 @@ class R1PModel(BaseTuner):
     tuner_layer_cls = R1PLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    penalty_share = 1.0  # of the AGO term in a loss that a Trainer does not divide by its micro steps; R1PCallback's
+    # R1PCallback's, of the AGO term: in a loss that a Trainer does not divide by its micro steps, and past every loss
+    penalty_share = gradient_share = 1.0
 
     def _pre_injection_hook(self, model: nn.Module, config: R1PConfig, adapter_name: str) -> None:
         if "_routing" not in vars(self):
@@ -113,7 +115,11 @@ class R1PModel(BaseTuner):
         loss = getattr(output, "loss", None)
         if model.training and isinstance(loss, torch.Tensor):
             share = 1.0 if given.get("num_items_in_batch") is None else self.penalty_share
-            output.loss = loss + share * self.penalty().to(loss.device)
+            penalty = self.penalty().to(loss.device)
+            output.loss = loss + share * penalty
+            log_probs = getattr(output, "log_probs", None)
+            if isinstance(log_probs, torch.Tensor):
+                output.log_probs = _WithPenalty.apply(log_probs, self.gradient_share * penalty)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         for hook in self._hooks:
@@ -123,3 +129,16 @@ class R1PModel(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".r1p_pool.{adapter_name}.", ".r1p_pool.")
+
+
+class _WithPenalty(torch.autograd.Function):
+    """What a loss is computed from, as it is; its backward gives the penalty the gradient that it has in a sum."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+        ctx.one = torch.ones_like(penalty)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, ctx.one

@@ -26,9 +26,6 @@ from tests.backbones.test_llava import (
 )
 from tests.small_vlms import FAMILIES, make_backbone, make_model, make_processor, make_tokenizer
 
-# of PaliGemma's and InternVL's own processors, by numpy
-pytestmark = pytest.mark.filterwarnings("ignore:__array(_wrap)?__ (implementation|must accept):DeprecationWarning")
-
 LATER = talk(
     "one \n\n",
     "a cat",

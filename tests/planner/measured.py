@@ -22,6 +22,7 @@ from r1p_dist.data.samples import IMAGE_MARK, Sample, Turn
 from r1p_dist.distributed import world_size
 from r1p_dist.fit import train_step
 from r1p_dist.kinds.llava import token_losses
+from r1p_dist.kinds.llava.planner import Conversations
 from r1p_dist.kinds.llava.weights import build_on_meta
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
@@ -188,6 +189,8 @@ class _Run:
         if self.config.backbone.gradient_checkpointing:
             self.backbone.checkpoint_blocks()
         self.method = make_method(self.config, self.backbone)
+        if self.config.data.packing:
+            self.backbone.encoder(self.config.data)  # makes the decoder attend to packed rows
         self.prepare = self.backbone.preparer(PROMPTS)
         self.generator = torch.Generator().manual_seed(rank)
         self.stages = Stages(self.method, self.config)
@@ -222,21 +225,23 @@ class _Run:
         return encoder.collate([example] * count)
 
     def _conversations(self, count: int) -> dict[str, torch.Tensor]:
-        """Conversations of equal length, with a picture each on rank 0 and without any on the others."""
+        """Conversations with a picture each on rank 0 and without any on the others; packed ones of unlike length."""
         vision, pictures = self.backbone.config.vision_config, int(self.rank == 0)
         tokens, answer_tokens = self.sizes["tokens"]
+        planned = Conversations(count, 1, tokens, answer_tokens, vision.image_size, self.sizes.get("mean_tokens"))
+        place, ends = torch.arange(tokens), torch.tensor(planned.lengths)[:, None]
         ids = torch.randint(IMAGE_TOKEN + 1, 100, (count, tokens), generator=self.generator)
         ids[:, : pictures * (vision.image_size // vision.patch_size) ** 2] = IMAGE_TOKEN
-        labels = ids.clone()
-        labels[:, :-answer_tokens] = IGNORED
+        labels = torch.where((place < ends) & (place >= ends - answer_tokens), ids, IGNORED)
         size = (max(1, count * pictures), 3, vision.image_size, vision.image_size)
         pixels = torch.randn(size, generator=self.generator)
         self.seen += len(pixels)  # pictures are never the same, so their features are always missing
         return {
             "input_ids": ids,
             "labels": labels,
-            "attention_mask": torch.ones_like(ids),
-            "prompt_length": torch.full((count,), tokens - answer_tokens),
+            "attention_mask": (place < ends).long(),
+            "is_packed": self.config.data.packing,
+            "prompt_length": ends.flatten() - answer_tokens,
             "image_counts": torch.full((count,), pictures),
             "pixel_values": pixels,
             "picture_digests": self.seen + torch.arange(len(pixels))[:, None].expand(-1, 4),

@@ -86,9 +86,10 @@ def describe(sizes: dict, overrides: list[str], ranks: int) -> tuple[ModelShape,
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     backbone = make_backbone(config, sizes, "meta")
     if config.backbone.kind == "llava":
-        shape = describe_llava(
-            config, backbone, Conversations(samples, 1, *sizes["tokens"], small_llava.SIZE["width"]), dtype
+        batch = Conversations(
+            samples, 1, *sizes["tokens"], small_llava.SIZE["width"], mean_tokens=sizes.get("mean_tokens")
         )
+        shape = describe_llava(config, backbone, batch, dtype)
     else:
         shape = describe_clip(config, backbone, Pictures(samples, min(samples, len(PROMPTS)), 10), dtype)
     return shape, Zero.of(resolve_deepspeed(config, ranks)), config
@@ -143,7 +144,7 @@ def test_step_of_other_families_is_predicted_exactly(run_distributed) -> None:
     bf16 = "train.precision=bf16"
     towers = [("siglip", bf16), ("eva01", CHECKPOINTING), ("roberta", bf16), ("mt5", CHECKPOINTING), ("coca",)]
     vlms = [("qwen2_vl", CHECKPOINTING), ("qwen2_5_vl", TOWERS, bf16), ("qwen3_vl",), ("idefics3", bf16)]
-    vlms += [("internvl", TOWERS), ("gemma3", bf16), ("paligemma", CHECKPOINTING), ("llava_next",)]
+    vlms += [("internvl", TOWERS, "data.packing=true"), ("gemma3", bf16), ("paligemma", CHECKPOINTING), ("llava_next",)]
     vlms += [("llava_onevision",)]
     cases = [case(3, SHARD_ALL, *own, sizes={"family": family}) for family, *own in towers]
     cases += [conversations(3, SHARD_ALL, *own, sizes=FAMILY | {"family": family}) for family, *own in vlms]

@@ -6,6 +6,7 @@ import pytest
 
 from r1p_dist.kinds.llava import token_losses
 from r1p_dist.planner.memory import checkpoint_bytes, training_memory
+from r1p_dist.planner.trace import Trace
 from tests.planner.measured import measure_memory
 from tests.planner.test_collectives import CHECKPOINTING, NO_PREFETCH, SHARD_ALL, describe
 
@@ -23,6 +24,7 @@ LLAVA_SIZES = {
     "text": {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_key_value_heads": 8},
     "tokens": (128, 16),
 }
+PACKED_SIZES = LLAVA_SIZES | {"tokens": (256, 16), "mean_tokens": 176}
 campaign = partial(pytest.param, marks=pytest.mark.campaign)
 LLAVA = ["backbone.kind=llava", "backbone.feature_cache_gb=0"]
 
@@ -33,6 +35,21 @@ def test_logits_are_planned_by_chunks(monkeypatch) -> None:
     monkeypatch.setattr(token_losses, "CHUNK_LOGITS", 6 * vocabulary)
     shape, _, _ = describe(sizes, [*LLAVA, f"train.global_batch_size={samples}"], 1)
     assert shape.trace.peak < samples * answers * vocabulary * 4 / 2
+
+
+@pytest.mark.parametrize("checkpointing", [[], [CHECKPOINTING]])
+def test_a_packed_row_costs_what_its_conversations_cost_by_themselves(checkpointing: list[str]) -> None:
+    def traced(samples: int, overrides: list[str], **sizes) -> Trace:
+        own = [*LLAVA, *checkpointing, f"train.global_batch_size={samples}", *overrides]
+        return describe({"text": LLAVA_SIZES["text"], **sizes}, own, 1)[0].trace
+
+    packed = traced(3, ["data.packing=true"], tokens=(90, 7), mean_tokens=60)
+    padded = traced(3, [], tokens=(90, 7))
+    alone = [traced(1, [], tokens=(tokens, 7)) for tokens in (90, 45, 45)]
+    for kind in ("forward_flops", "backward_flops"):
+        expected = sum(getattr(trace, kind) for trace in alone)
+        assert getattr(packed, kind) == expected < 0.75 * getattr(padded, kind)
+    assert packed.peak < 0.8 * padded.peak
 
 
 def test_what_steady_knows_of_past_inputs_is_counted_once_for_each() -> None:
@@ -57,6 +74,7 @@ def test_what_steady_knows_of_past_inputs_is_counted_once_for_each() -> None:
             [
                 (SIZES, 16, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL]),
                 (LLAVA_SIZES, 2, ["deepspeed.config=zero3", NO_PREFETCH, SHARD_ALL, CHECKPOINTING, *LLAVA]),
+                (PACKED_SIZES, 4, ["deepspeed.config=zero2", "data.packing=true", *LLAVA]),
             ],
         ),
         campaign(1, [(SIZES, 4, ["deepspeed.config=zero2", "train.precision=bf16"])]),

@@ -77,7 +77,19 @@ def test_llava_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
         assert ("pictures not kept" in calls) == (setting["zero"] == 3)
 
 
-LLAVA = "backbone.kind=llava"
+def test_packed_conversations_are_planned(monkeypatch, tmp_path: Path, capsys) -> None:
+    words = ["--model", "tiny", "--gpus", "8", "--batch", "4", "--answer-tokens", "6", "--tokens", "150"]
+    own, times = ["backbone.kind=llava", "options.rank=6", "options.active=4", "data.packing=true"], {}
+    for mean in (None, "120"):
+        sizes = [] if mean is None else ["--mean-tokens", mean]
+        assert run(monkeypatch, *words, *sizes, "--json", str(tmp_path / "plan.json"), *own) == 0
+        times[mean] = json.loads((tmp_path / "plan.json").read_text())["flops_per_micro_step"]["plain"]
+    assert 0.7 < times["120"] / times[None] < 0.9
+    assert "4 conversations of 150 tokens, 120 in the mean and packed, 6 of them answers" in capsys.readouterr().out
+
+
+LLAVA, PACKING = "backbone.kind=llava", "data.packing=true"
+MEAN = ["--tokens", "300", "--mean-tokens"]
 
 
 @pytest.mark.parametrize(
@@ -99,6 +111,11 @@ LLAVA = "backbone.kind=llava"
         (["--picture-side", "0", LLAVA], "--picture-side 0: must be from 1"),
         (["--pictures", "9", LLAVA], "--pictures 9: key planned: its conversation has"),
         (["--tokens", "80", LLAVA], "--tokens 80: must be above"),
+        ([*MEAN, "200", LLAVA], "--mean-tokens 200: without packing all count as the longest"),
+        ([*MEAN, "200", "--batch", "1", LLAVA, PACKING], "--mean-tokens 200: of one conversation"),
+        ([*MEAN, "301", LLAVA, PACKING], "--mean-tokens 301: must be from 152"),
+        ([*MEAN, "151", LLAVA, PACKING], "--mean-tokens 151: must be from 152, for 1 pictures"),
+        (["--model", "gemma-3-4b", PACKING], "data.packing=true: the decoder of this gemma3 is a gemma3_text"),
         (["--model", "nowhere/llava", LLAVA], "--model nowhere/llava: no such folder; use one, or tiny, llava-1.5-7b"),
         (["--model", "llava-1.5-14b"], "open_clip has no such model; nearest: llava-1.5-13b"),
         (["--gpu-memory", "-1"], "--gpu-memory -1.0: must be a number of GB above zero"),

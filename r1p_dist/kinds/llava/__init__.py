@@ -17,6 +17,7 @@ KIND = Kind(
     notice="tiny_llava",
     sizes={
         "--tokens": (700, "VLMs: of the longest conversation, with those of its pictures (700)"),
+        "--mean-tokens": (None, "VLMs: of a conversation on average, with data.packing=true alone (as --tokens)"),
         "--answer-tokens": (64, "VLMs: of them, those of answers (64)"),
         "--pictures": (1, "VLMs: of each conversation (1)"),
         "--picture-side": (448, "VLMs: of a picture, a square, in pixels (448)"),

@@ -1,15 +1,15 @@
 """Vision-language models: their micro batch of conversations, their own forward, and what the loss exchanges."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
 from r1p_dist.backbones import LlavaBackbone
-from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.backbones.conversations import IGNORED, ConversationEncoder
 from r1p_dist.config import BackboneConfig, DataConfig, RunConfig
 from r1p_dist.data.samples import IMAGE_MARK, BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
@@ -28,7 +28,8 @@ class Conversations:
     """One rank's micro batch: conversations, and what each of them has.
 
     tokens: with those of its pictures, of the longest. answer_tokens: of them, the ones that carry loss. picture_side:
-    of a picture, a square, in pixels.
+    of a picture, a square, in pixels. mean_tokens: of all conversations, of a packed batch alone; None: all are as long
+    as the longest.
     """
 
     kind: ClassVar[str] = "llava"
@@ -38,14 +39,25 @@ class Conversations:
     tokens: int
     answer_tokens: int
     picture_side: int
+    mean_tokens: int | None = None
 
     @property
     def samples(self) -> int:
         return self.conversations
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation: the longest, and the others alike."""
+        others = self.conversations - 1
+        if self.mean_tokens is None or others == 0:
+            return self.conversations * [self.tokens]
+        share, rest = divmod(self.mean_tokens * self.conversations - self.tokens, others)
+        return [self.tokens] + [share + (number < rest) for number in range(others)]
+
     def __str__(self) -> str:
+        mean = "" if self.mean_tokens is None else f", {self.mean_tokens} in the mean and packed"
         return (
-            f"{self.conversations} conversations of {self.tokens} tokens, {self.answer_tokens} of them answers; "
+            f"{self.conversations} conversations of {self.tokens} tokens{mean}, {self.answer_tokens} of them answers; "
             f"pictures of {self.picture_side} x {self.picture_side} in each: {self.pictures}"
         )
 
@@ -77,7 +89,7 @@ def micro_batch(samples: int, sizes: Mapping[str, int | None]) -> Conversations:
     answers = check_size("--answer-tokens", sizes["--answer-tokens"], 1)
     pictures = check_size("--pictures", sizes["--pictures"], 0)
     side = check_size("--picture-side", sizes["--picture-side"], 1)
-    return Conversations(samples, pictures, sizes["--tokens"], answers, side)
+    return Conversations(samples, pictures, sizes["--tokens"], answers, side, sizes["--mean-tokens"])
 
 
 def describe(config: RunConfig, batch: Conversations, dtype: torch.dtype) -> ModelShape:
@@ -92,32 +104,37 @@ def build_llava(config: BackboneConfig) -> LlavaBackbone:
     return LlavaBackbone(build_on_meta(read_config(name)), read_processor(name))
 
 
-def make_conversations(name: str, backbone: LlavaBackbone, batch: Conversations) -> dict[str, torch.Tensor]:
-    """Returns a micro batch with content, as code of transformers looks into it: grids, masks, crops.
+def describe_pictures(
+    backbone: LlavaBackbone, data: DataConfig, pictures: int, side: int
+) -> tuple[ConversationEncoder, dict[str, Any], torch.Tensor]:
+    """Returns a model's encoder, its example of a conversation about square pictures, and their tokens in it, (s,).
 
-    The model's own processor makes what its pictures become; words stand behind them. All conversations but the first
-    are shorter by one, for those of unlike lengths have a mask. InputError: as `describe_llava`.
+    BadSampleError: more pictures than the model takes.
     """
-    longest = backbone.config.text_config.max_position_embeddings
-    picture = Image.new("RGB", (batch.picture_side, batch.picture_side))
-    turn = Turn("user", IMAGE_MARK * batch.pictures + "?")
-    encoder = backbone.encoder(DataConfig())
-    try:
-        example = encoder.evaluate(Sample("planned", (picture,) * batch.pictures, turns=(turn,)))
-    except BadSampleError as error:
-        raise InputError(f"--pictures {batch.pictures}: {error}") from error
+    encoder = backbone.encoder(data)
+    picture, turn = Image.new("RGB", (side, side)), Turn("user", IMAGE_MARK * pictures + "?")
+    example = encoder.evaluate(Sample("planned", (picture,) * pictures, turns=(turn,)))
     ids = example["input_ids"]
     places = (ids == backbone.config.image_token_id).nonzero().flatten().tolist()
-    seen = ids[places[0] : places[-1] + 1] if places else ids[:0]
-    if not len(seen) + batch.answer_tokens < batch.tokens <= longest:
-        raise InputError(
-            f"--tokens {batch.tokens}: must be above {len(seen) + batch.answer_tokens}, for {batch.pictures} pictures "
-            f"and --answer-tokens {batch.answer_tokens}, and at most the {longest} that {name} reads"
-        )
-    examples = []
-    for length in [batch.tokens] + (batch.conversations - 1) * [batch.tokens - 1]:
-        tokens = torch.cat([seen, ids[-1:].expand(length - len(seen))])
-        prompt_length = length - batch.answer_tokens
+    return encoder, example, ids[places[0] : places[-1] + 1] if places else ids[:0]
+
+
+def make_conversations(
+    encoder: ConversationEncoder,
+    example: dict[str, Any],
+    seen: torch.Tensor,
+    lengths: Sequence[int],
+    answer_tokens: int,
+) -> dict[str, torch.Tensor]:
+    """Returns a training batch of conversations of so many tokens, with content, as code of transformers looks into it:
+    grids, masks, crops.
+
+    What `describe_pictures` returns comes first in each; words stand behind it, the last of them the answer.
+    """
+    word, examples = example["input_ids"][-1:], []
+    for length in lengths:
+        tokens = torch.cat([seen, word.expand(length - len(seen))])
+        prompt_length = length - answer_tokens
         labels = torch.where(torch.arange(length) < prompt_length, IGNORED, tokens)
         examples.append(example | {"input_ids": tokens, "labels": labels, "prompt_length": prompt_length})
     made = encoder.collate(examples)
@@ -125,12 +142,41 @@ def make_conversations(name: str, backbone: LlavaBackbone, batch: Conversations)
     return made
 
 
+def _planned(config: RunConfig, backbone: LlavaBackbone, batch: Conversations) -> dict[str, torch.Tensor]:
+    """Returns a micro batch, packed where the run packs. InputError: as `describe_llava`."""
+    try:
+        encoder, example, seen = describe_pictures(backbone, config.data, batch.pictures, batch.picture_side)
+    except BadSampleError as error:
+        raise InputError(f"--pictures {batch.pictures}: {error}") from error
+    longest, lowest = backbone.config.text_config.max_position_embeddings, len(seen) + batch.answer_tokens
+    what = f"for {batch.pictures} pictures and --answer-tokens {batch.answer_tokens}"
+    if not lowest < batch.tokens <= longest:
+        raise InputError(
+            f"--tokens {batch.tokens}: must be above {lowest}, {what}, and at most the {longest} that "
+            f"{config.backbone.name} reads"
+        )
+    lengths = batch.lengths
+    if batch.mean_tokens is not None:
+        flag = f"--mean-tokens {batch.mean_tokens}"
+        if not config.data.packing:
+            raise InputError(f"{flag}: without packing all count as the longest; add data.packing=true or leave it out")
+        if batch.conversations == 1:
+            raise InputError(f"{flag}: of one conversation; use a --batch above 1 or leave it out")
+        if batch.mean_tokens > batch.tokens or min(lengths) <= lowest:
+            least = -(-(batch.tokens + (batch.conversations - 1) * (lowest + 1)) // batch.conversations)
+            raise InputError(f"{flag}: must be from {least}, {what}, to --tokens {batch.tokens}")
+    elif not config.data.packing:
+        # all but the first are shorter by one, for those of unlike lengths have a mask
+        lengths = [length - (number > 0) for number, length in enumerate(lengths)]
+    return make_conversations(encoder, example, seen, lengths, batch.answer_tokens)
+
+
 def describe_llava(config: RunConfig, backbone: LlavaBackbone, batch: Conversations, dtype: torch.dtype) -> ModelShape:
     """Returns the shape of a backbone on the meta device; it gets the method's adapters.
 
-    InputError: conversations too short for what they shall have, or too long for the model.
+    InputError: conversations too short for what they shall have, or too long for the model; packing that it cannot.
     """
-    example = backbone.prepare(make_conversations(config.backbone.name, backbone, batch))
+    example = backbone.prepare(_planned(config, backbone, batch))
     adapters = attach_adapters(config, backbone, dtype)
 
     def forward() -> list[torch.Tensor]:

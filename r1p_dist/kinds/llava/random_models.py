@@ -1,5 +1,6 @@
 """Configuration and processor of a shape, which has no files: its family's own classes, the shipped tokenizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -87,7 +88,12 @@ _IDS = {
 
 def shape_config(name: str) -> PreTrainedConfig:
     """Returns the configuration of one of SHAPES."""
-    given = dict(SHAPES[name])
+    return make_config(SHAPES[name])
+
+
+def make_config(sizes: Mapping[str, Any]) -> PreTrainedConfig:
+    """Returns the configuration of a model of some sizes, given as in SHAPES."""
+    given = dict(sizes)
     family = given.pop("model_type")
     tokens, tokenizer = _TOKENS.get(family, _LLAVA), _tokenizer(family)
     config = AutoConfig.for_model(family, **{"tie_word_embeddings": False} | given)
@@ -99,8 +105,12 @@ def shape_config(name: str) -> PreTrainedConfig:
 
 
 def shape_processor(name: str) -> ProcessorMixin:
-    """Returns a processor for one of SHAPES. ImportError: a library that the family's own needs is missing."""
-    config = shape_config(name)
+    """Returns a processor for one of SHAPES. ImportError: as `make_processor`."""
+    return make_processor(shape_config(name))
+
+
+def make_processor(config: PreTrainedConfig) -> ProcessorMixin:
+    """Returns a processor for a model. ImportError: a library that the family's own needs is missing."""
     family, vision = config.model_type, config.vision_config
     tokenizer = _tokenizer(family)
     template = (ASSETS / "tiny_llava" / "chat_template.jinja").read_text(encoding="utf-8")

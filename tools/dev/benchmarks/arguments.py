@@ -21,7 +21,11 @@ def _step(parser: argparse.ArgumentParser) -> None:
 
 
 def _llava(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="small_llava", help="tiny_llava, small_llava, llava-1.5-7b (random weights)")
+    parser.add_argument(
+        "--model",
+        default="small_llava",
+        help="llava-1.5-7b, or small_ or tiny_ with llava, qwen2_vl, qwen2_5_vl, qwen3_vl or internvl (random weights)",
+    )
     parser.add_argument("--batch", type=int, default=4, help="conversations of a step")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=TYPES, default="float32")

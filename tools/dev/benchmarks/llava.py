@@ -1,4 +1,4 @@
-"""Tokens per second and memory of a LLaVA's training step, packed and not, against PEFT's LoRA on the same model.
+"""Tokens per second and memory of a vision-language model's step, packed and not, against PEFT's LoRA on the same one.
 
 packed    a pool of experts on the decoder and the projector, with data.packing: votes, forward, backward, AdamW
 padded    the same without packing
@@ -10,7 +10,8 @@ peft padded
 All train on the same conversations of unlike length, each about one picture, one answer in each, and have the same loss
 before the first step. Tokens are those of conversations, without padding. A ratio is the median of the rounds' ratios.
 Memory is the most that tensors take in a step beside weights, moments and batch: of every tensor that an operation
-makes, counted, on any device; what a kernel takes for itself is not in it.
+makes, counted, on any device; what a kernel takes for itself is not in it. --model names the family, as in
+small_qwen2_5_vl; published sizes are scaled down.
 """
 
 import argparse
@@ -83,7 +84,8 @@ def peak_bytes(variant: Variant) -> int:
 
 class Padded(Step):
     def conversations(self, count: int, generator: torch.Generator) -> dict[str, Any]:
-        return unlike(conversations(self.backbone, self.arguments.model, count, generator))
+        batch = conversations(self.backbone, self.arguments.model, count, generator)
+        return unlike(batch, self.backbone.config.image_token_id)
 
 
 class Packed(Padded):
@@ -102,31 +104,41 @@ class PaddedPeft(Peft):
         return model
 
     def conversations(self, count: int, generator: torch.Generator) -> dict[str, Any]:
-        return unlike(conversations(self.backbone, self.arguments.model, count, generator))
+        batch = conversations(self.backbone, self.arguments.model, count, generator)
+        return unlike(batch, self.backbone.config.image_token_id)
 
     def loss(self, batch: dict[str, Any], end_to_end: bool) -> torch.Tensor:
-        names = ("input_ids", "attention_mask", "pixel_values", "labels")
-        return self.model(**self.given(batch, names), use_cache=False).loss
+        return self.model(**self.given(batch), use_cache=False).loss
 
-    def given(self, batch: dict[str, Any], names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        return {name: batch[name] for name in names} | {"pixel_values": batch["pixel_values"].to(self.dtype)}
+    def given(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        own = self.backbone.family.arguments(batch, batch["layout"].per_sample)
+        own["pixel_values"] = own["pixel_values"].to(self.dtype)
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")} | own
 
 
 class PackedPeft(PaddedPeft):
     def conversations(self, count: int, generator: torch.Generator) -> dict[str, Any]:
         return super().conversations(count, generator) | {"is_packed": True}
 
-    def loss(self, batch: dict[str, Any], end_to_end: bool) -> torch.Tensor:
+    def given(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        given = super().given(batch)
         # without a mask, transformers finds the conversations by their positions
-        names = ("input_ids", "position_ids", "pixel_values", "labels")
-        return self.model(**self.given(batch, names), use_cache=False).loss
+        del given["attention_mask"]
+        positions = batch["position_ids"]
+        if positions.ndim == 3:  # in time, rows and columns; transformers looks for those of the text before them
+            in_order = [torch.arange(length, device=self.device) for length in batch["lengths"]]
+            positions = torch.cat([torch.cat(in_order).expand(1, 1, -1), positions])
+        return given | {"position_ids": positions}
 
 
-def unlike(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns conversations of equal length cut to unlike ones: the last has all its prompt, the first a third."""
+def unlike(batch: dict[str, torch.Tensor], image_token: int) -> dict[str, torch.Tensor]:
+    """Returns conversations of equal length cut to unlike ones: the last has all its prompt, the first a third.
+
+    image_token: what stands for a picture, which comes first.
+    """
     ids, labels, mask, prompts = (batch[name] for name in ("input_ids", "labels", "attention_mask", "prompt_length"))
     count, tokens = ids.shape
-    seen = int((ids[0] == ids[0, 0]).sum())  # of the picture, which comes first
+    seen = int((ids[0] == image_token).nonzero().max()) + 1
     rows = {"input_ids": [], "labels": [], "attention_mask": []}
     lengths = []
     for number, prompt in enumerate(prompts.tolist()):

@@ -37,8 +37,9 @@ def _llava(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         for name in result["memory_mb"]:
             ratios = [result[key].get(f"{name}/packed", 1.0) for key in ("time", "memory")]
-            rows.append([result["dtype"], name, *map(_number, ratios), _number(result["memory_mb"][name])])
-    return _markdown(["dtype", "step", "time / packed", "memory / packed", "MB"], rows)
+            head = [result["model"], result["dtype"], name]
+            rows.append([*head, *map(_number, ratios), _number(result["memory_mb"][name])])
+    return _markdown(["model", "dtype", "step", "time / packed", "memory / packed", "MB"], rows)
 
 
 def _precision(results: Sequence[dict[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from benchmarks.models import CLASSES, Weights, build, conversations, fill, firs
 from r1p_dist.backbones import ClipBackbone, LlavaBackbone
 from r1p_dist.config import TrainConfig
 from r1p_dist.errors import InputError
+from r1p_dist.kinds import kind_of
 from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.losses import contrastive_loss
@@ -167,10 +168,9 @@ class Peft(Variant):
         else:
             adapted = self.transformers_model(self.weights)
             self.model = self.backbone if adapted is self.backbone.model else adapted
-            targets = (
-                r".*(language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-                r"|multi_modal_projector\.(linear_1|linear_2))"
-            )
+            kind = kind_of(self.backbone.kind)
+            linears = {slot.linear for slot in self.backbone.slots(kind.default_towers, kind.layers)}
+            targets = [name for name, module in self.backbone.model.named_modules() if module in linears]
         config = peft.LoraConfig(
             r=RANK, lora_alpha=ALPHA, lora_dropout=self.arguments.dropout, target_modules=targets, bias="none"
         )
