@@ -16,4 +16,4 @@ class Joint(LowRankMethod):
     tiny = {"rank": 4}
 
     def stages(self, stream: Stream) -> list[Stage]:
-        return [joint_stage(super().stages(stream), stream)]
+        return [joint_stage("joint", super().stages(stream), stream)]

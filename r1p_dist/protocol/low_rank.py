@@ -71,9 +71,9 @@ class SingleTaskMethod(LowRankMethod):
 
     def stages(self, stream: Stream) -> list[Stage]:
         stages = super().stages(stream)
-        return [joint_stage(stages, stream)] if self.options.together else stages
+        return [joint_stage("together", stages, stream)] if self.options.together else stages
 
 
-def joint_stage(stages: Sequence[Stage], stream: Stream) -> Stage:
+def joint_stage(name: str, stages: Sequence[Stage], stream: Stream) -> Stage:
     """Returns one stage of all tasks, with as many iterations as these stages have."""
-    return Stage("joint", stream.tasks, sum(stage.iterations for stage in stages))
+    return Stage(name, stream.tasks, sum(stage.iterations for stage in stages))

@@ -20,4 +20,4 @@ def test_together_all_tasks_are_one_of_as_many_iterations(name: str) -> None:
         return [(stage.name, stage.tasks, stage.iterations) for stage in method.stages(SimpleNamespace(tasks=TASKS))]
 
     assert stages() == [("flags", TASKS[:1], 3), ("cards", TASKS[1:], 4)]
-    assert stages("options.together=true") == [("joint", TASKS, 7)]
+    assert stages("options.together=true") == [("together", TASKS, 7)]
