@@ -312,7 +312,31 @@ def test_malformed_settings_are_refused(bench: Bench, capsys: pytest.CaptureFixt
 
 def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
     expected = {
-        "mini_mtil": ["zero_shot", "lora", "lora_restart", "joint", "dac", "steady"],
+        "mini_mtil": [
+            "zero_shot",
+            "lora",
+            "lora_restart",
+            "joint",
+            "dac",
+            "steady",
+            "loda",
+            "inf_lora",
+            "o_lora",
+            "n_lora",
+            "sd_lora",
+            "slao",
+            "c_lora",
+            "codyra",
+            "nusa_cl",
+            "moe_adapters",
+            "er",
+            "ewc",
+            "full",
+            "lwf",
+            "wise_ft",
+            "so_ra",
+            "xgb_lora",
+        ],
         "mini_instruct": [
             "zero_shot",
             "blind",
