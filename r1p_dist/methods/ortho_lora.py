@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from r1p_dist.config import Count
-from r1p_dist.protocol import DataRequest, LowRankMethod, LowRankOptions, Stage, Trainer
+from r1p_dist.protocol import DataRequest, LowRankMethod, LowRankOptions, Stage, Trainer, joint_stage
 
 if TYPE_CHECKING:
     from r1p_dist.backbones.backbone import Batch
@@ -41,8 +42,9 @@ class OrthoLora(LowRankMethod):
     def stages(self, stream: Stream) -> list[Stage]:
         self._stages = super().stages(stream)
         if self.options.together:
-            iterations = sum(stage.iterations for stage in self._stages) // len(stream.tasks)
-            self._stages = [Stage("together", stream.tasks, max(1, iterations))]
+            whole = joint_stage("together", self._stages, stream)
+            # a step has a batch of every task
+            self._stages = [replace(whole, iterations=max(1, whole.iterations // len(stream.tasks)))]
         return self._stages
 
     def further_data(self, stage: Stage, past: Sequence[Task]) -> dict[str, DataRequest]:
