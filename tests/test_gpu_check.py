@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,13 +42,13 @@ def test_the_cpu_form_passes_every_part_but_the_recipes(tool: ModuleType, tmp_pa
     monkeypatch.setattr(importlib.import_module("gpu_check_parts.case"), "start", start_forked)
     file = tmp_path / "check.json"
     # minutes: an upper limit, for machines that do much else; b: `make smoke` trains the recipes
-    words = f"--device cpu --quick --parts a,c,d,e --minutes 30 --folder {tmp_path / 'runs'} --json {file}"
+    words = f"--device cpu --quick --parts a,c,d,e,f --minutes 30 --folder {tmp_path / 'runs'} --json {file}"
     code = tool.main(words.split())
     out = capsys.readouterr().out
     assert code == 0, out
     result = json.loads(file.read_text())
     found = {entry["name"]: entry for part in result["parts"].values() for entry in part["results"]}
-    assert [part["outcome"] for part in result["parts"].values()].count("PASS") == 4, out
+    assert [part["outcome"] for part in result["parts"].values()].count("PASS") == 5, out
     assert found["zero3"]["different_votes"] == 0 and found["zero3"]["update"] <= 1e-3
     assert found["resume bit for bit"]["equal_tasks"] == 2
     assert found["mini_mtil_dac"] == {"name": "mini_mtil_dac", "outcome": "pass", "steps": 2, "waits": {}}
@@ -120,7 +120,7 @@ def test_a_case_that_fails_or_hangs_keeps_what_it_found_and_ends_nothing_else(
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ("--parts a,x --device cpu", "--parts a,x: no part 'x'; there are a, b, c, d, e"),
+        ("--parts a,x --device cpu", "--parts a,x: no part 'x'; there are a, b, c, d, e, f"),
         ("--minutes 0 --device cpu", "--minutes 0.0: must be above zero"),
     ],
 )
@@ -134,7 +134,7 @@ def test_what_no_longer_fits_is_skipped(tool: ModuleType, tmp_path: Path, capsys
     assert tool.main(f"--parts c --minutes 0.1 --folder {tmp_path / 'runs'} --json {tmp_path / 'c.json'}".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("c steps        SKIPPED")
-    assert len(lines) == 2 + 6 and all("s left of this part" in line for line in lines[2:])
+    assert len(lines) == 2 + 10 and all("s left of this part" in line for line in lines[2:])
     assert json.loads((tmp_path / "c.json").read_text())["parts"]["c"]["outcome"] == "SKIPPED"
 
 
@@ -147,7 +147,14 @@ def test_the_peak_of_a_card_is_known_by_its_name(tool: ModuleType, card: str, pe
 
 
 def test_results_of_a_card_become_tables(tool: ModuleType, tmp_path: Path) -> None:
-    speed = {"name": "M, 8", "outcome": "figure", "rounds": 5, "step/limit": 1.25, "peft/step": 1.5}
+    speed = {
+        "name": "M, 8",
+        "outcome": "figure",
+        "rounds": 5,
+        "step/limit": 1.25,
+        "peft/step": 1.5,
+        "steady/step": 1.02,
+    }
     speed |= {"samples_per_second": {"limit": 100.0, "step": 80.0}, "utilisation": {"limit": 0.5, "step": 0.4}}
     memory = {
         "name": "M, 8: memory",
@@ -165,8 +172,9 @@ def test_results_of_a_card_become_tables(tool: ModuleType, tmp_path: Path) -> No
     table = importlib.import_module("benchmarks.table")
     parts, steps = table.run(type("Arguments", (), {"folder": tmp_path})).split("\n\n")
     assert parts.splitlines()[2] == "| Some card | steps | PASS | 0 | 0 | 1 |"
-    assert steps.splitlines()[0].count("|") == steps.splitlines()[2].count("|") == 11
-    assert steps.splitlines()[2] == "| Some card | M, 8 | 80.0 | 0.400 | 10.5 | 1.250 | 1.100 | 1.500 | 1.050 | 1.000 |"
+    assert steps.splitlines()[0].count("|") == steps.splitlines()[2].count("|") == 12
+    row = "| Some card | M, 8 | 80.0 | 0.400 | 10.5 | 1.250 | 1.100 | 1.020 | 1.500 | 1.050 | 1.000 |"
+    assert steps.splitlines()[2] == row
 
 
 def test_what_peft_or_the_compiler_fails_at_takes_no_other_figure_along(
@@ -188,9 +196,11 @@ def test_what_peft_or_the_compiler_fails_at_takes_no_other_figure_along(
 
 def test_aims_are_said_beside_the_figures(tool: ModuleType) -> None:
     aims = importlib.import_module("gpu_check_parts.steps")._aims
-    assert aims("ViT-L-14", 64, {"step/limit": 1.2, "peft/step": 1.4}) == {
+    assert aims(SimpleNamespace(model="ViT-L-14", batch=64), {"step/limit": 1.2, "peft/step": 1.4}) == {
         "aim step/limit": "<= 1.1: missed",
         "aim peft/step": ">= 1.3: met",
     }
-    assert aims("ViT-B-16", 32, {"compiled/limit": 1.2}) == {"aim compiled/limit": "<= 1.3: met"}
-    assert aims("tiny", 2, {"step/limit": 2.0}) == {}
+    assert aims(SimpleNamespace(model="ViT-B-16", batch=32), {"compiled/limit": 1.2}) == {
+        "aim compiled/limit": "<= 1.3: met"
+    }
+    assert aims(SimpleNamespace(model="tiny", batch=2), {"step/limit": 2.0}) == {}

@@ -10,6 +10,7 @@ b  recipes: mini_mtil_smoke and mini_instruct_smoke through the launcher beat ze
 c  steps: ViT-B/16, ViT-L/14, ViT-bigG/14 and LLaVA-1.5-7B, random weights, bf16, against the frozen model and PEFT
 d  dry run: memory of rank 0 of 64, of ViT-bigG/14 and LLaVA-1.5-7B, against the planner's prediction
 e  host waits: a training step never makes the host wait for the card
+f  methods: the losses of every shipped method over two tasks equal those of the CPU
 
 Every case runs in a process of its own, so one that fails, hangs or runs out of memory does not end the rest. The time
 is shared among the parts; what no longer fits is skipped. A speed never fails the check: what to aim for on an H100 is
@@ -20,7 +21,7 @@ A machine without a network needs this checkout, torch with its CUDA libraries, 
 as wheels what tools/gpu_check_wheels.txt lists (7 MB) and tells how to get. Carry them along, and there
 
     python -m pip install --no-index --no-deps --target site wheels/*.whl
-    PYTHONPATH=site python tools/gpu_check.py --json card.json
+    PYTHONPATH=.:site python tools/gpu_check.py --json card.json
 """
 
 import argparse
@@ -51,7 +52,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=head, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (8)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order (a,b,c,d,e)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order (a,b,c,d,e,f)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(cuda)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few steps: tries the check itself")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")

@@ -111,8 +111,7 @@ def one_of_two(report: Report, stages: Sequence[int]) -> None:
 
 def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
     """Trains, in fp32 without TF32; returns the folder of the run."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
+    strict_fp32()
     own = [f"stream={folder / 'stream' / 'stream.yaml'}", f"run_dir={folder / name}", f"train.iterations={STEPS}"]
     run(load_config("mini_mtil_dac", [*SETTINGS.split(), *own, *settings]))
     return folder / name
@@ -120,7 +119,7 @@ def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
 
 def _compare(report: Report, name: str) -> None:
     ours, theirs = report.folder / name, report.folder / "reference"
-    loss = max(abs(a - b) / abs(b) for a, b in zip(_losses(ours), _losses(theirs), strict=True))
+    loss = max(abs(a - b) / abs(b) for a, b in zip(losses_of(ours), losses_of(theirs), strict=True))
     votes = _different_votes(ours, theirs)
     update = 0.0
     for merged, expected in zip(_merged(ours), _merged(theirs), strict=True):
@@ -131,7 +130,14 @@ def _compare(report: Report, name: str) -> None:
     report.check(name, passed, loss=loss, update=update, different_votes=votes)
 
 
-def _losses(run_dir: Path) -> list[float]:
+def strict_fp32() -> None:
+    """Keeps TF32 out of the products of fp32 tensors."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """Returns the logged losses of a run, in order."""
     return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 

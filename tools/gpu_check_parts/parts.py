@@ -4,15 +4,16 @@ from typing import Any
 
 from gpu_check_parts.case import Case
 
-TITLES = {"a": "correctness", "b": "recipes", "c": "steps", "d": "dry run", "e": "host waits"}
+TITLES = {"a": "correctness", "b": "recipes", "c": "steps", "d": "dry run", "e": "host waits", "f": "methods"}
 PARTS = tuple(TITLES)
-SHARES = {"a": 0.26, "b": 0.17, "c": 0.37, "d": 0.14, "e": 0.06}  # of the time
+SHARES = {"a": 0.21, "b": 0.13, "c": 0.33, "d": 0.11, "e": 0.05, "f": 0.17}  # of the time
 SMOKE_RECIPES = ("mini_mtil_smoke", "mini_instruct_smoke")
 
 
 def cases(part: str, quick: bool) -> list[Case]:
     """Returns the cases of a part; quick: few and small ones."""
-    return {"a": _correctness, "b": _recipes, "c": _steps, "d": _dry_run, "e": _host_waits}[part](quick)
+    makers = {"a": _correctness, "b": _recipes, "c": _steps, "d": _dry_run, "e": _host_waits, "f": _methods}
+    return makers[part](quick)
 
 
 def _correctness(quick: bool) -> list[Case]:
@@ -47,10 +48,19 @@ def _steps(quick: bool) -> list[Case]:
         {"name": "llava-1.5-7b", "batch": 8},
         {"name": "ViT-bigG-14", "batch": 16, "checkpointing": True},
         {"name": "ViT-B-16", "batch": 32, "dropout": 0.2},  # the paper's own settings
+        {"name": "ViT-B-16", "batch": 256, "compiled": True},
+        {"name": "ViT-B-16", "batch": 32, "compiled": True},
+        {"name": "ViT-L-14", "batch": 64, "compiled": True},
+        {"name": "llava-1.5-7b", "batch": 8, "compiled": True},
     ]
     needs_s = {"llava-1.5-7b": 50.0, "ViT-bigG-14": 40.0}  # loading alone takes so long, and a few steps
     return [
-        Case("-".join(map(str, o.values())), "gpu_check_parts.steps:model", o, needs_s.get(o["name"], 20.0))
+        Case(
+            "-".join(str(key if value is True else value) for key, value in o.items()),
+            "gpu_check_parts.steps:model",
+            o,
+            needs_s.get(o["name"], 20.0),
+        )
         for o in options
     ]
 
@@ -76,4 +86,15 @@ def _host_waits(quick: bool) -> list[Case]:
     return [
         Case(f"waits-{options['recipe']}", "gpu_check_parts.host_waits:steps", options)
         for options in ([clip] if quick else [clip, llava])
+    ]
+
+
+def _methods(quick: bool) -> list[Case]:
+    function = "gpu_check_parts.methods:on_the_card"
+    settings = [{"precision": "fp32", "config": "zero3"}]
+    if not quick:
+        settings += [{"precision": "fp32", "config": "zero0"}, {"precision": "bf16", "config": "zero2"}]
+    return [
+        Case("methods-reference", "gpu_check_parts.methods:reference", on_cpu=True),
+        *(Case(f"methods-{'-'.join(options.values())}", function, options) for options in settings),
     ]

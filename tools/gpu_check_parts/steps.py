@@ -8,6 +8,7 @@ of the frozen model without recomputation, for every variant, over the card's de
 import argparse
 import gc
 import re
+import time
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -32,7 +33,7 @@ AIMS = {
     ("ViT-bigG-14", 16): {"step/limit": 1.05},
     ("llava-1.5-7b", 8): {"step/limit": 1.05},
 }
-AIMS_OF_ALL = {"peft/step": 1.3, "memory step/limit": 1.1}
+AIMS_OF_ALL = {"peft/step": 1.3, "memory step/limit": 1.1, "steady/step": 1.05}
 ROUNDS = 15
 FLOP_SAMPLES = 2
 
@@ -43,10 +44,16 @@ def tiny(report: Report) -> None:
     model(report, TINY_LLAVA, 2, checkpointing=True)
 
 
-def model(report: Report, name: str, batch: int, checkpointing: bool = False, dropout: float = 0.0) -> None:
-    """Measures one model; with activation checkpointing where it does not fit on the card without."""
+def model(
+    report: Report, name: str, batch: int, checkpointing: bool = False, dropout: float = 0.0, compiled: bool = False
+) -> None:
+    """Measures one model; with activation checkpointing where it does not fit on the card without.
+
+    compiled: train.compile=true against the frozen model, and nothing else.
+    """
+    measure = _measure_compiled if compiled else _measure
     try:
-        _measure(report, name, batch, checkpointing, dropout)
+        measure(report, *_model(report, name, batch, checkpointing, dropout))
         return
     except torch.OutOfMemoryError as error:
         if checkpointing:
@@ -54,11 +61,13 @@ def model(report: Report, name: str, batch: int, checkpointing: bool = False, dr
         report.figures(f"{name}, {batch}: out of memory", error=str(error).partition(".")[0])
     gc.collect()  # modules and their hooks hold one another
     torch.cuda.empty_cache()
-    _measure(report, name, batch, True, dropout)
+    measure(report, *_model(report, name, batch, True, dropout))
 
 
-def _measure(report: Report, name: str, batch: int, checkpointing: bool, dropout: float) -> None:
-    """Measures first what matters most, so that a case that is stopped has it."""
+def _model(
+    report: Report, name: str, batch: int, checkpointing: bool, dropout: float
+) -> tuple[str, argparse.Namespace]:
+    """Returns what the results are called and the benchmarks' arguments."""
     arguments = argparse.Namespace(
         model=name,
         batch=batch,
@@ -69,29 +78,44 @@ def _measure(report: Report, name: str, batch: int, checkpointing: bool, dropout
         checkpointing=checkpointing,
     )
     title = f"{name}, {batch}" + (", checkpointing" if checkpointing else "") + (f", dropout {dropout}" * bool(dropout))
+    return title, arguments
+
+
+def _measure(report: Report, title: str, arguments: argparse.Namespace) -> None:
+    """Measures first what matters most, so that a case that is stopped has it."""
     variants = make_variants(["limit", "step"], arguments)
-    flops = batch / FLOP_SAMPLES * _model_flops(variants["limit"])
-    if checkpointing:
+    flops = _model_flops(variants["limit"])
+    if arguments.checkpointing:
         for variant in variants.values():
             variant.checkpoint_blocks()
+    others = ["peft"] * _has_peft() + ["steady"] * variants["limit"].is_clip
+    for other in others:
+        if (variant := _other(report, title, other, variants["limit"])) is not None:
+            variants[other] = variant
     if not _has_peft():
         report.skip(f"{title}: peft", "PEFT is not installed")
-    elif (peft := _other(report, title, "peft", variants["limit"])) is not None:
-        variants["peft"] = peft
     rounds = 1 if report.quick else ROUNDS
     speed = _speed(report, variants, flops, rounds)
-    report.figures(title, **speed, **_aims(name, batch, speed))
+    report.figures(title, **speed, **_aims(arguments, speed))
     if report.device != "cpu":  # there it takes a process for each
         memory = {key: peak_memory(arguments, variant, key, "same_work") for key, variant in variants.items()}
         figures = {"memory step/limit": round(memory["step"] / memory["limit"], 3)}
         gb = {key: round(value / 1e9, 2) for key, value in memory.items()}
-        report.figures(f"{title}: memory", **figures, gb=gb, **_aims(name, batch, figures))
-    if report.quick:
-        report.skip(f"{title}: compiled", "--quick")
-    elif (compiled := _other(report, title, "compiled", variants["limit"])) is not None:
-        speed = _speed(report, {"limit": variants["limit"], "compiled": compiled}, flops, rounds)
-        report.figures(f"{title}: compiled", **speed, **_aims(name, batch, speed))
+        report.figures(f"{title}: memory", **figures, gb=gb, **_aims(arguments, figures))
     _forward(report, title, variants["limit"], variants["step"], rounds)
+
+
+def _measure_compiled(report: Report, title: str, arguments: argparse.Namespace) -> None:
+    """Measures what compiling gains; it alone takes longer than the rest of a model."""
+    limit = make_variants(["limit"], arguments)["limit"]
+    flops = _model_flops(limit)
+    if arguments.checkpointing:
+        limit.checkpoint_blocks()
+    started = time.monotonic()
+    if (compiled := _other(report, title, "compiled", limit)) is not None:
+        first_s = round(time.monotonic() - started, 1)
+        speed = _speed(report, {"limit": limit, "compiled": compiled}, flops, ROUNDS)
+        report.figures(f"{title}: compiled", first_step_s=first_s, **speed, **_aims(arguments, speed))
 
 
 def _other(report: Report, title: str, name: str, limit: Variant) -> Variant | None:
@@ -143,9 +167,9 @@ def _forward(report: Report, title: str, plain: Variant, ours: Variant, rounds: 
 
 
 def _model_flops(limit: Variant) -> int:
-    """Returns the operations of forward and backward of the frozen model on FLOP_SAMPLES samples."""
+    """Returns the operations of forward and backward of the frozen model on its batch, counted on FLOP_SAMPLES."""
     batch = limit.make_batch(FLOP_SAMPLES)
-    return count_flops(lambda: limit.loss(batch, end_to_end=False).backward())
+    return limit.arguments.batch // FLOP_SAMPLES * count_flops(lambda: limit.loss(batch, end_to_end=False).backward())
 
 
 def peak_flops(device: str) -> float | None:
@@ -161,9 +185,9 @@ def known_peak(card: str) -> float | None:
     return next((ACCELERATORS[word].bf16 for word in words if word in ACCELERATORS), None)
 
 
-def _aims(name: str, batch: int, figures: dict[str, Any]) -> dict[str, str]:
+def _aims(arguments: argparse.Namespace, figures: dict[str, Any]) -> dict[str, str]:
     """Returns for each figure that has an aim whether it is met; a compiled step has the aim of an eager one."""
-    aims = {**AIMS.get((name, batch), {}), **AIMS_OF_ALL}
+    aims = {**AIMS.get((arguments.model, arguments.batch), {}), **AIMS_OF_ALL}
     if "step/limit" in aims:
         aims["compiled/limit"] = aims["step/limit"]
     said = {}

@@ -122,7 +122,7 @@ RATIOS = ("step/limit", "peft/step", "flops step/limit", "memory step/limit")
 TASK_COLUMNS = ("step", "switch_s", "stored_mb", "tensors_mb", "resident_mb")
 CHECKPOINT_COLUMNS = ("step with a save / step", "take / step", "bytes_per_number")
 DATA_COLUMNS = ("decode", "decode and transform")
-GPU_COLUMNS = "samples/s utilisation GB step/limit compiled/limit peft/step".split() + [
+GPU_COLUMNS = "samples/s utilisation GB step/limit compiled/limit steady/step peft/step".split() + [
     "memory step/limit",
     "merged/plain",
 ]

@@ -21,6 +21,7 @@ from r1p_dist.kinds.open_clip.backbone import build_on_meta
 from r1p_dist.kinds.open_clip.weights import model_source
 from r1p_dist.losses import contrastive_loss
 from r1p_dist.methods import make_method
+from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
 from r1p_dist.optimizer import make_optimizer
 from r1p_dist.recipes import load_config
@@ -145,10 +146,14 @@ class Steady(Step):
         known: dict[int, Whitening] = {}
         for adapter in self.method.adapters:
             if adapter.in_features not in known:
-                moment = torch.eye(adapter.in_features, device=self.device)
-                known[adapter.in_features] = Whitening.of(moment, 0.01)
+                known[adapter.in_features] = Whitening.of(self._moment(adapter.in_features), 0.01)
             adapter.whitening = known[adapter.in_features]
             adapter.scale = 1.0
+
+    def _moment(self, width: int) -> torch.Tensor | Sketch:
+        """Returns one of the form that the method keeps for inputs of that width."""
+        whole, options = torch.eye(width, device=self.device), self.method.options
+        return whole if width <= options.sketch_above else Sketch(whole[:, : options.sketch], whole.new_tensor(0.1))
 
 
 class Peft(Variant):
