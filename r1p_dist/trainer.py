@@ -18,6 +18,7 @@ from r1p_dist.interrupts import StepAgreement
 from r1p_dist.optimizer_state import part_of, set_adam_steps
 from r1p_dist.protocol import Method, Watcher
 from r1p_dist.protocol.trainer import Need
+from r1p_dist.protocol.watchers import random_projection
 from r1p_dist.step_meter import StepMeter
 
 
@@ -179,13 +180,8 @@ class TaskTrainer:
         """Runs the model on one micro batch; returns the gradients of its loss without penalties where asked for."""
         backbone, module = self._method.backbone, self._model.engine.module
         if need == "sensitivity":
-            # the same direction for all samples, whichever rank they are on: none depends on another
-            generator = torch.Generator().manual_seed(number)
-            outputs = backbone.outputs(module, batch)
-            directions = [torch.randn(value.shape[-1], generator=generator) for value in outputs]
-            pairs = zip(outputs, directions, strict=True)
-            probe = torch.stack([(value.float() @ direction.to(value.device)).sum() for value, direction in pairs])
-            torch.autograd.grad(probe.sum(), list(self._parameters.values()), allow_unused=True)
+            probe = random_projection(backbone.outputs(module, batch), number)
+            torch.autograd.grad(probe, list(self._parameters.values()), allow_unused=True)
             _release_weights(self._model.engine)
             return None
         with torch.set_grad_enabled(need == "gradients"):

@@ -1,4 +1,4 @@
-"""Measures the moments of the layers' inputs: of pairs of a picture and a text, or of a stream's training samples."""
+"""Measures the moments of layers: on pairs of a picture and a text, or on a stream's training samples."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -18,6 +18,7 @@ from r1p_dist.kinds import kind_of
 from r1p_dist.methods import make_method
 from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
+from r1p_dist.protocol.watchers import random_projection
 
 _BATCH = 64
 
@@ -34,13 +35,14 @@ def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: i
     backbone, inputs = _watched(config)
     encoder = backbone.encoder(config.data)
     share, seen = -(-count // len(shards)), 0
-    with torch.no_grad(), inputs.watch():
+    with inputs.watch():
         for shard in shards:
             pairs = islice(_pairs(shard), min(share, count - seen))
             while batch := list(islice(pairs, _BATCH)):
                 images = encoder.collate([encoder.evaluate(sample) for sample, _ in batch])["image"]
-                backbone(image=images.to(backbone.device))
-                backbone(tokens=backbone.tokenize([text for _, text in batch]))
+                image, _ = backbone(image=images.to(backbone.device))
+                _, text = backbone(tokens=backbone.tokenize([text for _, text in batch]))
+                _look(backbone, [image, text], seen)
                 seen += len(batch)
         if not seen:
             raise InputError(f"--pairs {' '.join(map(str, shards))}: no pair in it")
@@ -59,11 +61,11 @@ def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
     plain = config.data.model_copy(update={"augment": False})
     loader = train_loader(config, stream.tasks, None, backbone.encoder(plain))
     seen = 0
-    with torch.no_grad(), inputs.watch():
+    with inputs.watch():
         for batches in on_device(loader.steps(), backbone.preparer(loader.prompts), backbone.device):
             backbone.begin_step(batches, config.train)
             for batch in batches:
-                backbone.loss(backbone, batch)
+                _look(backbone, backbone.outputs(backbone, batch), seen)
             seen += config.train.global_batch_size
     loader.check_faults()
     _write(config, backbone, inputs, keep, f"{seen} samples of {stream.name}", out)
@@ -73,9 +75,17 @@ def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
 def _watched(config: RunConfig) -> tuple[Backbone, InputMoments]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     backbone = load_backbone(config.backbone, Placement(device))
-    inputs = InputMoments(backbone, make_method(config, backbone).adapters)
-    backbone.eval()
-    return backbone, inputs
+    adapters = make_method(config, backbone).adapters
+    backbone.train()  # with the updates in place, which add nothing yet
+    for adapter in adapters:
+        adapter.dropout, adapter.is_recorded = 0.0, True
+    return backbone, InputMoments(backbone, adapters, with_gradients=True)
+
+
+def _look(backbone: Backbone, outputs: Sequence[torch.Tensor], number: int) -> None:
+    """Lets the watcher see the gradients of what the model gave out."""
+    trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    torch.autograd.grad(random_projection(outputs, number), trained, allow_unused=True)
 
 
 def _pairs(shard: Path) -> Iterator[tuple[Sample, str]]:
@@ -94,4 +104,4 @@ def _pairs(shard: Path) -> Iterator[tuple[Sample, str]]:
 
 def _write(config: RunConfig, backbone: Backbone, inputs: InputMoments, keep: int, source: str, out: Path) -> None:
     facts = {"backbone": weights_identity(config.backbone, backbone), "source": source}
-    write_moments(out, inputs.moments, inputs.layers, keep, facts)
+    write_moments(out, inputs.moments, inputs.gradients, inputs.layers, keep, facts)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
 from r1p_dist.adapters import Factors, LoRALinear
@@ -14,6 +15,7 @@ from r1p_dist.adapters.low_rank import LayerPlan, full_values
 from r1p_dist.backbones import weights_identity
 from r1p_dist.config import Count, FilePlace, NotNegative, Positive
 from r1p_dist.distributed import agree, gathered, owner, rank, sum_over_ranks
+from r1p_dist.errors import InputError
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
@@ -26,13 +28,15 @@ Moment = torch.Tensor | Sketch
 
 
 class MetricLinear(LoRALinear):
-    """A LoRA B A R with a penalty s^2 tr(A R C R A^T B^T B), the mean squared change of the output on past inputs.
+    """A LoRA L B A R with a penalty s^2 tr(A R C R A^T B^T L G L B) on what it does to past inputs.
 
-    C is the moment of these inputs. whitening: R, (in, in); None, as long as no inputs are known, is the identity.
+    C is the moment of these inputs, G that of the gradients at the output on them. whitening: R, (in, in), outer: L,
+    (out, out), None: the identity, without a penalty where no inputs are known, with G = I where no gradients are.
     scale: what the penalty is multiplied by.
     """
 
     whitening: Whitening | None = None
+    outer: Whitening | None = None
     scale = 0.0
     held, left = 0, 0  # as `LayerPlan` has them
 
@@ -43,45 +47,53 @@ class MetricLinear(LoRALinear):
         if whitening is not None:
             whole = whitening.times(torch.cat(As).float()).to(As[0].dtype)
             As = list(whole.split([len(A) for A in As]))
-        return [Factors(A, adapter.B, adapter.scaling) for A, adapter in zip(As, adapters, strict=True)]
+        return [
+            Factors(A, adapter._turned(adapter.B), adapter.scaling) for A, adapter in zip(As, adapters, strict=True)
+        ]
+
+    def _turned(self, B: torch.Tensor) -> torch.Tensor:
+        """Returns L B."""
+        return B if self.outer is None else self.outer.times(B.T.float()).T.to(B.dtype)
 
     def penalty(self, factors: Factors) -> dict[str, torch.Tensor]:
-        """Returns scale * s^2 tr(A R C R A^T B^T B); see `Steady`."""
+        """Returns scale * s^2 tr(A R C R A^T B^T L G L B); see `Steady`."""
         if self.whitening is None:
             return {}
-        A, B = self.A.float(), factors.B.float()
-        # where it is rounded, what the moment subtracts would not fit
-        AR = factors.A if factors.A.dtype == torch.float32 else self.whitening.times(A)
-        change = (self.whitening.moment(A, AR) * (B.T @ B)).sum()
+        A, B, AR, BL = self.A.float(), self.B.float(), factors.A, factors.B.T
+        if AR.dtype != torch.float32:  # where it is rounded, what the moments subtract would not fit
+            AR, BL = self.whitening.times(A), self._turned(B).T
+        outputs = BL @ BL.T if self.outer is None else self.outer.moment(B.T, BL)
+        change = (self.whitening.moment(A, AR) * outputs).sum()
         return {"inputs": self.scale * factors.scaling**2 * change}
 
     def update(self) -> Factors:
         A, B = full_values(self.A, self.B)
-        return Factors(A if self.whitening is None else self.whitening.times(A), B, self.scaling)
+        return Factors(A if self.whitening is None else self.whitening.times(A), self._turned(B), self.scaling)
 
     def plan(self) -> LayerPlan:
         return replace(super().plan(), held=self.held, left=self.left)
 
 
 class Steady(LowRankMethod):
-    """A fresh low-rank update per task, held to what leaves past inputs' outputs alone; all of it is merged (ours).
+    """A fresh low-rank update per task, held to what leaves past outputs alone; all of it is merged (ours).
 
-    The loss adds weight * mean over linears of s^2 tr(A C A^T B^T B) / tr(W C W^T): the expected squared change of a
-    layer's output on past inputs, against that output itself. C is the mean over past tasks of the second moment of the
-    layer's input, so a step costs the same after any number; DAC's AGO loss, which keeps new columns of B orthogonal to
-    merged ones, is its counterpart without data. What the penalty covers is what is merged, so that nothing is lost
-    at the merge.
+    The loss adds weight * mean over linears of s^2 tr(A C A^T B^T G B) / tr(W C W^T G): the expected squared change of
+    a layer's output on past inputs, in the directions that the model's output depends on, against that output itself.
+    C is the mean over past tasks of the second moment of the layer's input, G that of the gradients at its output (of
+    a random projection of what the model gives out), so a step costs the same after any number of tasks; DAC's AGO
+    loss, which keeps new columns of B orthogonal to merged ones, is its counterpart without data. What the penalty
+    covers is what is merged, so that nothing is lost at the merge.
 
-    The update is B A R with R about C^(-1/2) (`Whitening`). Adam's steps on A are about alike in all directions; behind
-    R they are large in those that past inputs hardly use, and the penalty is about alike in all. K-FAC (arXiv
-    1503.05671) has such a factor, of the inputs that are trained on. No past picture or prompt is kept. An anchor,
-    moments of data like those of the backbone's own pretraining, counts as past tasks from the first one on; DAC claims
-    to need no such knowledge, and without one the first task is not held to anything.
+    The update is L B A R with R about C^(-1/2) and L about G^(-1/2) (`Whitening`). Adam's steps on A and B are about
+    alike in all directions; behind R and L they are large in those that the past hardly uses, and the penalty is about
+    alike in all. K-FAC (arXiv 1503.05671) has such factors, of what is trained on. No past picture or prompt is kept.
+    An anchor, moments of data like those of the backbone's own pretraining, counts as past tasks from the first one
+    on; DAC claims to need no such knowledge, and without one the first task is not held to anything.
     """
 
-    stores = "a second moment (in, in), or a sketch of it, per layer input"
+    stores = "second moments, or sketches of them: (in, in) per layer input and (out, out) per layer"
     layer = MetricLinear
-    tiny = {"rank": 4, "batches": 2, "weight": 10.0}
+    tiny = {"rank": 4, "batches": 2, "weight": 10.0, "outer_ridge": 1.0}
     adapters: list[MetricLinear]
     _anchor: MomentFile | None = None
 
@@ -92,12 +104,14 @@ class Steady(LowRankMethod):
         """Of the penalty: mu."""
         ridge: Annotated[Positive, Field(le=1)] = 1e-2
         """What each direction counts as in R beside past inputs' energy in it, in units of the mean over directions."""
+        outer_ridge: Annotated[Positive, Field(le=1)] | None = None
+        """The same in L; null: L and G are the identity, and no gradients are measured."""
         by_sensitivity: bool = True
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
         sketch: Count = 256
-        """Directions kept of the moment of an input wider than `sketch_above`, and of R; the rest as one number."""
+        """Directions kept of a moment of gradients, of that of an input wider than `sketch_above`, and of L and R."""
         sketch_above: Count = 2048
         """Width of a layer's input up to which its moment is kept whole, and R."""
         anchor: FilePlace | None = None
@@ -109,11 +123,21 @@ class Steady(LowRankMethod):
 
     def build(self) -> None:
         super().build()
-        for adapter in self.adapters:
-            width, is_wide = adapter.in_features, adapter.in_features > self.options.sketch_above
+        self._by_name = by_name = {adapter.name: adapter for adapter in self.adapters}
+        for names in self._watcher().layers.values():
+            readers = [by_name[name] for name in names]
+            width = readers[0].in_features
+            is_wide = width > self.options.sketch_above
             directions = min(self.options.sketch, width) if is_wide else width
-            adapter.left = directions * width + (1 if is_wide else 0)
-            adapter.held = directions * width
+            outer = [] if self.options.outer_ridge is None else [self._outer_shape(reader) for reader in readers]
+            held = sum(rows * columns for rows, columns in outer)
+            for reader in readers:  # the planner counts one of those that read the same
+                reader.held = directions * width + held
+                reader.left = directions * width + is_wide + held + len(outer)
+
+    def _outer_shape(self, adapter: MetricLinear) -> tuple[int, int]:
+        """Returns the shape of the factor of the sketch of G, and of L's matrix."""
+        return adapter.out_features, min(self.options.sketch, adapter.out_features)
 
     def stages(self, stream: Stream) -> list[Stage]:
         if self.options.anchor is not None and self.options.anchor_tasks:
@@ -125,28 +149,49 @@ class Steady(LowRankMethod):
         self._past = trainer.past_memory()
         if not self._past and self._anchor is None:
             return
-        layers = self._inputs().layers
-        place = {adapter.name: number for number, adapter in enumerate(self.adapters)}
-        made: dict[str, Whitening] = {}
-        # of each adapter tr(W C W^T), and of R the numbers, from the rank that owns the layer's input
-        numbers = torch.zeros(len(self.adapters), 4, dtype=torch.float64)
+        layers, by_name, outer_ridge = self._watcher().layers, self._by_name, self.options.outer_ridge
+        first = f"{self.adapters[0].name}.gradient.rest"
+        if outer_ridge is not None and not all(first in task for task in self._past):
+            raise InputError(
+                f"options.outer_ridge={outer_ridge}: an earlier task left no moments of gradients, as with "
+                "options.outer_ridge=null, which goes on from it"
+            )
+        inner: dict[str, Whitening] = {}  # R by layer, on the rank that owns its input
+        outer: dict[str, Whitening] = {}  # and there L by adapter
+        # of each adapter tr(W C W^T G), and the numbers of R and of L
+        numbers = torch.zeros(len(self.adapters), 7, dtype=torch.float64)
+        rows = dict(zip(by_name, numbers, strict=True))
         for number, (layer, names) in enumerate(layers.items()):
-            moment = self._known_moment(layer) if rank() == owner(number) else None
-            if moment is not None:
-                made[layer] = Whitening.of(moment, self.options.ridge)
-            readers = [self.adapters[place[name]] for name in names]
-            with gathered({adapter.linear.weight: None for adapter in readers}):  # q, k and v may be rows of one
-                if moment is not None:
-                    found = made[layer]
-                    for name, adapter in zip(names, readers, strict=True):
-                        sizes = [_size(adapter, moment), found.gain, found.span, found.ridge]
-                        numbers[place[name]] = torch.tensor(sizes, dtype=torch.float64)
-        rows = sum_over_ranks(numbers).tolist()
-        for layer, matrix in trainer.by_layer(layers, lambda layer: made[layer].matrix).items():
+            with gathered({by_name[name].linear.weight: None for name in names}):  # q, k and v may be rows of one
+                if rank() != owner(number):
+                    continue
+                moment = self._known_moment(layer)
+                inner[layer] = Whitening.of(moment, self.options.ridge)
+                for name in names:
+                    gradient = None
+                    if outer_ridge is not None:
+                        gradient = self._known_gradient(name)
+                        outer[name] = Whitening.of(gradient, outer_ridge)
+                        rows[name][4:] = torch.tensor(outer[name].numbers)
+                    rows[name][0] = _size(by_name[name], moment, gradient)
+                    rows[name][1:4] = torch.tensor(inner[layer].numbers)
+        found = dict(zip(by_name, sum_over_ranks(numbers).tolist(), strict=True))
+        for layer, matrix in trainer.by_layer(layers, lambda layer: inner[layer].matrix).items():
             for name in layers[layer]:
-                adapter, (size, *of_root) = self.adapters[place[name]], rows[place[name]]
-                adapter.whitening = Whitening(matrix, *of_root)
+                adapter, (size, *of_R, _, _, _) = by_name[name], found[name]
+                adapter.whitening = Whitening(matrix, *of_R)
                 adapter.scale = self.options.weight / (size * len(self.adapters)) if size else 0.0
+        if outer_ridge is None:
+            return
+
+        def matrices(layer: str) -> torch.Tensor:
+            return torch.cat([outer[name].matrix.flatten() for name in layers[layer]])
+
+        for layer, values in trainer.by_layer(layers, matrices).items():
+            readers = [by_name[name] for name in layers[layer]]
+            parts = values.split([rows * columns for rows, columns in map(self._outer_shape, readers)])
+            for adapter, part in zip(readers, parts, strict=True):
+                adapter.outer = Whitening(part.view(self._outer_shape(adapter)), *found[adapter.name][4:])
 
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
@@ -165,35 +210,57 @@ class Steady(LowRankMethod):
             total += weight / sum(weights) * whole
         return total
 
+    def _known_gradient(self, name: str) -> Sketch:
+        """Returns the mean of past tasks' moments of gradients, each of a mean eigenvalue of one."""
+        known = [_sketch(task, f"{name}.gradient") for task in self._past]
+        weights = [1.0] * len(known)
+        if self._anchor is not None:
+            known.append(self._anchor.gradient(name))
+            weights.append(self.options.anchor_tasks)
+        known = [sketch.to(self.backbone.device).normalised() for sketch in known]
+        mean = Sketch.mean(known, weights, self.options.sketch)
+        _, columns = self._outer_shape(self._by_name[name])
+        # an anchor's alone can have fewer; of other ranks, none would know how many
+        return replace(mean, factor=F.pad(mean.factor, (0, columns - mean.factor.shape[1])))
+
     def end(self, stage: Stage, trainer: Trainer) -> None:
-        inputs = self._inputs()
-        trainer.scan(inputs, batches=self.options.batches, trained=True)
+        watcher = self._watcher()
+        trainer.scan(watcher, batches=self.options.batches, trained=True)
         self._memory = {}
-        for layer, moment in inputs.moments.items():
+        for layer, moment in watcher.moments.items():
             if len(moment) > self.options.sketch_above:
-                sketch = Sketch.of(moment, self.options.sketch)
-                self._memory |= {f"{layer}.factor": sketch.factor, f"{layer}.rest": sketch.rest}
+                self._keep(layer, moment)
             else:
                 self._memory[f"{layer}.moment"] = moment
+        for name, moment in watcher.gradients.items():
+            self._keep(f"{name}.gradient", moment)
+
+    def _keep(self, key: str, moment: torch.Tensor) -> None:
+        sketch = Sketch.of(moment, self.options.sketch)
+        self._memory |= {f"{key}.factor": sketch.factor, f"{key}.rest": sketch.rest}
 
     def memory(self) -> dict[str, torch.Tensor]:
-        """Returns of each layer's input the stage's second moment; of the stage alone, so that it can be forgotten."""
+        """Returns the moments that the stage left; of the stage alone, so that it can be forgotten."""
         return self._memory
 
-    def _inputs(self) -> InputMoments:
-        return InputMoments(self.backbone, self.adapters, self.options.by_sensitivity)
+    def _watcher(self) -> InputMoments:
+        by_sensitivity, with_gradients = self.options.by_sensitivity, self.options.outer_ridge is not None
+        return InputMoments(self.backbone, self.adapters, by_sensitivity, with_gradients)
 
 
 def _stored(memory: Mapping[str, torch.Tensor], layer: str) -> Moment:
     """Returns what a stage left of the input that a layer reads."""
-    if f"{layer}.moment" in memory:
-        return memory[f"{layer}.moment"]
-    return Sketch(memory[f"{layer}.factor"], memory[f"{layer}.rest"])
+    found = memory.get(f"{layer}.moment")
+    return _sketch(memory, layer) if found is None else found
+
+
+def _sketch(memory: Mapping[str, torch.Tensor], key: str) -> Sketch:
+    return Sketch(memory[f"{key}.factor"], memory[f"{key}.rest"])
 
 
 @torch.no_grad()
-def _size(adapter: MetricLinear, moment: Moment) -> float:
-    """Returns tr(W C W^T) of the adapter's rows: the mean squared output of the layer on past inputs."""
+def _size(adapter: MetricLinear, moment: Moment, gradient: Sketch | None) -> float:
+    """Returns tr(W C W^T G) of the adapter's rows: the mean squared output of the layer on past inputs, seen by G."""
     W = adapter.linear.weight[adapter.rows].float()
     WC = moment.times(W) if isinstance(moment, Sketch) else W @ moment
-    return float((WC * W).sum())
+    return float((WC * (W if gradient is None else gradient.times(W.T).T)).sum())

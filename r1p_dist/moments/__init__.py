@@ -1,1 +1,1 @@
-"""Second moments of layers' inputs: sketches of them, and the file that they are kept in."""
+"""Second moments of what layers read and of gradients at their outputs: sketches, and the file they are kept in."""

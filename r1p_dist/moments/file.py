@@ -1,8 +1,8 @@
-"""The file of moments: a sketch of the second moment of each layer's input.
+"""The file of moments: a sketch of the second moment of each layer's input, and of the gradients at its output.
 
-`<layer>.factor` (in, k) fp16 times the root of `<layer>.trace` () is the sketch's factor, `<layer>.rest` () its rest.
-Metadata: `backbone`, which weights it is about (`weights_identity`), `layers`, which layers read each input, and
-`source`, what it was measured on.
+`<layer>.factor` (in, k) fp16 times the root of `<layer>.trace` () is the input's factor, `<layer>.rest` () its rest;
+`<layer>.gradient.factor` (out, k) and so on those of the gradients. Metadata: `backbone`, which weights it is about
+(`weights_identity`), `layers`, which layers read each input, and `source`, what it was measured on.
 """
 
 import json
@@ -21,14 +21,20 @@ from r1p_dist.moments.sketch import Sketch
 
 
 def write_moments(
-    path: Path, moments: Mapping[str, torch.Tensor], layers: Mapping[str, Sequence[str]], keep: int, facts: dict
+    path: Path,
+    moments: Mapping[str, torch.Tensor],
+    gradients: Mapping[str, torch.Tensor],
+    layers: Mapping[str, Sequence[str]],
+    keep: int,
+    facts: dict,
 ) -> None:
-    """Writes moments (in, in) by layer. keep: directions of each. layers: by the same names, all that read an input.
+    """Writes moments (in, in) by layer and of gradients (out, out). keep: directions of each.
 
-    facts: `backbone` and `source`. InputError: it cannot be written.
+    layers: by the names of `moments`, all that read an input. facts: `backbone` and `source`. InputError: it cannot be
+    written.
     """
     tensors = {}
-    for layer, moment in moments.items():
+    for layer, moment in [*moments.items(), *((f"{name}.gradient", moment) for name, moment in gradients.items())]:
         sketch, trace = Sketch.of(moment, keep), moment.trace()
         factor = sketch.factor / trace.sqrt() if trace else sketch.factor  # fp16 has no very large or small numbers
         tensors |= {f"{layer}.factor": factor.half(), f"{layer}.trace": trace, f"{layer}.rest": sketch.rest}
@@ -57,6 +63,7 @@ class MomentFile:
             self.backbone, layers = (json.loads(metadata[key]) for key in ("backbone", "layers"))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise InputError(f"{self.path}: is no file of `r1p moments`: {error!r}") from error
+        self._names = set(self._file.keys())
         self._key_of = {name: key for key, names in layers.items() for name in names}
 
     def check(self, backbone: Mapping[str, Any]) -> None:
@@ -72,6 +79,17 @@ class MomentFile:
         """Returns the moment of the input that a layer reads. InputError: the file has none of it."""
         if layer not in self._key_of:
             raise InputError(f"{self.path}: has no moment of {layer}'s input; measure it with the run's `targets`")
-        key = self._key_of[layer]
+        return self._read(self._key_of[layer])
+
+    def gradient(self, layer: str) -> Sketch:
+        """Returns the moment of the gradients at a layer's output. InputError: the file has none of it."""
+        if f"{layer}.gradient.rest" not in self._names:
+            raise InputError(
+                f"{self.path}: has no moment of the gradients at {layer}'s output; measure it again with `r1p moments` "
+                "and the run's `targets`"
+            )
+        return self._read(f"{layer}.gradient")
+
+    def _read(self, key: str) -> Sketch:
         factor, trace, rest = (self._file.get_tensor(f"{key}.{part}") for part in ("factor", "trace", "rest"))
         return Sketch(trace.sqrt() * factor.float(), rest)

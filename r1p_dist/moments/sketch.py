@@ -46,6 +46,12 @@ class Sketch:
         rest = ((trace - values.sum()) / others).clamp(min=0) if others else torch.zeros_like(trace)
         return cls(vectors * (values - rest).clamp(min=0).sqrt(), rest)
 
+    def normalised(self) -> Sketch:
+        """Returns it with a mean eigenvalue of one; of nothing, itself."""
+        width = len(self.factor)
+        mean = (self.factor.square().sum() + width * self.rest) / width
+        return self if not mean else Sketch(self.factor / mean.sqrt(), self.rest / mean)
+
     def to(self, device: torch.device) -> Sketch:
         """Returns it on a device."""
         return Sketch(self.factor.to(device), self.rest.to(device))

@@ -1,4 +1,4 @@
-"""Coordinates of a layer's input in which past inputs are about alike in all directions."""
+"""Coordinates of a layer's input or output in which what is known of it is about alike in all directions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from r1p_dist.moments.sketch import Sketch
 class Whitening:
     """R (in, in), symmetric: c (C / mean + ridge I)^(-1/2) of a second moment C and the mean of its eigenvalues.
 
-    c keeps the inputs' energy, tr(R C R) = tr(C). Where C is a sketch, so is R. matrix: R, or F (in, k) where
+    c keeps the energy, tr(R C R) = tr(C). Where C is a sketch, so is R. matrix: R, or F (in, k) where
     R = gain (I - F F^T). span: c^2 mean, and ridge times mean, for what `moment` says.
     """
 
@@ -42,6 +42,11 @@ class Whitening:
         if is_whole:  # one product is cheaper than two
             matrix = gain * (torch.eye(width).to(matrix) - matrix @ matrix.T)
         return cls(matrix, float(gain), float(trace / energy * mean), float(ridge * mean))
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """What it is made of beside the matrix, in this order."""
+        return self.gain, self.span, self.ridge
 
     def times(self, A: torch.Tensor) -> torch.Tensor:
         """Returns A R of an A (k, in)."""

@@ -1,4 +1,4 @@
-"""What a method can learn from a pass over its data: moments of the layers' inputs, and the diagonal of the Fisher."""
+"""What a method can learn from a pass over its data: moments of what layers read and of gradients, the Fisher."""
 
 from __future__ import annotations
 
@@ -47,14 +47,21 @@ class InputMoments:
 
     layers: by the name of the first adapter that reads an input, all that read the same one (q, k and v). A rank keeps
     those of the layers that it owns, in `moments`. Tokens of padding do not count; a prompt counts as often as it
-    occurs. by_sensitivity: a token's weight is the squared gradient, at the layer's output, of a random projection of
-    what the model gives out (`Backbone.outputs`), so that tokens count that it depends on; reconstruction, as the
-    Fisher of K-FAC (arXiv 1503.05671) has both factors but weighs no token.
+    occurs. A token's gradient is that, at the layer's output, of a random projection of what the model gives out
+    (`Backbone.outputs`). by_sensitivity: its square is the token's weight, so that tokens count that the model depends
+    on; reconstruction, as the Fisher of K-FAC (arXiv 1503.05671) has both factors but weighs no token.
+    with_gradients: also keeps, in `gradients` by adapter, the sum of their outer products over tokens, (out, out).
     """
 
-    def __init__(self, backbone: Backbone, adapters: Sequence[LowRankLinear], by_sensitivity: bool = False) -> None:
-        self._backbone = backbone
-        self.needs: Need = "sensitivity" if by_sensitivity else "forward"
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[LowRankLinear],
+        by_sensitivity: bool = False,
+        with_gradients: bool = False,
+    ) -> None:
+        self._backbone, self._by_sensitivity, self._with_gradients = backbone, by_sensitivity, with_gradients
+        self.needs: Need = "sensitivity" if by_sensitivity or with_gradients else "forward"
         self._modules: dict[str, nn.Module] = {}
         by_module: dict[nn.Module, list[str]] = {}
         self.layers: dict[str, list[str]] = {}
@@ -65,6 +72,8 @@ class InputMoments:
                 self._modules[name] = module
             names.append(name)
         self.moments: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self._rows = {adapter.name: adapter.rows for adapter in adapters}
         self._totals: dict[str, torch.Tensor] = {}  # of the tokens' weights, on this rank
 
     @contextmanager
@@ -95,21 +104,48 @@ class InputMoments:
     def _see_sensitivity(self, number: int, name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         x = inputs[0].detach()
         times = self._times(name, x)
-        output.register_hook(
-            lambda gradient: self._add(number, name, x, times * gradient.detach().float().square().sum(-1))
-        )
+
+        def see(gradient: torch.Tensor) -> None:
+            gradient = gradient.detach().float()
+            weights = times * gradient.square().sum(-1) if self._by_sensitivity else times
+            self._add(number, name, x, weights)
+            if self._with_gradients:
+                self._add_gradients(number, name, gradient, times)
+
+        output.register_hook(see)
 
     def _times(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return token_counts(self._backbone.routing[name.partition(".")[0]], x)
 
     @torch.no_grad()
     def _add(self, number: int, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:
-        x = x.float()
         self._totals[name] = self._totals.get(name, 0) + weights.sum().double()
-        weighted = (x * weights[..., None]).flatten(0, -2)
-        moment = sum_on_rank(weighted.T @ x.flatten(0, -2), owner(number))
+        moment = sum_on_rank(_moment(x.float(), weights), owner(number))
         if rank() == owner(number):
             self.moments[name] = self.moments.get(name, 0) + moment
+
+    @torch.no_grad()
+    def _add_gradients(self, number: int, name: str, gradient: torch.Tensor, times: torch.Tensor) -> None:
+        for reader in self.layers[name]:
+            moment = sum_on_rank(_moment(gradient[..., self._rows[reader]], times), owner(number))
+            if rank() == owner(number):
+                self.gradients[reader] = self.gradients.get(reader, 0) + moment
+
+
+def _moment(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Returns sum of weight * x x^T over tokens x (..., width)."""
+    return (x * weights[..., None]).flatten(0, -2).T @ x.flatten(0, -2)
+
+
+def random_projection(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor:
+    """Returns the sum over samples of a random direction's share in what a model gives out, each (..., width); ().
+
+    The direction is the same for all samples, whichever rank they are on, so that none depends on another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(value.shape[-1], generator=generator) for value in outputs]
+    pairs = zip(outputs, directions, strict=True)
+    return torch.stack([(value.float() @ direction.to(value.device)).sum() for value, direction in pairs]).sum()
 
 
 class FisherDiagonal:

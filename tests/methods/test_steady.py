@@ -1,4 +1,4 @@
-"""The penalty of Steady against the layers' outputs on past inputs themselves, and the weights of tokens."""
+"""The penalty of Steady against the layers' outputs on past inputs themselves, its coordinates, weights of tokens."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from r1p_dist.backbones import weights_identity
 from r1p_dist.errors import InputError
 from r1p_dist.methods.steady import MetricLinear
 from r1p_dist.moments.file import write_moments
+from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments
 
@@ -47,9 +48,27 @@ def norm_before(backbone, tower: str) -> torch.nn.Module:
     return model.transformer.resblocks[0].ln_1
 
 
+def gradient_of(memory: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Returns the moment of gradients that a stage left of a layer, (out, out), of a mean eigenvalue of one."""
+    factor = memory[f"{name}.gradient.factor"]
+    G = factor @ factor.T + memory[f"{name}.gradient.rest"] * torch.eye(len(factor))
+    return G * len(G) / G.trace()
+
+
+def root(moment: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Returns c (C / mean + ridge)^(-1/2) with tr(R C R) = tr(C), in double precision."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    R = vectors @ torch.diag((values / values.mean() + ridge) ** -0.5) @ vectors.T
+    return R * (moment.double().trace() / (R @ moment.double() @ R).trace()).sqrt()
+
+
+@pytest.mark.parametrize("outer_ridge", ["null", "0.1"])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(stages_of, tower: str) -> None:
-    stages, train = stages_of("steady", "options.by_sensitivity=false", "options.batches=2", "options.weight=7")
+def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(
+    stages_of, tower: str, outer_ridge: str
+) -> None:
+    own = ["options.batches=2", "options.weight=7", f"options.outer_ridge={outer_ridge}"]
+    stages, train = stages_of("steady", "options.by_sensitivity=false", *own)
     method, backbone = stages.method, stages.method.backbone
     stages.begin(0)
     assert "loss_inputs" not in train(0)
@@ -62,8 +81,10 @@ def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(stages_
             other.B.zero_()
         adapter.B.normal_(generator=torch.Generator().manual_seed(0))
     update = adapter.update()
-    changed = (x @ (update.scaling * update.B @ update.A).T).square().sum(1) @ times / times.sum()
-    whole = (x @ adapter.linear.weight[adapter.rows].T).square().sum(1) @ times / times.sum()
+    # as the model's output depends on the layer's
+    G = torch.eye(len(update.B)) if outer_ridge == "null" else gradient_of(stages.memory[0], adapter.name)
+    changes, outputs = x @ (update.scaling * update.B @ update.A).T, x @ adapter.linear.weight[adapter.rows].T
+    changed, whole = (((y @ G) * y).sum(1) @ times / times.sum() for y in (changes, outputs))
     backbone.train()
     _, terms = method.loss(backbone, stages.scan_batches(1, 1)[0])
     expected = 7 * changed / whole / len(method.adapters)
@@ -71,22 +92,21 @@ def test_the_penalty_is_the_share_of_past_outputs_that_an_update_changes(stages_
     stages.engine.close()
 
 
-def test_what_trains_is_seen_through_the_root_of_the_moment(stages_of) -> None:
-    stages, train = stages_of("steady", "options.batches=1", "options.ridge=0.1")
+def test_what_trains_is_seen_through_the_roots_of_the_moments(stages_of) -> None:
+    stages, train = stages_of("steady", "options.batches=1", "options.ridge=0.1", "options.outer_ridge=0.2")
     stages.begin(0)
     adapter = stages.method.adapters[0]
     assert torch.equal(adapter.update().A, adapter.A.detach())
     train(0)
     stages.end()
     stages.begin(1)
-    C = stages.memory[0][f"{adapter.name}.moment"].double()
-    values, vectors = torch.linalg.eigh(C)
-    R = vectors @ torch.diag((values / values.mean() + 0.1) ** -0.5) @ vectors.T
-    R *= (C.trace() / (R @ C @ R).trace()).sqrt()
+    R = root(stages.memory[0][f"{adapter.name}.moment"], 0.1)
     torch.testing.assert_close(adapter.update().A.double(), adapter.A.detach().double() @ R, rtol=1e-3, atol=1e-5)
-    before = {id(other): other.A.detach().clone() for other in stages.method.adapters}
+    before = adapter.A.detach().clone()
     train(1)
-    assert not torch.equal(before[id(adapter)], adapter.A)
+    assert not torch.equal(before, adapter.A) and adapter.B.any()
+    L = root(gradient_of(stages.memory[0], adapter.name), 0.2)
+    torch.testing.assert_close(adapter.update().B.double(), L @ adapter.B.detach().double(), rtol=1e-3, atol=1e-5)
     x = torch.randn(2, 3, adapter.in_features)
     adapter.train()
     update, W = adapter.update(), adapter.linear.weight[adapter.rows].detach()
@@ -101,20 +121,22 @@ def test_half_precision_rounds_none_of_the_penalty_away() -> None:
     x = torch.randn(200, 32, generator=generator) * torch.logspace(1, -3, 32)
     C = x.T @ x / 200
     adapter = MetricLinear(torch.nn.Linear(32, 16, dtype=torch.bfloat16), 4)
-    adapter.whitening, adapter.scale = Whitening.of(C, 0.01), 1.0
+    y = torch.randn(200, 16, generator=generator) * torch.logspace(1, -3, 16)
+    G = y.T @ y / 200
+    adapter.whitening, adapter.outer, adapter.scale = Whitening.of(C, 0.01), Whitening.of(G, 0.01), 1.0
     with torch.no_grad():
         adapter.A.zero_()
         adapter.A[:, 24:].normal_(generator=generator)  # where past inputs have next to nothing
         adapter.B.normal_(generator=generator)
     (factors,) = MetricLinear.factors([adapter], x.bfloat16(), None)
     assert factors.A.dtype == torch.bfloat16
-    A, B = adapter.update().A, adapter.B.float()
-    expected = adapter.scaling**2 * ((A @ C @ A.T) * (B.T @ B)).sum()
+    A, B, _, _ = adapter.update()
+    expected = adapter.scaling**2 * ((A @ C @ A.T) * (B.T @ G @ B)).sum()
     torch.testing.assert_close(adapter.penalty(factors)["inputs"], expected, rtol=1e-2, atol=0)
 
 
-def test_past_tasks_count_alike(stages_of) -> None:
-    stages, train = stages_of("steady", "options.batches=1")
+def test_past_tasks_count_alike_and_their_gradients_whatever_their_size(stages_of) -> None:
+    stages, train = stages_of("steady", "options.batches=1", "options.outer_ridge=0.1")
     for task in range(2):
         stages.begin(task)
         train(task)
@@ -124,11 +146,26 @@ def test_past_tasks_count_alike(stages_of) -> None:
     assert (one - other).norm() > 0
     stages.begin(2)
     torch.testing.assert_close(known_moment(adapter), (one + other) / 2, rtol=1e-3, atol=1e-4 * float(one.trace()))
+    L = root(sum(gradient_of(memory, adapter.name) for memory in stages.memory), 0.1)
+    torch.testing.assert_close(adapter.outer.times(torch.eye(len(L))).double(), L, rtol=1e-3, atol=1e-4)
     stages.engine.close()
 
 
+def test_tasks_of_a_run_without_gradients_are_refused_with_the_remedy(stages_of) -> None:
+    stages, _ = stages_of("steady", "options.batches=1")
+    stages.begin(0)
+    stages.end()
+    stages.method.options = stages.method.options.model_copy(update={"outer_ridge": 0.1})
+    with pytest.raises(InputError, match="options.outer_ridge=0.1: an earlier task left no moments of gradients"):
+        stages.begin(1)
+    stages.engine.close()
+
+
+WIDE = ["options.batches=1", "options.sketch_above=40", "options.sketch=6"]
+
+
 def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
-    stages, train = stages_of("steady", "options.batches=1", "options.sketch_above=40", "options.sketch=6")
+    stages, train = stages_of("steady", *WIDE)
     whole, train_whole = stages_of("steady", "options.batches=1")
     for run, train_one in ((stages, train), (whole, train_whole)):
         for task in range(2):
@@ -136,44 +173,73 @@ def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
             train_one(task)
             run.end()
         run.begin(2)
-    adapters = {adapter.name: adapter for adapter in stages.method.adapters}
     full = {adapter.name: known_moment(adapter) for adapter in whole.method.adapters}
     wide = [name for name in full if len(full[name]) > 40]
     assert 0 < len(wide) < len(full)
-    for name, adapter in adapters.items():
+    for adapter in stages.method.adapters:
         width, matrix = adapter.in_features, adapter.whitening.matrix
-        assert matrix.shape == (width, 6 if name in wide else width)
-        torch.testing.assert_close(known_moment(adapter).trace(), full[name].trace(), rtol=0.05, atol=0)
-        # what the planner counts
-        left = [tensor for key, tensor in stages.memory[0].items() if key.startswith(f"{name}.")]
-        assert adapter.plan().held == matrix.numel()
-        if left:  # by the first adapter that reads the input
-            assert adapter.plan().left == sum(tensor.numel() for tensor in left)
+        assert matrix.shape == (width, 6 if adapter.name in wide else width) and adapter.outer is None
+        torch.testing.assert_close(known_moment(adapter).trace(), full[adapter.name].trace(), rtol=0.05, atol=0)
     for run in (stages, whole):
         run.engine.close()
 
 
-def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize("outer_ridge", ["null", "0.1"])
+def test_the_planner_knows_what_is_held_and_left(stages_of, outer_ridge: str) -> None:
+    stages, _ = stages_of("steady", *WIDE, f"options.outer_ridge={outer_ridge}")
+    stages.begin(0)
+    stages.end()
+    stages.begin(1)
+    method, memory = stages.method, stages.memory[0]
+    adapters, counted = {adapter.name: adapter for adapter in method.adapters}, set()
+    for names in InputMoments(method.backbone, method.adapters).layers.values():
+        first, readers = adapters[names[0]], [adapters[name] for name in names]
+        held = [reader.outer.matrix for reader in readers if reader.outer is not None]
+        assert len(held) == (0 if outer_ridge == "null" else len(names))
+        held.append(first.whitening.matrix)
+        left = [key for key in memory if any(key.startswith(f"{name}.") for name in names)]
+        # of the first of those that read an input
+        assert first.plan().held == sum(matrix.numel() for matrix in held)
+        assert first.plan().left == sum(memory[key].numel() for key in left)
+        counted.update(left)
+    assert counted == set(memory)
+    stages.engine.close()
+
+
+@pytest.mark.parametrize("keep", [1000, 4])
+def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_path: Path, keep: int) -> None:
     file = tmp_path / "anchor"
-    stages, train = stages_of("steady", f"options.anchor={file}", "options.anchor_tasks=3", "options.batches=1")
+    own = ["options.anchor_tasks=3", "options.batches=1", "options.outer_ridge=0.1"]
+    stages, train = stages_of("steady", f"options.anchor={file}", *own)
     method = stages.method
-    known = {adapter.name: torch.randn(40, adapter.linear.in_features) for adapter in method.adapters}
-    known = {name: x.T @ x for name, x in known.items()}
+
+    def noise(width: int) -> torch.Tensor:
+        x = torch.randn(40, width)
+        return x.T @ x
+
+    known = {adapter.name: noise(adapter.in_features) for adapter in method.adapters}
+    gradients = {adapter.name: noise(adapter.out_features) for adapter in method.adapters}
     facts = {"backbone": weights_identity(method.config.backbone, method.backbone), "source": "noise"}
-    write_moments(file, known, {name: [name] for name in known}, 1000, facts)
+    layers = {name: [name] for name in known}
+    write_moments(file, known, gradients, layers, keep, facts)
     stream = SimpleNamespace(tasks=())
     method.stages(stream)
     stages.begin(0)
     assert "loss_inputs" in train(0)
     adapter = method.adapters[0]
-    size = float(known[adapter.name].trace())
-    torch.testing.assert_close(known_moment(adapter), known[adapter.name], rtol=0, atol=1e-3 * size)
+    C, G = (Sketch.of(moments[adapter.name], keep).whole() for moments in (known, gradients))
+    size = float(C.trace())
+    torch.testing.assert_close(known_moment(adapter), C, rtol=0, atol=1e-3 * size)
+    assert adapter.outer.matrix.shape == (len(G), len(G))
+    torch.testing.assert_close(adapter.outer.times(torch.eye(len(G))).double(), root(G, 0.1), rtol=1e-2, atol=1e-2)
     stages.end()
     stages.begin(1)
-    expected = (3 * known[adapter.name] + stages.memory[0][f"{adapter.name}.moment"]) / 4
+    expected = (3 * C + stages.memory[0][f"{adapter.name}.moment"]) / 4
     torch.testing.assert_close(known_moment(adapter), expected, rtol=0, atol=1e-3 * size)
+    L = root((3 * G * len(G) / G.trace() + gradient_of(stages.memory[0], adapter.name)) / 4, 0.1)
+    torch.testing.assert_close(adapter.outer.times(torch.eye(len(G))).double(), L, rtol=1e-2, atol=1e-2)
     stages.engine.close()
-    write_moments(file, known, {}, 1000, facts | {"backbone": {**facts["backbone"], "sha256": "0"}})
+    write_moments(file, known, gradients, layers, keep, facts | {"backbone": {**facts["backbone"], "sha256": "0"}})
     with pytest.raises(InputError, match="measured on other weights"):
         method.stages(stream)
 
@@ -183,7 +249,7 @@ def test_tokens_that_the_features_do_not_depend_on_have_no_weight(stages_of) -> 
     method, backbone = stages.method, stages.method.backbone
     trainer = stages.begin(0)
     batch = stages.scan_batches(0, 1)[0]
-    inputs = InputMoments(backbone, method.adapters, by_sensitivity=True)
+    inputs = InputMoments(backbone, method.adapters, by_sensitivity=True, with_gradients=True)
     trainer.scan(inputs, batches=1, trained=True)
     # of the image tower's last block, behind attention, the features read [CLS] alone
     last = len(backbone.model.visual.transformer.resblocks) - 1
@@ -209,4 +275,6 @@ def test_tokens_that_the_features_do_not_depend_on_have_no_weight(stages_of) -> 
     x = seen[0]
     expected = (x * weights[:, None]).T @ x / weights.sum()
     torch.testing.assert_close(inputs.moments[f"image.{last}.fc1"], expected, rtol=1e-3, atol=1e-5)
+    g = gradient[:, 0]
+    torch.testing.assert_close(inputs.gradients[f"image.{last}.fc1"], g.T @ g, rtol=1e-3, atol=1e-7)
     stages.engine.close()

@@ -31,7 +31,7 @@ def moment(width: int = 6, seed: int = 0) -> torch.Tensor:
 
 def test_the_leading_directions_are_exact_and_the_rest_keeps_its_size(tmp_path: Path) -> None:
     C = moment()
-    write_moments(tmp_path / "m", {"image.0.q": C}, {"image.0.q": ["image.0.q", "image.0.k"]}, 2, FACTS)
+    write_moments(tmp_path / "m", {"image.0.q": C}, {}, {"image.0.q": ["image.0.q", "image.0.k"]}, 2, FACTS)
     found = MomentFile(str(tmp_path / "m")).sketch("image.0.k").whole()
     vectors, values, _ = torch.linalg.svd(C)
     expected = vectors * torch.cat([values[:2], values[2:].mean().expand(4)]) @ vectors.T
@@ -43,10 +43,17 @@ def test_the_leading_directions_are_exact_and_the_rest_keeps_its_size(tmp_path: 
 def test_a_moment_of_which_all_is_kept_comes_back(C: torch.Tensor, tmp_path: Path) -> None:
     sketch = Sketch.of(C, 9)
     assert sketch.factor.shape == (6, 6) and sketch.rest == 0
-    write_moments(tmp_path / "m", {"a": C}, {"a": ["a"]}, 9, FACTS)
-    torch.testing.assert_close(
-        MomentFile(str(tmp_path / "m")).sketch("a").whole(), C, rtol=0, atol=2e-3 * float(C.trace())
-    )
+    write_moments(tmp_path / "m", {"a": C}, {"b": 2 * C}, {"a": ["a"]}, 9, FACTS)
+    file, size = MomentFile(str(tmp_path / "m")), 2e-3 * float(C.trace())
+    torch.testing.assert_close(file.sketch("a").whole(), C, rtol=0, atol=size)
+    torch.testing.assert_close(file.gradient("b").whole(), 2 * C, rtol=0, atol=2 * size)
+
+
+def test_a_sketch_of_any_size_can_be_made_one_of_a_mean_eigenvalue_of_one() -> None:
+    sketch = Sketch.of(1e-6 * moment(), 3)
+    expected = sketch.whole() * 6 / sketch.whole().trace()
+    torch.testing.assert_close(sketch.normalised().whole(), expected)
+    assert not Sketch.of(torch.zeros(6, 6), 3).normalised().whole().any()
 
 
 def test_a_product_with_a_sketch_is_that_with_its_matrix() -> None:
@@ -81,13 +88,15 @@ def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) ->
     for name in ("other", "text"):
         with pytest.raises(InputError, match=f"{name}: is no file of `r1p moments`"):
             MomentFile(str(tmp_path / name))
-    write_moments(tmp_path / "m", {"image.0.q": moment()}, {"image.0.q": ["image.0.q"]}, 2, FACTS)
+    write_moments(tmp_path / "m", {"image.0.q": moment()}, {}, {"image.0.q": ["image.0.q"]}, 2, FACTS)
     file = MomentFile(str(tmp_path / "m"))
     file.check(FACTS["backbone"])
     with pytest.raises(InputError, match=r"m: measured on other weights \(backbone.name=m, .*tiny"):
         file.check({"name": "tiny", "pretrained": None, "sha256": "34"})
     with pytest.raises(InputError, match="has no moment of image.0.fc1's input"):
         file.sketch("image.0.fc1")
+    with pytest.raises(InputError, match="no moment of the gradients at image.0.q's output; measure it again"):
+        file.gradient("image.0.q")
 
 
 @pytest.fixture

@@ -148,7 +148,11 @@ class Steady(Step):
             if adapter.in_features not in known:
                 known[adapter.in_features] = Whitening.of(self._moment(adapter.in_features), 0.01)
             adapter.whitening = known[adapter.in_features]
+            adapter.outer = Whitening.of(self._gradient(adapter.out_features), 0.1)
             adapter.scale = 1.0
+
+    def _gradient(self, width: int) -> Sketch:
+        return Sketch(torch.eye(width, device=self.device)[:, : self.method.options.sketch], torch.ones(()))
 
     def _moment(self, width: int) -> torch.Tensor | Sketch:
         """Returns one of the form that the method keeps for inputs of that width."""
