@@ -14,6 +14,8 @@ from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments
 
+PLAIN = ["options.batches=1", "options.outer_ridge=null", "options.ridge=0.01"]
+
 
 def inputs_of(backbone, layer: torch.nn.Module, batches: list[dict], tower: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the inputs (tokens, in) of a module over batches with the merged weights, and how often each counts."""
@@ -152,7 +154,7 @@ def test_past_tasks_count_alike_and_their_gradients_whatever_their_size(stages_o
 
 
 def test_tasks_of_a_run_without_gradients_are_refused_with_the_remedy(stages_of) -> None:
-    stages, _ = stages_of("steady", "options.batches=1")
+    stages, _ = stages_of("steady", *PLAIN)
     stages.begin(0)
     stages.end()
     stages.method.options = stages.method.options.model_copy(update={"outer_ridge": 0.1})
@@ -161,12 +163,12 @@ def test_tasks_of_a_run_without_gradients_are_refused_with_the_remedy(stages_of)
     stages.engine.close()
 
 
-WIDE = ["options.batches=1", "options.sketch_above=40", "options.sketch=6"]
+WIDE = ["options.sketch_above=40", "options.sketch=6"]
 
 
 def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
-    stages, train = stages_of("steady", *WIDE)
-    whole, train_whole = stages_of("steady", "options.batches=1")
+    stages, train = stages_of("steady", *PLAIN, *WIDE)
+    whole, train_whole = stages_of("steady", *PLAIN)
     for run, train_one in ((stages, train), (whole, train_whole)):
         for task in range(2):
             run.begin(task)
@@ -186,7 +188,7 @@ def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
 
 @pytest.mark.parametrize("outer_ridge", ["null", "0.1"])
 def test_the_planner_knows_what_is_held_and_left(stages_of, outer_ridge: str) -> None:
-    stages, _ = stages_of("steady", *WIDE, f"options.outer_ridge={outer_ridge}")
+    stages, _ = stages_of("steady", *PLAIN, *WIDE, f"options.outer_ridge={outer_ridge}")
     stages.begin(0)
     stages.end()
     stages.begin(1)
