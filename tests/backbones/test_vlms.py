@@ -262,6 +262,9 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     CLIPProcessor(CLIPImageProcessorPil(), make_tokenizer("gemma3")).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="its processor, a CLIPProcessor, has no image_token"):
         load_llava(str(tmp_path))
+    make_processor("internvl").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="its processor is a InternVLProcessor, a gemma3 takes a Gemma3Processor; its"):
+        load_llava(str(tmp_path))
     processor = make_processor("gemma3")
     processor.image_processor.do_pan_and_scan = True
     processor.save_pretrained(tmp_path)
@@ -275,6 +278,20 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     backbone.processor.image_processor.size = {"height": 8, "width": 8}
     with pytest.raises(InputError, match="its processor makes pictures of 8 x 8 pixels, its image tower takes 16 x 16"):
         encoder_of(backbone)
+    backbone = make_backbone("qwen3_vl")
+    backbone.processor.image_processor.patch_size = 5
+    with pytest.raises(InputError, match="its processor makes patches of 150 numbers, its image tower takes 96; use"):
+        encoder_of(backbone)
+
+
+def test_a_processor_that_writes_too_few_tokens_is_named() -> None:
+    backbone = make_backbone("internvl").eval()
+    backbone.processor.image_seq_length = 3
+    with pytest.raises(InputError, match="its processor does not fit its image tower: .*; use the processor that bel"):
+        backbone(training_batch(backbone, SAMPLES[:1]))
+    batch = encoder_of(backbone).collate([encoder_of(backbone).evaluate(SAMPLES[0])])
+    with pytest.raises(InputError, match="its processor does not fit its image tower"):
+        backbone(batch, max_new_tokens=1)
 
 
 def test_paligemma_takes_one_question_and_its_answer() -> None:

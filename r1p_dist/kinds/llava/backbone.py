@@ -10,6 +10,7 @@ family cuts large pictures), d widths of the parts.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.distributed import sum_over_ranks, world_size
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of, stand_back, stand_in
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
@@ -153,7 +154,7 @@ class LlavaBackbone(nn.Module):
     def encoder(self, data: DataConfig) -> ConversationEncoder:
         """Returns what makes batches of samples; pictures are taken as they are, without augmentation.
 
-        InputError: data.packing for a decoder that cannot, or pictures of another size than the image tower takes.
+        InputError: data.packing for a decoder that cannot, or pictures that the image tower does not take.
         """
         if data.packing:
             decoder = self.family.decoder_module
@@ -172,12 +173,9 @@ class LlavaBackbone(nn.Module):
             has_digests=self._cache.keeps,
             packs=data.packing,
         )
-        side, made = self.family.side, encoder.blank()["pixel_values"].shape[-1]
-        if side is not None and made != side:
-            raise InputError(
-                f"backbone: its processor makes pictures of {made} x {made} pixels, its image tower takes {side} x "
-                f"{side}; use the processor that belongs to the model"
-            )
+        misfit = self.family.misfit(encoder.blank())
+        if misfit is not None:
+            raise InputError(f"backbone: its processor {misfit}; use the processor that belongs to the model")
         return encoder
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -303,13 +301,15 @@ class LlavaBackbone(nn.Module):
         self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
             self.routing["language"].real = batch["attention_mask"].bool()
-            ids = self.model.generate(
-                **given,
-                generation_config=self._generation(max_new_tokens),
-                synced_gpus=self.is_sharded and world_size() > 1,
-            )
+            with _naming_processor():
+                ids = self.model.generate(
+                    **given,
+                    generation_config=self._generation(max_new_tokens),
+                    synced_gpus=self.is_sharded and world_size() > 1,
+                )
             return ids[:, batch["input_ids"].shape[1] :]
-        hidden = self.model.model(**given, use_cache=False)[0]
+        with _naming_processor():
+            hidden = self.model.model(**given, use_cache=False)[0]
         answers = batch["answers"]
         hidden = hidden.flatten(0, 1)[answers]  # of the tokens that count alone
         if gives_logits:
@@ -441,6 +441,20 @@ def _sum(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _none_of(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return features[:0] if isinstance(features, torch.Tensor) else [part[:0] for part in features]
+
+
+@contextmanager
+def _naming_processor() -> Iterator[None]:
+    """Says whose fault it is where a processor writes fewer or more tokens for a picture than the model makes of it."""
+    try:
+        yield
+    except ValueError as error:
+        if "tokens do not match" not in str(error):  # transformers' words
+            raise
+        raise InputError(
+            f"backbone: its processor does not fit its image tower: {one_line(error)}; use the processor that belongs to "
+            "the model"
+        ) from error
 
 
 def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> LlavaBackbone:

@@ -22,6 +22,7 @@ _TEMPLATE = (
 
 class PaliGemma(Family):
     model_class = PaliGemmaForConditionalGeneration
+    processors = ("PaliGemmaProcessor",)
     layers = {**Family.layers, "projector": {"fc1": "linear"}}
 
     @classmethod

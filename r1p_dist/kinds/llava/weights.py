@@ -82,7 +82,14 @@ def read_processor(name: str) -> ProcessorMixin:
             f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
             "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
         )
-    family = FAMILIES[read_config(name).model_type]
+    kind = read_config(name).model_type
+    family = FAMILIES[kind]
+    if type(processor).__name__ not in family.processors:
+        raise InputError(
+            f"backbone.name={name}: its processor is a {type(processor).__name__}, a {kind} takes a "
+            f"{' or '.join(family.processors)}; its folder needs the processor_config.json, preprocessor_config.json and "
+            "tokenizer of the model"
+        )
     unserved = family.unserved(processor)
     if unserved is not None:
         raise InputError(f"backbone.name={name}: its processor {unserved}")
