@@ -37,7 +37,7 @@ from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of, stand_back, stand_in
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.feature_files import FeatureFiles, tower_fingerprint
-from r1p_dist.kinds.llava.packing import pack, unpackable, use_packing
+from r1p_dist.kinds.llava.packing import pack, packed_options, unpackable, use_packing
 from r1p_dist.kinds.llava.token_losses import give_losses
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
@@ -46,6 +46,7 @@ from r1p_dist.kinds.llava.weights import (
     model_folder,
     read_config,
     read_processor,
+    set_attention,
 )
 
 
@@ -388,9 +389,7 @@ class LlavaBackbone(nn.Module):
             self._nothing = None
         if self._batch is not None:
             if "places" in self._batch:
-                options["packed_lengths"] = self._batch["lengths"]
-                # no mask is made of one that is made already; attention does not read it
-                options["attention_mask"] = embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool)
+                options |= packed_options(self.family.decoder_module, self._batch)
             self._prepare_routing(self._batch, embeddings)
             self._batch = None
         return forward(*args, **options)
@@ -452,8 +451,8 @@ def _naming_processor() -> Iterator[None]:
         if "tokens do not match" not in str(error):  # transformers' words
             raise
         raise InputError(
-            f"backbone: its processor does not fit its image tower: {one_line(error)}; use the processor that belongs to "
-            "the model"
+            f"backbone: its processor does not fit its image tower: {one_line(error)}; use the processor that belongs "
+            "to the model"
         ) from error
 
 
@@ -462,6 +461,7 @@ def load(config: BackboneConfig, placement: Placement | None, compiles: bool) ->
     return load_llava(
         config.name,
         gradient_checkpointing=config.gradient_checkpointing,
+        attn_implementation=config.attn_implementation,
         feature_cache_gb=config.feature_cache_gb,
         feature_cache_dir=config.feature_cache_dir,
         feature_cache_dir_gb=config.feature_cache_dir_gb,
@@ -479,6 +479,7 @@ def load_llava(
     name: str,
     *,
     gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
     feature_cache_gb: float = 0.0,
     feature_cache_dir: Path | None = None,
     feature_cache_dir_gb: float | None = None,
@@ -488,13 +489,15 @@ def load_llava(
     """Loads `tiny`, a folder or a hub's name of a model of one of FAMILIES, or a shape of SHAPES.
 
     A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
-    the CPU in fp32 by default. compiles: the training forward of the language model's blocks, by torch.compile. Raises
-    InputError for a model that cannot be had or used.
+    the CPU in fp32 by default. attn_implementation: transformers'; its own choice by default. compiles: the training
+    forward of the language model's blocks, by torch.compile. Raises InputError for a model that cannot be had or used.
     """
     placement = placement or Placement()
     config = read_config(name)
     processor = read_processor(name)
     model = build_on_meta(config)
+    if attn_implementation is not None:
+        set_attention(model, attn_implementation, placement.dtype)
     if not map_weights(name, model):
         logging.getLogger(__name__).warning("backbone %s has random weights: it brings none", name)
     folder = model_folder(name)

@@ -158,6 +158,7 @@ class Gemma3(Family):
     model_class = Gemma3ForConditionalGeneration
     processors = ("Gemma3Processor",)
     layers = {**Family.layers, "projector": {}}
+    is_causal = False
 
     @classmethod
     def unserved(cls, processor: ProcessorMixin) -> str | None:

@@ -27,9 +27,10 @@ GATED_MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_pro
 class Family:
     """One family's parts of a model, and how its pictures come in. What a subclass does not say is as written here.
 
-    model_class, processors: transformers', the latter by name. decoder, tower, projector: where they are in `model.model`; blocks: of the tower, in it.
-    layers: of each tower, the linears of a block, by layer. renamed: names of weights in the published files, and in
-    transformers' module. shows_whole_last: of a picture's crops the last one shows all of it, not the first.
+    model_class, processors: transformers', the latter by name. decoder, tower, projector: where they are in
+    `model.model`; blocks: of the tower, in it. layers: of each tower, the linears of a block, by layer. renamed: names
+    of weights in the published files, and in transformers' module. shows_whole_last: of a picture's crops the last one
+    shows all of it, not the first. is_causal: no token of the decoder sees a later one.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
@@ -50,6 +51,7 @@ class Family:
         (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
     )
     shows_whole_last: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module):
         parts = model.model
