@@ -117,10 +117,12 @@ def test_packed_conversations_equal_those_in_rows_of_their_own(family: str) -> N
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_flash_attention_is_told_of_each_packed_conversation(family: str, flash: list[tuple[int, int, int]]) -> None:
+def test_flash_attention_is_told_of_each_conversation(family: str, flash: list[tuple[int, int, int]]) -> None:
     """Its kernels need a GPU; here it is what reaches them that counts."""
     (packed, (row, *_)), (plain, (rows, *_)) = step(family, True, attention="flash_attention_2"), step(family, False)
     assert_equal(packed, plain)
+    padded, _ = step(family, False, attention="flash_attention_2")
+    assert_equal(padded, plain)
     assert set(flash) == {(row.shape[1], rows.shape[1], rows.shape[0])}, "one call for all conversations"
 
 
