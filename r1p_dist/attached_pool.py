@@ -165,7 +165,10 @@ class AttachedPool:
             raise InputError(f"detach(): task {self.task} is not merged; call pool.merge() first")
         del self.model.train, self.model._ddp_params_and_buffers_to_ignore
         self._is_detached = True
-        return self._host.close()
+        plain = self._host.close()
+        if plain is not self.model:
+            self.model.is_emptied = True
+        return plain
 
     def save(self, path: str | Path) -> None:
         """Writes what was merged, and the task in progress at the end of a step, to one safetensors file.
@@ -327,6 +330,8 @@ def attach_pool(
     """
     if isinstance(model, DistributedDataParallel):
         raise InputError("attach_pool: takes the model itself; wrap it by DistributedDataParallel afterwards")
+    if getattr(model, "is_emptied", False):
+        raise InputError("attach_pool: a pool of this model was detached; put the next one on what detach() returned")
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise InputError("attach_pool: the model has adapters already; call detach() of their pool first")
     if targets is not None and (towers is not None or layers is not None):
@@ -349,7 +354,7 @@ def attach_pool(
             )
         return AttachedPool(host, AttachedDac(options, seed, host.attach, guide_of, on))
     except InputError:
-        host.close()  # as if nothing had been tried
+        host.undo()
         raise
 
 

@@ -77,6 +77,8 @@ class BackboneConfig(Section):
     """Weights of an open_clip model: a tag, or a local safetensors file."""
     force_quick_gelu: bool = False
     """As open_clip's option: for weights that were trained with that activation under a name without it."""
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """As transformers' option, for all towers of its models; null: its own choice, SDPA where a model can."""
     feature_cache_gb: NotNegative = 1.0
     """Host memory in which each rank keeps an image tower's features, where the tower does not learn."""
     feature_cache_dir: Folder | None = None

@@ -632,6 +632,28 @@ def test_wrong_names_and_values_are_refused_and_leave_the_model_alone(
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("make", [r1p_dist.load_clip, r1p_dist.load_llava, lambda name: make_timm()])
+def test_a_pool_goes_on_a_model_after_an_error(make: Callable[[str], nn.Module]) -> None:
+    model = make("tiny")
+    for options in ({"layers": ["query"]}, {"rank": 10_000}, {"guide": "foo"}):
+        with pytest.raises(InputError):
+            attach_pool(model, **options)
+    fresh = make("tiny")
+    assert [type(module) for module in model.modules()] == [type(module) for module in fresh.modules()]
+    adapters = attach_pool(model).adapters
+    assert [adapter.name for adapter in adapters] == [adapter.name for adapter in attach_pool(fresh).adapters]
+    assert set(adapters) <= set(model.modules()), "some are not called"
+
+
+@pytest.mark.parametrize("load", [r1p_dist.load_clip, r1p_dist.load_llava])
+def test_what_was_detached_takes_the_next_pool(load: Callable[[str], nn.Module]) -> None:
+    loaded = load("tiny")
+    plain = attach_pool(loaded).detach()
+    with pytest.raises(InputError, match=r"was detached; put the next one on what detach\(\) returned"):
+        attach_pool(loaded)
+    assert set(attach_pool(plain).adapters) <= set(plain.modules())
+
+
 def test_a_second_pool_and_a_wrapped_model_are_refused() -> None:
     model, _ = trained_perceptron(1)
     with pytest.raises(InputError, match="has adapters already"):

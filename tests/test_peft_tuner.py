@@ -1,6 +1,7 @@
 """DAC as a tuner of PEFT: what it trains, and what PEFT asks of every tuner."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -168,10 +169,10 @@ def test_a_trainer_with_the_callback_trains_a_stream(tmp_path) -> None:
     assert_same_training({**found, **{name: expected[name] for name in ("counts", "losses")}}, expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
-def test_trl_trains_a_stream(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # last: other versions of libraries that we have lie there too
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder_of_peers("peers"))])
+def train_by_trl(folder: str, peers: str) -> tuple[PeftModel, list[float]]:
+    """A stream by TRL's SFTTrainer, and the losses that it logs."""
+    if peers not in sys.path:
+        sys.path.append(peers)  # last: other versions of libraries that we have lie there too
     from trl import SFTConfig, SFTTrainer
 
     class InOrderToo(InOrder, SFTTrainer):
@@ -183,7 +184,7 @@ def test_trl_trains_a_stream(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         samples = [{name: s[name].tolist() for name in ("input_ids", "labels")} for s in samples_of(task)]
         trainer = InOrderToo(
             model,
-            SFTConfig(str(tmp_path), logging_steps=1, **arguments_of_trainer(), **own),
+            SFTConfig(folder, logging_steps=1, **arguments_of_trainer(), **own),
             train_dataset=Dataset.from_list(samples),
             processing_class=small_llava.make_tokenizer(),
             callbacks=[R1PCallback()],
@@ -192,6 +193,25 @@ def test_trl_trains_a_stream(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
         trainer.train()
         losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         model = trainer.model
+    return model, losses
+
+
+def train_by_trl_on_ranks(rank_: int, ranks: int, folder: str, peers: str) -> dict[str, torch.Tensor]:
+    warnings.simplefilter("ignore")
+    return train_by_trl(folder, peers)[0].merge_and_unload().state_dict()
+
+
+@pytest.mark.slow
+def test_trl_on_two_ranks_trains_what_the_pool_trains(run_distributed, tmp_path) -> None:
+    expected = by_pool()
+    for found in run_distributed(train_by_trl_on_ranks, 2, str(tmp_path), str(folder_of_peers("peers"))):
+        assert_same_training({**{name: expected[name] for name in ("counts", "losses")}, **found}, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
+def test_trl_trains_a_stream(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    model, losses = train_by_trl(str(tmp_path), str(folder_of_peers("peers")))
     expected = by_pool(micro_steps=2)
     batch = texts(TASKS - 1, STEPS - 1)
     adapted = model.eval()(**batch).logits
@@ -273,6 +293,22 @@ def test_experts_over_bf16_weights_are_fp32_and_learn() -> None:
     train(tuner, tuner, 0)
     changed = [name for name, p in tuner.named_parameters() if name in before and not torch.equal(p, before[name])]
     assert len(changed) == len(before)
+
+
+def test_a_scaled_loss_is_refused_where_the_ago_term_goes_past_it() -> None:
+    def add_log_probs(model: nn.Module, inputs: tuple, output: Any) -> None:
+        output.log_probs = output.logits.log_softmax(-1)  # as TRL's trainer does
+
+    model = make_model()
+    model.register_forward_hook(add_log_probs)
+    tuner = get_peft_model(model, config())
+    arguments = TrainingArguments(use_cpu=True, report_to=[])
+    R1PCallback().on_train_begin(arguments, None, None, model=tuner)
+    tuner.train()(**texts(0, 0))
+    arguments.fp16 = True  # by the constructor it needs a GPU
+    R1PCallback().on_train_begin(arguments, None, None, model=tuner)
+    with pytest.raises(InputError, match="fp16: its loss scaling would not reach the AGO term, .*; use bf16 or fp32"):
+        tuner(**texts(0, 1))
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -55,3 +55,7 @@ class Host:
         for parameter, is_trained in self._trained:
             parameter.requires_grad_(is_trained)
         return self.model
+
+    def undo(self) -> None:
+        """Makes the model what it was when it was given, after an error."""
+        self.close()

@@ -21,6 +21,7 @@ class R1PCallback(TrainerCallback):
         tuner = _tuner(model)
         tuner.penalty_share = 1 / (args.gradient_accumulation_steps * ranks)
         tuner.gradient_share = 1 / args.gradient_accumulation_steps
+        tuner.has_scaled_loss = args.fp16
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -30,6 +30,7 @@ class R1PModel(BaseTuner):
 
     # R1PCallback's, of the AGO term: in a loss that a Trainer does not divide by its micro steps, and past every loss
     penalty_share = gradient_share = 1.0
+    has_scaled_loss = False  # R1PCallback's: the Trainer multiplies the loss, for fp16
 
     def _pre_injection_hook(self, model: nn.Module, config: R1PConfig, adapter_name: str) -> None:
         if "_routing" not in vars(self):
@@ -119,6 +120,11 @@ class R1PModel(BaseTuner):
             output.loss = loss + share * penalty
             log_probs = getattr(output, "log_probs", None)
             if isinstance(log_probs, torch.Tensor):
+                if self.has_scaled_loss:
+                    raise InputError(
+                        "fp16: its loss scaling would not reach the AGO term, which TRL leaves out of its loss; use "
+                        "bf16 or fp32"
+                    )
                 output.log_probs = _WithPenalty.apply(log_probs, self.gradient_share * penalty)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:

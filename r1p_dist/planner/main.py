@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from r1p_dist.arguments import documented_parser
 from r1p_dist.errors import InputError
-from r1p_dist.kinds import kind_names, kind_of
+from r1p_dist.kinds import Kind, kind_names, kind_of
 from r1p_dist.planner.accelerators import ACCELERATORS, find_accelerator
 from r1p_dist.planner.network import NETWORKS, parse_network
 
@@ -53,7 +53,7 @@ def main(prog: str, argv: Sequence[str]) -> int:
 def _parse(prog: str, argv: Sequence[str]) -> argparse.Namespace:
     parser = documented_parser(prog, __doc__)
     shapes = [shape for kind in _KINDS for shape in kind.shapes]
-    parser.add_argument("--model", required=True, help=f"tiny, a name of open_clip, {', '.join(shapes)}")
+    parser.add_argument("--model", required=True, help=f"tiny, a name of open_clip, a folder, {', '.join(shapes)}")
     parser.add_argument("--gpus", default="8,64,512,4096", metavar="N,…", help="(8,64,512,4096)")
     parser.add_argument("--zero", default="1,2,3", metavar="STAGE,…", help="ZeRO stages (1,2,3)")
     parser.add_argument("--batch", required=True, type=int, metavar="N", help="samples per GPU and micro step")
@@ -108,12 +108,16 @@ def _question(arguments: argparse.Namespace) -> Question:
     )
 
 
+def _holds(kind: Kind, folder: Path) -> bool:
+    return kind.model_file is not None and (folder / kind.model_file).is_file()
+
+
 def _batch(arguments: argparse.Namespace) -> Batch:
     """Returns a rank's micro batch for the kind of model. InputError: a size of another kind, or out of bounds."""
     from r1p_dist.planner.part import planner_part
     from r1p_dist.recipes import load_config
 
-    named = [kind for kind in _KINDS if arguments.model in kind.shapes]
+    named = [kind for kind in _KINDS if arguments.model in kind.shapes or _holds(kind, Path(arguments.model))]
     own = named[0] if named else kind_of(load_config(arguments.recipe, arguments.overrides).backbone.kind)
     sizes = {}
     for kind in _KINDS:

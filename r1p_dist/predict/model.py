@@ -34,9 +34,9 @@ class PredictingModel:
         self.source = source
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         placement = Placement(device or torch.device("cpu"), precision_type(source.precision))
-        # the run's cache is of the pristine tower, and of the machine of the run
-        uncached = {"feature_cache_gb": 0.0, "feature_cache_dir": None}
-        self.backbone = load_backbone(source.backbone.model_copy(update=uncached), placement)
+        # the run's cache is of the pristine tower; it and the attention's kernels are of the machine of the run
+        own = {"feature_cache_gb": 0.0, "feature_cache_dir": None, "attn_implementation": None}
+        self.backbone = load_backbone(source.backbone.model_copy(update=own), placement)
         self._updates: dict[str, Sequence[Mapping[str, Update]]] = {AFTER: ()}
         if source.run is not None:
             self._open_run(load_config(source.folder / CONFIG_FILE))

@@ -51,5 +51,5 @@ def open_source(folder: Path) -> Source:
         raise InputError(f"{folder}: no such folder; give that of a run or of an export")
     raise InputError(
         f"{folder}: neither the folder of a run, with a {CONFIG_FILE}, nor an export that can be loaded here again: "
-        "`r1p export --to open_clip` of a CLIP, `--to hf` of a LLaVA; give the run's folder"
+        "`r1p export --to open_clip` of a CLIP, `--to hf` of a vision-language model; give the run's folder"
     )

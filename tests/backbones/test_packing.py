@@ -1,8 +1,12 @@
 """Packed conversations: losses, gradients and votes of each are those that it has in a row of its own."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig
+import torch.nn.functional as F
+from transformers import LlamaConfig, MistralConfig, modeling_flash_attention_utils
 
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone
@@ -20,13 +24,60 @@ GUIDES = ("cls_image", "first", "last_prompt", "mean")
 Found = dict[str, torch.Tensor]
 
 
-def make_backbone(family: str) -> LlavaBackbone:
-    return (small_llava if family in LLAVAS else small_vlms).make_backbone(family)
+def make_backbone(family: str, attention: str | None = None) -> LlavaBackbone:
+    backbone = (small_llava if family in LLAVAS else small_vlms).make_backbone(family)
+    if attention is not None:  # without the questions after a GPU
+        backbone.family.decoder_module.config._attn_implementation = attention
+    return backbone
 
 
-def step(family: str, is_packed: bool, guide: str = "cls_image", **options) -> tuple[Found, list[torch.Tensor]]:
+def attend_densely(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """What flash attention's function of that signature computes, by a mask of all pairs: (T, heads, width)."""
+    FLASH_CALLS.append((len(query), max_seqlen_q, len(cu_seqlens_q) - 1))
+    assert dropout_p == 0 and causal and torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k
+    owner = torch.repeat_interleave(torch.arange(len(cu_seqlens_q) - 1), cu_seqlens_q.diff().long())
+    order = torch.arange(len(query))
+    seen = (owner[:, None] == owner) & (order[:, None] >= order)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (softmax_scale or query.shape[-1] ** -0.5)
+    return torch.einsum("hqk,khd->qhd", F.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1), value)
+
+
+FLASH_CALLS: list[tuple[int, int, int]] = []
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """The package flash-attn, which needs a GPU, computed densely; tokens, longest and number of what it was given."""
+    package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    package.flash_attn_func = package.flash_attn_with_kvcache = lambda *inputs, **options: None
+    package.flash_attn_varlen_func = attend_densely
+    utils = modeling_flash_attention_utils
+    padding.pad_input, padding.unpad_input = utils._pad_input, utils._unpad_input
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.setitem(sys.modules, padding.__name__, padding)
+    monkeypatch.setattr(utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(utils, "_loaded_implementation", None)
+    FLASH_CALLS.clear()
+    return FLASH_CALLS
+
+
+def step(
+    family: str, is_packed: bool, guide: str = "cls_image", attention: str | None = None, **options
+) -> tuple[Found, list[torch.Tensor]]:
     """Returns losses, gradients and votes of a step, and the inputs of a language model's layer."""
-    backbone = make_backbone(family)
+    backbone = make_backbone(family, attention)
     torch.manual_seed(0)
 
     def make(slot, routing) -> AdaptedLinear:
@@ -63,6 +114,16 @@ def test_packed_conversations_equal_those_in_rows_of_their_own(family: str) -> N
     assert_equal(packed, plain)
     assert any(value.any() for name, value in plain.items() if name.startswith("language") and "votes" in name)
     assert row.shape[0] == 1 and row.shape[1] < rows.shape[:2].numel(), "nothing is saved"
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_flash_attention_is_told_of_each_conversation(family: str, flash: list[tuple[int, int, int]]) -> None:
+    """Its kernels need a GPU; here it is what reaches them that counts."""
+    (packed, (row, *_)), (plain, (rows, *_)) = step(family, True, attention="flash_attention_2"), step(family, False)
+    assert_equal(packed, plain)
+    padded, _ = step(family, False, attention="flash_attention_2")
+    assert_equal(padded, plain)
+    assert set(flash) == {(row.shape[1], rows.shape[1], rows.shape[0])}, "one call for all conversations"
 
 
 @pytest.mark.parametrize("router_grad", ["none", "gated"])
@@ -116,6 +177,10 @@ def test_sliding_windows_cannot_be_packed() -> None:
         (LlamaConfig(), None),
         (MistralConfig(sliding_window=None), None),
         (MistralConfig(sliding_window=16), "attends by a sliding window"),
+        (
+            LlamaConfig(attn_implementation="eager"),
+            "attends eagerly (backbone.attn_implementation), by a mask of all pairs",
+        ),
     ):
         decoder.config = config
         assert unpackable(decoder) == reason

@@ -12,10 +12,12 @@ from transformers import CLIPImageProcessorPil, CLIPProcessor
 from r1p_dist.adapters import AdaptedLinear
 from r1p_dist.backbones import LlavaBackbone, load_llava
 from r1p_dist.backbones.conversations import IGNORED
+from r1p_dist.backbones.weights import Placement
 from r1p_dist.data.samples import BadSampleError, Sample
 from r1p_dist.errors import InputError
-from r1p_dist.kinds.llava import KIND
+from r1p_dist.kinds.llava import KIND, weights
 from r1p_dist.kinds.llava.paligemma import OneText
+from r1p_dist.recipes import load_config
 from tests.backbones.test_llava import (
     SAMPLES,
     assert_is_as_read_by_transformers,
@@ -262,6 +264,9 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     CLIPProcessor(CLIPImageProcessorPil(), make_tokenizer("gemma3")).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="its processor, a CLIPProcessor, has no image_token"):
         load_llava(str(tmp_path))
+    make_processor("internvl").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="its processor is a InternVLProcessor, a gemma3 takes a Gemma3Processor; its"):
+        load_llava(str(tmp_path))
     processor = make_processor("gemma3")
     processor.image_processor.do_pan_and_scan = True
     processor.save_pretrained(tmp_path)
@@ -275,6 +280,54 @@ def test_processors_that_do_not_fit_are_named(tmp_path: Path) -> None:
     backbone.processor.image_processor.size = {"height": 8, "width": 8}
     with pytest.raises(InputError, match="its processor makes pictures of 8 x 8 pixels, its image tower takes 16 x 16"):
         encoder_of(backbone)
+    backbone = make_backbone("qwen3_vl")
+    backbone.processor.image_processor.patch_size = 5
+    with pytest.raises(InputError, match="its processor makes patches of 150 numbers, its image tower takes 96; use"):
+        encoder_of(backbone)
+
+
+def test_a_processor_that_writes_too_few_tokens_is_named() -> None:
+    backbone = make_backbone("internvl").eval()
+    backbone.processor.image_seq_length = 3
+    with pytest.raises(InputError, match="its processor does not fit its image tower: .*; use the processor that bel"):
+        backbone(training_batch(backbone, SAMPLES[:1]))
+    batch = encoder_of(backbone).collate([encoder_of(backbone).evaluate(SAMPLES[0])])
+    with pytest.raises(InputError, match="its processor does not fit its image tower"):
+        backbone(batch, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "qwen3_vl", "gemma3"])
+def test_all_towers_attend_as_the_configuration_says(family: str, tmp_path: Path) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    make_processor(family).save_pretrained(tmp_path)
+    losses = []
+    for implementation in (None, "eager"):
+        backbone = load_llava(str(tmp_path), attn_implementation=implementation).eval()
+        parts = (backbone.model, backbone.family.decoder_module, backbone.family.tower_module)
+        assert {part.config._attn_implementation for part in parts} == {implementation or "sdpa"}
+        with torch.no_grad():
+            losses.append(backbone(training_batch(backbone, samples_of(family)))[0])
+    torch.testing.assert_close(*losses)
+
+
+def test_attention_that_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="attn_implementation=eager: not for backbone.kind=open_clip; its towers atte"):
+        load_config("mini_mtil", ["backbone.attn_implementation=eager"])
+    flash, half = "flash_attention_2", Placement(dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="=flash_attention_2: needs an accelerator with the package flash-attn; or l"):
+        load_llava("tiny", attn_implementation=flash, placement=half)
+    monkeypatch.setattr(weights, "is_flash_attn_2_available", lambda: True)
+    with pytest.raises(InputError, match="=flash_attention_2: needs weights in bf16; set train.precision=bf16, or l"):
+        load_llava("tiny", attn_implementation=flash)
+    with pytest.raises(InputError, match="=flash_attention_2: FlashAttention2 has been toggled on, .*; leave it out"):
+        load_llava("tiny", attn_implementation=flash, placement=half)  # transformers' own words
+    for family in ("gemma3", "paligemma"):
+        make_model(family).save_pretrained(tmp_path / family)
+        make_processor(family).save_pretrained(tmp_path / family)
+        with pytest.raises(
+            InputError, match=f"=flash_attention_2: has no mask for the tokens of a {family}, which see"
+        ):
+            load_llava(str(tmp_path / family), attn_implementation=flash, placement=half)
 
 
 def test_paligemma_takes_one_question_and_its_answer() -> None:

@@ -274,6 +274,7 @@ MUST_STAY = {
     "backbone.name": "ViT-B-16",
     "backbone.pretrained": "elsewhere",
     "backbone.force_quick_gelu": "true",
+    "backbone.attn_implementation": "eager",
     "backbone.feature_cache_gb": "3",
     "options": "{rank: 9}",
     "targets.towers": "[text]",
@@ -306,6 +307,7 @@ MUST_STAY = {
 NEEDED_BESIDE = {
     "data.reference": ["data.reference_share=0.3"],
     "data.reference_share": ["data.reference=elsewhere"],
+    "backbone.attn_implementation": ["backbone.kind=llava"],
     "data.blind": ["backbone.kind=llava"],
     "data.packing": ["backbone.kind=llava"],
 }

@@ -9,6 +9,7 @@ import pytest
 
 from r1p_dist.planner.communication import Collective
 from r1p_dist.planner.network import Network, cost, parse_network
+from tests.small_vlms import make_config, make_processor
 
 PLAN = Path(__file__).parents[2] / "tools" / "plan.py"
 
@@ -75,6 +76,17 @@ def test_llava_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
         assert calls["votes"] == 3  # the language model's layers together, and the projector's two
         assert calls["answer tokens"] == 1
         assert ("pictures not kept" in calls) == (setting["zero"] == 3)
+
+
+def test_a_folder_says_itself_what_it_holds(monkeypatch, tmp_path: Path, capsys) -> None:
+    make_config("qwen2_5_vl").save_pretrained(tmp_path)
+    make_processor("qwen2_5_vl").save_pretrained(tmp_path)
+    own = ["--tokens", "200", "options.rank=6", "options.active=4"]
+    assert run(monkeypatch, "--model", str(tmp_path), "--gpus", "8", "--batch", "4", *own) == 0
+    assert "4 conversations of 200 tokens" in capsys.readouterr().out
+    make_processor("internvl").save_pretrained(tmp_path)
+    assert run(monkeypatch, "--model", str(tmp_path), "--gpus", "8", "--batch", "4") == 2
+    assert "its processor is a InternVLProcessor" in capsys.readouterr().err
 
 
 def test_packed_conversations_are_planned(monkeypatch, tmp_path: Path, capsys) -> None:

@@ -15,6 +15,7 @@ from r1p_dist.predict.model import PredictingModel
 from r1p_dist.predict.source import open_source
 from tests.export.test_llava import ALL_TOWERS, NEW_TOKENS, PICTURE, QUESTION, computed, inputs, load, write_llava_run
 from tests.predict.test_serve import ask, served
+from tests.small_vlms import make_model, make_processor
 
 
 def answer(folder: Path) -> str:
@@ -22,12 +23,14 @@ def answer(folder: Path) -> str:
     return AutoProcessor.from_pretrained(folder).tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def task(name: str, max_new_tokens: int) -> Task:
+    answers = {"metric": "exact_match", "sizes": {}, "domain": None, "class_names": (), "templates": ()}
+    return Task(name, (), (), (), max_new_tokens=max_new_tokens, **answers)
+
+
 def test_a_question_is_answered_as_transformers_answers_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = write_llava_run(tmp_path, [ALL_TOWERS])
-    answers = {"metric": "exact_match", "sizes": {}, "domain": None, "class_names": (), "templates": ()}
-    tasks = [
-        Task(name, (), (), (), max_new_tokens=longest, **answers) for name, longest in (("a", 2), ("b", NEW_TOKENS))
-    ]
+    tasks = [task("a", 2), task("b", NEW_TOKENS)]
     write_tasks(run, tasks)
     assert list(read_tasks(run / "tasks.json")) == tasks
     exported = export_run(run, "hf")
@@ -56,3 +59,19 @@ def test_a_question_is_answered_as_transformers_answers_it(tmp_path: Path, capfd
     ):
         assert cli.main(["predict", str(run), str(picture), *words]) == 2
         assert message in capfd.readouterr().err
+
+
+def test_an_export_of_another_family_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, picture = tmp_path / "qwen", tmp_path / "picture.png"
+    make_model("qwen2_5_vl").save_pretrained(folder)
+    make_processor("qwen2_5_vl").save_pretrained(folder)
+    write_tasks(folder, [task("a", NEW_TOKENS)])
+    PICTURE.save(picture)
+    capfd.readouterr()
+    assert cli.main(["predict", str(folder), str(picture), "--ask", QUESTION, "--json"]) == 0
+    (entry,) = json.loads(capfd.readouterr().out)["pictures"]
+    assert entry["after"] == answer(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"qwen2_5_vl"', '"qwen3"'))
+    assert cli.main(["predict", str(folder), str(picture), "--ask", QUESTION]) == 2
+    assert "neither the folder of a run" in capfd.readouterr().err

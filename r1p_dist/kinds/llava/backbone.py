@@ -10,6 +10,7 @@ family cuts large pictures), d widths of the parts.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -31,12 +32,12 @@ from r1p_dist.backbones.weights import Placement, place
 from r1p_dist.config import BackboneConfig, DataConfig, TrainConfig
 from r1p_dist.data import Stream
 from r1p_dist.distributed import sum_over_ranks, world_size
-from r1p_dist.errors import InputError
+from r1p_dist.errors import InputError, one_line
 from r1p_dist.kinds.llava.families import FAMILIES
 from r1p_dist.kinds.llava.family import Batch, slots_of, stand_back, stand_in
 from r1p_dist.kinds.llava.feature_cache import FeatureCache
 from r1p_dist.kinds.llava.feature_files import FeatureFiles, tower_fingerprint
-from r1p_dist.kinds.llava.packing import pack, unpackable, use_packing
+from r1p_dist.kinds.llava.packing import pack, packed_options, unpackable, use_packing
 from r1p_dist.kinds.llava.token_losses import give_losses
 from r1p_dist.kinds.llava.weights import (
     build_on_meta,
@@ -45,6 +46,7 @@ from r1p_dist.kinds.llava.weights import (
     model_folder,
     read_config,
     read_processor,
+    set_attention,
 )
 
 
@@ -153,7 +155,7 @@ class LlavaBackbone(nn.Module):
     def encoder(self, data: DataConfig) -> ConversationEncoder:
         """Returns what makes batches of samples; pictures are taken as they are, without augmentation.
 
-        InputError: data.packing for a decoder that cannot, or pictures of another size than the image tower takes.
+        InputError: data.packing for a decoder that cannot, or pictures that the image tower does not take.
         """
         if data.packing:
             decoder = self.family.decoder_module
@@ -172,12 +174,9 @@ class LlavaBackbone(nn.Module):
             has_digests=self._cache.keeps,
             packs=data.packing,
         )
-        side, made = self.family.side, encoder.blank()["pixel_values"].shape[-1]
-        if side is not None and made != side:
-            raise InputError(
-                f"backbone: its processor makes pictures of {made} x {made} pixels, its image tower takes {side} x "
-                f"{side}; use the processor that belongs to the model"
-            )
+        misfit = self.family.misfit(encoder.blank())
+        if misfit is not None:
+            raise InputError(f"backbone: its processor {misfit}; use the processor that belongs to the model")
         return encoder
 
     def tower_parameters(self, towers: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -303,13 +302,15 @@ class LlavaBackbone(nn.Module):
         self._batch = batch if max_new_tokens is None else None
         if max_new_tokens is not None:
             self.routing["language"].real = batch["attention_mask"].bool()
-            ids = self.model.generate(
-                **given,
-                generation_config=self._generation(max_new_tokens),
-                synced_gpus=self.is_sharded and world_size() > 1,
-            )
+            with _naming_processor():
+                ids = self.model.generate(
+                    **given,
+                    generation_config=self._generation(max_new_tokens),
+                    synced_gpus=self.is_sharded and world_size() > 1,
+                )
             return ids[:, batch["input_ids"].shape[1] :]
-        hidden = self.model.model(**given, use_cache=False)[0]
+        with _naming_processor():
+            hidden = self.model.model(**given, use_cache=False)[0]
         answers = batch["answers"]
         hidden = hidden.flatten(0, 1)[answers]  # of the tokens that count alone
         if gives_logits:
@@ -388,9 +389,7 @@ class LlavaBackbone(nn.Module):
             self._nothing = None
         if self._batch is not None:
             if "places" in self._batch:
-                options["packed_lengths"] = self._batch["lengths"]
-                # no mask is made of one that is made already; attention does not read it
-                options["attention_mask"] = embeddings.new_ones((1, 1, 1, 1), dtype=torch.bool)
+                options |= packed_options(self.family.decoder_module, self._batch)
             self._prepare_routing(self._batch, embeddings)
             self._batch = None
         return forward(*args, **options)
@@ -443,11 +442,26 @@ def _none_of(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | 
     return features[:0] if isinstance(features, torch.Tensor) else [part[:0] for part in features]
 
 
+@contextmanager
+def _naming_processor() -> Iterator[None]:
+    """Says whose fault it is where a processor writes fewer or more tokens for a picture than the model makes of it."""
+    try:
+        yield
+    except ValueError as error:
+        if "tokens do not match" not in str(error):  # transformers' words
+            raise
+        raise InputError(
+            f"backbone: its processor does not fit its image tower: {one_line(error)}; use the processor that belongs "
+            "to the model"
+        ) from error
+
+
 def load(config: BackboneConfig, placement: Placement | None, compiles: bool) -> LlavaBackbone:
     """Loads the model that a configuration names, as `load_llava`."""
     return load_llava(
         config.name,
         gradient_checkpointing=config.gradient_checkpointing,
+        attn_implementation=config.attn_implementation,
         feature_cache_gb=config.feature_cache_gb,
         feature_cache_dir=config.feature_cache_dir,
         feature_cache_dir_gb=config.feature_cache_dir_gb,
@@ -465,6 +479,7 @@ def load_llava(
     name: str,
     *,
     gradient_checkpointing: bool = False,
+    attn_implementation: str | None = None,
     feature_cache_gb: float = 0.0,
     feature_cache_dir: Path | None = None,
     feature_cache_dir_gb: float | None = None,
@@ -474,13 +489,15 @@ def load_llava(
     """Loads `tiny`, a folder or a hub's name of a model of one of FAMILIES, or a shape of SHAPES.
 
     A shape, like a folder that has no weights, gets random ones, with a warning. placement: where the weights go; on
-    the CPU in fp32 by default. compiles: the training forward of the language model's blocks, by torch.compile. Raises
-    InputError for a model that cannot be had or used.
+    the CPU in fp32 by default. attn_implementation: transformers'; its own choice by default. compiles: the training
+    forward of the language model's blocks, by torch.compile. Raises InputError for a model that cannot be had or used.
     """
     placement = placement or Placement()
     config = read_config(name)
     processor = read_processor(name)
     model = build_on_meta(config)
+    if attn_implementation is not None:
+        set_attention(model, attn_implementation, placement.dtype)
     if not map_weights(name, model):
         logging.getLogger(__name__).warning("backbone %s has random weights: it brings none", name)
     folder = model_folder(name)

@@ -26,12 +26,14 @@ from r1p_dist.kinds.llava.qwen import Qwen2Vl, Qwen3Vl, Qwen25Vl
 
 class Llava(ReadLayers):
     model_class = LlavaForConditionalGeneration
+    processors = ("LlavaProcessor",)
 
 
 class LlavaNext(ReadLayers):
     """Large pictures are cut into crops; a learnt vector ends each of their lines of tokens."""
 
     model_class = LlavaNextForConditionalGeneration
+    processors = ("LlavaNextProcessor",)
 
     def borrowed_parameters(self) -> list[nn.Parameter]:
         return [self.parts.image_newline]
@@ -59,6 +61,7 @@ class LlavaOnevision(LlavaNext):
     """A picture is cut where its conversation has no other."""
 
     model_class = LlavaOnevisionForConditionalGeneration
+    processors = ("LlavaOnevisionProcessor",)
 
     def _cut(self, counts: Sequence[int]) -> list[bool]:
         return [count == 1 for count in counts for _ in range(count)]
@@ -71,6 +74,7 @@ class Idefics3(Family):
     """Large pictures are cut into crops, and the whole one comes last; four by four tokens of the tower become one."""
 
     model_class = Idefics3ForConditionalGeneration
+    processors = ("Idefics3Processor", "SmolVLMProcessor")
     decoder = "text_model"
     tower = "vision_model"
     projector = "connector"
@@ -115,6 +119,7 @@ class InternVl(ReadLayers):
     """Large pictures are cut into crops, and the whole one comes last; two by two tokens of the tower become one."""
 
     model_class = InternVLForConditionalGeneration
+    processors = ("InternVLProcessor",)
     blocks = "encoder.layer"
     layers = {
         **Family.layers,
@@ -151,7 +156,9 @@ class Gemma3(Family):
     """Tokens of one picture see one another, later ones too; its projector has no linear."""
 
     model_class = Gemma3ForConditionalGeneration
+    processors = ("Gemma3Processor",)
     layers = {**Family.layers, "projector": {}}
+    is_causal = False
 
     @classmethod
     def unserved(cls, processor: ProcessorMixin) -> str | None:

@@ -27,12 +27,14 @@ GATED_MLP = {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_pro
 class Family:
     """One family's parts of a model, and how its pictures come in. What a subclass does not say is as written here.
 
-    model_class: transformers'. decoder, tower, projector: where they are in `model.model`; blocks: of the tower, in it.
-    layers: of each tower, the linears of a block, by layer. renamed: names of weights in the published files, and in
-    transformers' module. shows_whole_last: of a picture's crops the last one shows all of it, not the first.
+    model_class, processors: transformers', the latter by name. decoder, tower, projector: where they are in
+    `model.model`; blocks: of the tower, in it. layers: of each tower, the linears of a block, by layer. renamed: names
+    of weights in the published files, and in transformers' module. shows_whole_last: of a picture's crops the last one
+    shows all of it, not the first. is_causal: no token of the decoder sees a later one.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    processors: ClassVar[tuple[str, ...]]
     decoder: ClassVar[str] = "language_model"
     tower: ClassVar[str] = "vision_tower"
     projector: ClassVar[str] = "multi_modal_projector"
@@ -49,6 +51,7 @@ class Family:
         (r"^model\.vision_tower\.vision_model\.", "model.vision_tower."),
     )
     shows_whole_last: ClassVar[bool] = False
+    is_causal: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module):
         parts = model.model
@@ -112,6 +115,13 @@ class Family:
     def pictures(self, processor: ProcessorMixin) -> Pictures:
         """Returns how the processor gives pictures."""
         return Pictures()
+
+    def misfit(self, blank: Batch) -> str | None:
+        """Returns what a processor makes of a picture that the image tower does not take, None where it fits."""
+        side, made = self.side, blank["pixel_values"].shape[-1]
+        if side is None or made == side:
+            return None
+        return f"makes pictures of {made} x {made} pixels, its image tower takes {side} x {side}"
 
     def crops(self, batch: Batch, counts: Sequence[int]) -> list[int]:
         """Returns the crops of each picture of a batch; counts: pictures of each conversation, [1] if there is none."""

@@ -6,6 +6,9 @@ from pathlib import Path
 from r1p_dist.config import BackboneConfig
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava import KIND
+from r1p_dist.kinds.llava.shapes import SHAPES
+
+_FAMILIES = [shape["model_type"] for shape in SHAPES.values()]
 
 
 def check_files(config: BackboneConfig) -> None:
@@ -24,4 +27,4 @@ def model_in(folder: Path) -> str | None:
     except (OSError, ValueError):
         return None
     family = config.get("model_type") if isinstance(config, dict) else None
-    return str(folder) if isinstance(family, str) and family.startswith("llava") else None
+    return str(folder) if family in _FAMILIES else None

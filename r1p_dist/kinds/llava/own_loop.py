@@ -60,6 +60,12 @@ class LlavaHost(Host):
             self._hook.remove()
         return self._backbone.close()
 
+    def undo(self) -> None:
+        if self._hook is None:
+            super().close()  # what stands in was there before
+        else:
+            self.close()
+
     def _hear(self, model: nn.Module, inputs: tuple, given: dict[str, Any]) -> None:
         if not self.model.training:
             return

@@ -22,7 +22,9 @@ _TEMPLATE = (
 
 class PaliGemma(Family):
     model_class = PaliGemmaForConditionalGeneration
+    processors = ("PaliGemmaProcessor",)
     layers = {**Family.layers, "projector": {"fc1": "linear"}}
+    is_causal = False
 
     @classmethod
     def processor(cls, processor: ProcessorMixin) -> "OneText":

@@ -29,6 +29,7 @@ _PARTS = ("q", "k", "v")  # the rows of a fused projection, in their order
 
 class Qwen2Vl(Family):
     model_class = Qwen2VLForConditionalGeneration
+    processors = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
     tower = "visual"
     projector = "visual.merger"
     blocks = "blocks"
@@ -71,6 +72,11 @@ class Qwen2Vl(Family):
 
     def pictures(self, processor: ProcessorMixin) -> Pictures:
         return Pictures(beside=("image_grid_thw",), is_joined=True)
+
+    def misfit(self, blank: Batch) -> str | None:
+        tower, made = self.config.vision_config, blank["pixel_values"].shape[-1]
+        taken = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        return None if made == taken else f"makes patches of {made} numbers, its image tower takes {taken}"
 
     def crops(self, batch: Batch, counts: Sequence[int]) -> list[int]:
         return (batch["image_grid_thw"].prod(1) // self._square).tolist()

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_flash_attn_2_available
 
 from r1p_dist.data.stream import ASSETS
 from r1p_dist.errors import InputError, one_line
@@ -82,7 +83,14 @@ def read_processor(name: str) -> ProcessorMixin:
             f"backbone.name={name}: its processor, a {type(processor).__name__}, has no {missing[0]}; its folder "
             "needs the processor_config.json, preprocessor_config.json and tokenizer of the model"
         )
-    family = FAMILIES[read_config(name).model_type]
+    kind = read_config(name).model_type
+    family = FAMILIES[kind]
+    if type(processor).__name__ not in family.processors:
+        raise InputError(
+            f"backbone.name={name}: its processor is a {type(processor).__name__}, a {kind} takes a "
+            f"{' or '.join(family.processors)}; its folder needs the processor_config.json, preprocessor_config.json "
+            "and tokenizer of the model"
+        )
     unserved = family.unserved(processor)
     if unserved is not None:
         raise InputError(f"backbone.name={name}: its processor {unserved}")
@@ -107,6 +115,27 @@ def build_on_meta(config: PreTrainedConfig) -> nn.Module:
             owner._init_weights(module)  # rotary frequencies and positions: functions of the configuration
     model.tie_weights()
     return model
+
+
+def set_attention(model: PreTrainedModel, implementation: str, dtype: torch.dtype) -> None:
+    """Makes all towers of a model attend by one of transformers' implementations.
+
+    InputError: one that a tower, this machine or the weights' precision does not have.
+    """
+    said = f"backbone.attn_implementation={implementation}"
+    if implementation == "flash_attention_2":
+        kind = model.config.model_type
+        if not FAMILIES[kind].is_causal:  # older transformers would leave out that part of the mask
+            raise InputError(f"{said}: has no mask for the tokens of a {kind}, which see later ones; leave it out")
+        # without the package transformers would fetch a compiled kernel from the hub
+        if not is_flash_attn_2_available():
+            raise InputError(f"{said}: needs an accelerator with the package flash-attn; or leave it out for SDPA")
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise InputError(f"{said}: needs weights in bf16; set train.precision=bf16, or leave it out for SDPA")
+    try:
+        model.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{said}: {one_line(error)}; leave it out") from error
 
 
 def files_of_weights(name: str) -> list[Path]:

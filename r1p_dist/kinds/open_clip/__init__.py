@@ -19,6 +19,7 @@ KIND = Kind(
         "--prompts": (None, "CLIP: distinct prompts in a micro step (one per picture)"),
         "--prompt-tokens": (32, "CLIP: of the longest prompt (32)"),
     },
+    unknown={"attn_implementation": "its towers attend by SDPA"},
     libraries=("open_clip.", "timm.", "transformers.models.clip.", "transformers.models.siglip.", f"{__name__}."),
     has_catalogue=True,
 )

@@ -93,3 +93,6 @@ class BackboneHost(TowersHost):
     def close(self) -> nn.Module:
         super().close()
         return self.model.model
+
+    def undo(self) -> None:
+        Host.close(self)  # its towers stay open
