@@ -20,7 +20,7 @@ from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
 from r1p_dist.protocol.watchers import random_projection
 
-_BATCH = 8
+_BATCH = 64
 
 
 def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: int, out: Path) -> int:
