@@ -105,7 +105,7 @@ class Steady(LowRankMethod):
         ridge: Annotated[Positive, Field(le=1)] = 1e-2
         """What each direction counts as in R beside past inputs' energy in it, in units of the mean over directions."""
         outer_ridge: Annotated[Positive, Field(le=1)] | None = None
-        """The same in L; null: L and G are the identity, and no gradients are measured."""
+        """The same in L; null: L and G are I. Without an anchor, let `batches` be many: G has as many directions."""
         by_sensitivity: bool = True
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""
         batches: Count | None = None
