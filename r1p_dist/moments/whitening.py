@@ -52,8 +52,8 @@ class Whitening:
         """Returns A R of an A (k, in)."""
         if self.matrix.shape[0] == self.matrix.shape[1]:
             return A @ self.matrix
-        return self.gain * (A - (A @ self.matrix) @ self.matrix.T)
+        return torch.addmm(A, A @ self.matrix, self.matrix.T, beta=self.gain, alpha=-self.gain)
 
     def moment(self, A: torch.Tensor, AR: torch.Tensor) -> torch.Tensor:
         """Returns A R C R A^T (k, k) without C: R C R = c^2 C (C / mean + ridge I)^(-1) = span I - ridge R^2."""
-        return self.span * (A @ A.T) - self.ridge * (AR @ AR.T)
+        return torch.addmm(A @ A.T, AR, AR.T, beta=self.span, alpha=-self.ridge)
