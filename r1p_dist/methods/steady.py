@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -143,6 +144,11 @@ class Steady(LowRankMethod):
         if self.options.anchor is not None and self.options.anchor_tasks:
             self._anchor = MomentFile(self.options.anchor)
             self._anchor.check(agree(lambda: weights_identity(self.config.backbone, self.backbone)))
+        elif self.options.outer_ridge is not None and rank() == 0:
+            logging.getLogger(__name__).warning(
+                "options.outer_ridge without an anchor: the gradients of a task span few directions of the last "
+                "layers, and all others count as free; set options.anchor (r1p moments), or options.outer_ridge=null"
+            )
         return super().stages(stream)
 
     def begin(self, stage: Stage, trainer: Trainer) -> None:

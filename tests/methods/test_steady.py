@@ -163,6 +163,13 @@ def test_tasks_of_a_run_without_gradients_are_refused_with_the_remedy(stages_of)
     stages.engine.close()
 
 
+def test_the_output_side_without_an_anchor_is_warned_of(stages_of, caplog) -> None:
+    for outer_ridge, warns in (("null", False), ("0.1", True)):
+        stages, _ = stages_of("steady", f"options.outer_ridge={outer_ridge}")
+        stages.method.stages(SimpleNamespace(tasks=()))
+        assert ("options.outer_ridge without an anchor" in caplog.text) == warns
+
+
 WIDE = ["options.sketch_above=40", "options.sketch=6"]
 
 
