@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -187,17 +187,23 @@ class Steady(LowRankMethod):
                 adapter, (size, *of_R, _, _, _) = by_name[name], found[name]
                 adapter.whitening = Whitening(matrix, *of_R)
                 adapter.scale = self.options.weight / (size * len(self.adapters)) if size else 0.0
-        if outer_ridge is None:
-            return
+        if outer_ridge is not None:
+            for name, matrix in self._outer_matrices(layers, outer, trainer):
+                by_name[name].outer = Whitening(matrix, *found[name][4:])
 
-        def matrices(layer: str) -> torch.Tensor:
-            return torch.cat([outer[name].matrix.flatten() for name in layers[layer]])
+    def _outer_matrices(
+        self, layers: Mapping[str, Sequence[str]], own: Mapping[str, Whitening], trainer: Trainer
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields by adapter the matrix of L, from the rank that has it in `own`; a collective."""
 
-        for layer, values in trainer.by_layer(layers, matrices).items():
-            readers = [by_name[name] for name in layers[layer]]
-            parts = values.split([rows * columns for rows, columns in map(self._outer_shape, readers)])
-            for adapter, part in zip(readers, parts, strict=True):
-                adapter.outer = Whitening(part.view(self._outer_shape(adapter)), *found[adapter.name][4:])
+        def joined(layer: str) -> torch.Tensor:
+            return torch.cat([own[name].matrix.flatten() for name in layers[layer]])
+
+        for layer, values in trainer.by_layer(layers, joined).items():
+            shapes = [self._outer_shape(self._by_name[name]) for name in layers[layer]]
+            parts = values.split([rows * columns for rows, columns in shapes])
+            for name, part, shape in zip(layers[layer], parts, shapes, strict=True):
+                yield name, part.view(shape)
 
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
