@@ -111,8 +111,15 @@ def _results(name: str, comparisons: Mapping[str, dict[str, Any]]) -> list[str]:
             key for key in COLUMNS if any(figures.get(key) is not None for own in runs.values() for figures in own)
         ]
         rows = [[label, *(_cell(own, key) for key in shown), str(len(own))] for label, own in runs.items()]
+        # what all labels got is no label's own
+        shared = [
+            item
+            for item in next(iter(data["overrides"].values()))
+            if all(item in own for own in data["overrides"].values())
+        ]
+        recipe = " ".join([data["recipe"], *(f"`{item}`" for item in shared)])
         parts.append(
-            f"Recipe {data['recipe']}, mean ± sample standard deviation over the seeds; "
+            f"Recipe {recipe}, mean ± sample standard deviation over the seeds; "
             f"[{file}](../{file}) has each run, and what a label got beside the recipe:"
         )
         parts.append(Table(["Label", *(COLUMNS[key] for key in shown), "Seeds"], rows).markdown().rstrip())
