@@ -162,25 +162,24 @@ class Steady(LowRankMethod):
                 f"options.outer_ridge={outer_ridge}: an earlier task left no moments of gradients, as with "
                 "options.outer_ridge=null, which goes on from it"
             )
-        inner: dict[str, Whitening] = {}  # R by layer, on the rank that owns its input
-        outer: dict[str, Whitening] = {}  # and there L by adapter
+        # by layer, on the rank that owns its input, and there by adapter
+        moments, gradients = dict[str, Moment](), dict[str, Sketch]()
+        for number, (layer, names) in enumerate(layers.items()):
+            if rank() == owner(number):
+                moments[layer] = self._known_moment(layer)
+                gradients |= {} if outer_ridge is None else {name: self._known_gradient(name) for name in names}
+        inner = {layer: Whitening.of(moment, self.options.ridge) for layer, moment in moments.items()}
+        outer = {name: Whitening.of(known, outer_ridge) for name, known in gradients.items() if outer_ridge is not None}
         # of each adapter tr(W C W^T G), and the numbers of R and of L
         numbers = torch.zeros(len(self.adapters), 7, dtype=torch.float64)
         rows = dict(zip(by_name, numbers, strict=True))
-        for number, (layer, names) in enumerate(layers.items()):
+        for layer, names in layers.items():
             with gathered({by_name[name].linear.weight: None for name in names}):  # q, k and v may be rows of one
-                if rank() != owner(number):
-                    continue
-                moment = self._known_moment(layer)
-                inner[layer] = Whitening.of(moment, self.options.ridge)
-                for name in names:
-                    gradient = None
-                    if outer_ridge is not None:
-                        gradient = self._known_gradient(name)
-                        outer[name] = Whitening.of(gradient, outer_ridge)
-                        rows[name][4:] = torch.tensor(outer[name].numbers)
-                    rows[name][0] = _size(by_name[name], moment, gradient)
+                for name in names if layer in moments else ():
+                    rows[name][0] = _size(by_name[name], moments[layer], gradients.get(name))
                     rows[name][1:4] = torch.tensor(inner[layer].numbers)
+                    if name in outer:
+                        rows[name][4:] = torch.tensor(outer[name].numbers)
         found = dict(zip(by_name, sum_over_ranks(numbers).tolist(), strict=True))
         for layer, matrix in trainer.by_layer(layers, lambda layer: inner[layer].matrix).items():
             for name in layers[layer]:
@@ -205,13 +204,15 @@ class Steady(LowRankMethod):
             for name, part, shape in zip(layers[layer], parts, shapes, strict=True):
                 yield name, part.view(shape)
 
+    def _weights(self) -> list[float]:
+        """Returns as how many tasks each past one counts, and at the end the anchor where there is one."""
+        return [1.0] * len(self._past) + ([] if self._anchor is None else [self.options.anchor_tasks])
+
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
-        known = [_stored(task, layer) for task in self._past]
-        weights = [1.0] * len(known)
+        known, weights = [_stored(task, layer) for task in self._past], self._weights()
         if self._anchor is not None:
             known.append(self._anchor.sketch(layer))
-            weights.append(self.options.anchor_tasks)
         known = [moment.to(self.backbone.device) for moment in known]
         sketches = [moment for moment in known if isinstance(moment, Sketch)]
         if len(sketches) == len(known) and len(sketches[0].factor) > self.options.sketch_above:
@@ -225,12 +226,10 @@ class Steady(LowRankMethod):
     def _known_gradient(self, name: str) -> Sketch:
         """Returns the mean of past tasks' moments of gradients, each of a mean eigenvalue of one."""
         known = [_sketch(task, f"{name}.gradient") for task in self._past]
-        weights = [1.0] * len(known)
         if self._anchor is not None:
             known.append(self._anchor.gradient(name))
-            weights.append(self.options.anchor_tasks)
         known = [sketch.to(self.backbone.device).normalised() for sketch in known]
-        mean = Sketch.mean(known, weights, self.options.sketch)
+        mean = Sketch.mean(known, self._weights(), self.options.sketch)
         _, columns = self._outer_shape(self._by_name[name])
         # an anchor's alone can have fewer; of other ranks, none would know how many
         return replace(mean, factor=F.pad(mean.factor, (0, columns - mean.factor.shape[1])))

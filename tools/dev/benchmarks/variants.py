@@ -5,6 +5,7 @@ weights, so that the largest ones fit on one card.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,21 +144,22 @@ class Steady(Step):
         recipe = "mini_mtil" if self.is_clip else "mini_instruct"
         config = load_config(recipe, ["method=steady", *options, f"options.dropout={self.arguments.dropout}"])
         self.method = make_method(config, self.backbone)
-        known: dict[int, Whitening] = {}
+        own = self.method.options
+        inner = functools.cache(lambda width: Whitening.of(self._moment(width), own.ridge))
+        outer = functools.cache(lambda width: Whitening.of(self._sketch(width), own.outer_ridge))
         for adapter in self.method.adapters:
-            if adapter.in_features not in known:
-                known[adapter.in_features] = Whitening.of(self._moment(adapter.in_features), 0.01)
-            adapter.whitening = known[adapter.in_features]
-            adapter.outer = Whitening.of(self._gradient(adapter.out_features), 0.1)
-            adapter.scale = 1.0
-
-    def _gradient(self, width: int) -> Sketch:
-        return Sketch(torch.eye(width, device=self.device)[:, : self.method.options.sketch], torch.ones(()))
+            adapter.whitening, adapter.scale = inner(adapter.in_features), 1.0
+            if own.outer_ridge is not None:
+                adapter.outer = outer(adapter.out_features)
 
     def _moment(self, width: int) -> torch.Tensor | Sketch:
         """Returns one of the form that the method keeps for inputs of that width."""
-        whole, options = torch.eye(width, device=self.device), self.method.options
-        return whole if width <= options.sketch_above else Sketch(whole[:, : options.sketch], whole.new_tensor(0.1))
+        is_wide = width > self.method.options.sketch_above
+        return self._sketch(width) if is_wide else torch.eye(width, device=self.device)
+
+    def _sketch(self, width: int) -> Sketch:
+        factor = torch.eye(width, min(width, self.method.options.sketch), device=self.device)
+        return Sketch(factor, factor.new_tensor(0.1))
 
 
 class Peft(Variant):
