@@ -33,14 +33,14 @@ def reference(report: Report) -> None:
     """Trains the run that all others are held against."""
     # what CPU ranks of one node exchange their sums with: compiled for up to a minute, and one rank has no use for it
     deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
-    write_stream(report.folder / "stream", "mini_mtil", TASKS)
-    _train(report.folder, "reference", ["deepspeed.config=zero0"])
+    make_stream(report.folder)
+    train(report.folder, "reference", ["deepspeed.config=zero0"])
 
 
 def stages(report: Report, stages: Sequence[int]) -> None:
     """Trains with each stage of ZeRO, on one rank, and compares."""
     for stage in stages:
-        _train(report.folder, f"zero{stage}", [f"deepspeed.config=zero{stage}"])
+        train(report.folder, f"zero{stage}", [f"deepspeed.config=zero{stage}"])
         _compare(report, f"zero{stage}")
 
 
@@ -59,9 +59,9 @@ def resume(report: Report) -> None:
 def _resumed(folder: Path, name: str) -> dict[str, int]:
     """Returns in how many tasks a run and one that was resumed merged the same bits."""
     settings = ["deepspeed.config=zero2", "options.dropout=0.2"]
-    whole = _train(folder, f"{name}-whole", settings)
+    whole = train(folder, f"{name}-whole", settings)
     point = whole / "checkpoints" / f"00-{TASKS[0]}" / f"step-{STEPS - 1}"
-    resumed = _train(folder, f"{name}-resumed", [*settings, f"resume={point}"])
+    resumed = train(folder, f"{name}-resumed", [*settings, f"resume={point}"])
     files = [f"adapters/{index:02d}-{task}/adapter.safetensors" for index, task in enumerate(TASKS)]
     equal = sum((whole / file).read_bytes() == (resumed / file).read_bytes() for file in files)
     return {"equal_tasks": equal, "tasks": len(TASKS)}
@@ -106,12 +106,19 @@ def one_of_two(report: Report, stages: Sequence[int]) -> None:
     # DeepSpeed takes over a group that is there; nccl, its own choice, refuses two ranks on one card
     torch.distributed.init_process_group("gloo")
     for stage in stages:
-        _train(report.folder, f"two-ranks-zero{stage}", [f"deepspeed.config=zero{stage}"])
+        train(report.folder, f"two-ranks-zero{stage}", [f"deepspeed.config=zero{stage}"])
 
 
-def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
-    """Trains, in fp32 without TF32; returns the folder of the run."""
-    strict_fp32()
+def make_stream(folder: Path) -> None:
+    """Writes the stream that `train` trains on, where no part has yet."""
+    if not (folder / "stream").is_dir():
+        write_stream(folder / "stream", "mini_mtil", TASKS)
+
+
+def train(folder: Path, name: str, settings: Sequence[str]) -> Path:
+    """Trains, in fp32 without TF32 unless the settings say otherwise; returns the folder of the run."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
     own = [f"stream={folder / 'stream' / 'stream.yaml'}", f"run_dir={folder / name}", f"train.iterations={STEPS}"]
     run(load_config("mini_mtil_dac", [*SETTINGS.split(), *own, *settings]))
     return folder / name
@@ -119,7 +126,7 @@ def _train(folder: Path, name: str, settings: Sequence[str]) -> Path:
 
 def _compare(report: Report, name: str) -> None:
     ours, theirs = report.folder / name, report.folder / "reference"
-    loss = max(abs(a - b) / abs(b) for a, b in zip(losses_of(ours), losses_of(theirs), strict=True))
+    loss = apart(ours, theirs)
     votes = _different_votes(ours, theirs)
     update = 0.0
     for merged, expected in zip(_merged(ours), _merged(theirs), strict=True):
@@ -130,14 +137,12 @@ def _compare(report: Report, name: str) -> None:
     report.check(name, passed, loss=loss, update=update, different_votes=votes)
 
 
-def strict_fp32() -> None:
-    """Keeps TF32 out of the products of fp32 tensors."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # which is on by default, for the patches' convolution
+def apart(ours: Path, theirs: Path) -> float:
+    """Returns by how much the logged losses of two runs differ at most, relative."""
+    return max(abs(a - b) / abs(b) for a, b in zip(_losses(ours), _losses(theirs), strict=True))
 
 
-def losses_of(run_dir: Path) -> list[float]:
-    """Returns the logged losses of a run, in order."""
+def _losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
