@@ -8,11 +8,13 @@ from r1p_dist.errors import InputError
 
 _TEXT = """Measure the moments of a backbone's layer inputs and write them to a file, for `method: steady`.
 
+    r1p moments --recipe mini_mtil --noise --out tiny.safetensors
     r1p moments --recipe mini_mtil --pairs pairs/*.tar --samples 1280 --out tiny.safetensors
     r1p moments --recipe RECIPE --stream my_stream --out moments.safetensors backbone.name=ViT-B-16
 
 With options.anchor=FILE the moments count as tasks before the first one. The file has statistics of the inputs of the
-layers in `targets`, and no picture or text.
+layers in `targets`, and no picture or text. Noise needs no data: pictures of coloured noise, each with a text of
+made-up words.
 """
 
 _PAIRS = 1280
@@ -24,8 +26,9 @@ def main(prog: str, argv: Sequence[str]) -> int:
     parser.add_argument("--recipe", required=True, help=RECIPE_HELP)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", type=Path, nargs="+", metavar="TAR", help="shards of pictures with a .txt each")
+    source.add_argument("--noise", action="store_true", help="pictures of noise, each with a text of made-up words")
     source.add_argument("--stream", help="a stream's training samples with their prompts")
-    parser.add_argument("--samples", type=int, metavar="N", help="pairs, evenly of all shards (1280)")
+    parser.add_argument("--samples", type=int, metavar="N", help="pairs; of shards evenly (1280)")
     parser.add_argument("--keep", type=int, default=128, metavar="K", help="directions of each layer's input (128)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     arguments, words = parse_with_overrides(parser, argv)
@@ -43,11 +46,14 @@ def main(prog: str, argv: Sequence[str]) -> int:
     own = ["method=steady", "deepspeed.config=zero0"]
     stream = [] if arguments.stream is None else [f"stream={arguments.stream}", "order=null", "tasks=null"]
     config = load_config(arguments.recipe, [*own, *stream, *words])
-    from r1p_dist.measuring.moments import measure_pairs, measure_stream
+    from r1p_dist.measuring.moments import measure_noise, measure_pairs, measure_stream
 
-    if arguments.stream is None:
-        seen = measure_pairs(config, shards, arguments.samples or _PAIRS, arguments.keep, arguments.out)
+    count, keep, out = arguments.samples or _PAIRS, arguments.keep, arguments.out
+    if arguments.stream is not None:
+        seen = measure_stream(config, keep, out)
+    elif arguments.noise:
+        seen = measure_noise(config, count, keep, out)
     else:
-        seen = measure_stream(config, arguments.keep, arguments.out)
+        seen = measure_pairs(config, shards, count, keep, out)
     print(f"{arguments.out}: moments of {seen} samples")
     return 0

@@ -1,4 +1,4 @@
-"""Measures the moments of layers: on pairs of a picture and a text, or on a stream's training samples."""
+"""Measures the moments of layers: on pairs of a picture and a text, on noise, or on a stream's training samples."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -15,6 +15,7 @@ from r1p_dist.data.samples import BadSampleError, decode_picture, picture_suffix
 from r1p_dist.errors import InputError, one_line
 from r1p_dist.host_copy import on_device
 from r1p_dist.kinds import kind_of
+from r1p_dist.measuring.noise import noise_pairs
 from r1p_dist.methods import make_method
 from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import InputMoments
@@ -28,25 +29,36 @@ def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: i
 
     Returns how many there were. InputError: a backbone that is no CLIP, a shard or a pair that cannot be read.
     """
+    share = -(-count // len(shards))
+    pairs = islice((pair for shard in shards for pair in islice(_pairs(shard), share)), count)
+    return _measure(config, pairs, "pairs of " + ", ".join(shard.name for shard in shards), keep, out)
+
+
+def measure_noise(config: RunConfig, count: int, keep: int, out: Path) -> int:
+    """Measures `count` pairs of noise and made-up words (`noise_pairs`) and writes the file `out`.
+
+    Returns how many there were. InputError: a backbone that is no CLIP.
+    """
+    return _measure(config, noise_pairs(count), "pairs of noise", keep, out)
+
+
+def _measure(config: RunConfig, pairs: Iterator[tuple[Sample, str]], source: str, keep: int, out: Path) -> int:
     if kind_of(config.backbone.kind).has_answers:
         raise InputError(
-            f"--pairs: a picture and a text are no input of backbone.kind={config.backbone.kind}; --stream"
+            f"a picture and a text are no input of backbone.kind={config.backbone.kind}; measure with --stream"
         )
     backbone, inputs = _watched(config)
-    encoder = backbone.encoder(config.data)
-    share, seen = -(-count // len(shards)), 0
+    encoder, seen = backbone.encoder(config.data), 0
     with inputs.watch():
-        for shard in shards:
-            pairs = islice(_pairs(shard), min(share, count - seen))
-            while batch := list(islice(pairs, _BATCH)):
-                images = encoder.collate([encoder.evaluate(sample) for sample, _ in batch])["image"]
-                image, _ = backbone(image=images.to(backbone.device))
-                _, text = backbone(tokens=backbone.tokenize([text for _, text in batch]))
-                _look(backbone, [image, text], seen)
-                seen += len(batch)
+        while batch := list(islice(pairs, _BATCH)):
+            images = encoder.collate([encoder.evaluate(sample) for sample, _ in batch])["image"]
+            image, _ = backbone(image=images.to(backbone.device))
+            _, text = backbone(tokens=backbone.tokenize([text for _, text in batch]))
+            _look(backbone, [image, text], seen)
+            seen += len(batch)
         if not seen:
-            raise InputError(f"--pairs {' '.join(map(str, shards))}: no pair in it")
-    _write(config, backbone, inputs, keep, f"{seen} pairs of {', '.join(shard.name for shard in shards)}", out)
+            raise InputError(f"{source}: no pair in it")
+    _write(config, backbone, inputs, keep, f"{seen} {source}", out)
     return seen
 
 

@@ -5,6 +5,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from r1p_dist.cli import run_command
 from r1p_dist.data import Stream, train_loader
 from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError
+from r1p_dist.measuring.noise import noise_pairs
 from r1p_dist.moments.file import MomentFile, write_moments
 from r1p_dist.moments.sketch import Sketch
 from r1p_dist.recipes import load_config
@@ -149,6 +151,38 @@ def test_pairs_are_measured_on_real_tokens_alone(pairs: list[Path], tmp_path: Pa
     assert file.backbone["name"] == "tiny" and "3 pairs" in json.loads(file._file.metadata()["source"])
 
 
+def test_pairs_of_noise_differ_and_are_the_same_again() -> None:
+    pairs, again = list(noise_pairs(3)), list(noise_pairs(3))
+    for (sample, text), (same, same_text) in zip(pairs, again, strict=True):
+        assert text == same_text and sample.images[0].tobytes() == same.images[0].tobytes()
+        assert len(text.split()) == 8
+    assert len({text for _, text in pairs}) == len({sample.images[0].tobytes() for sample, _ in pairs}) == 3
+    # amplitudes that fall by a power from 0.6 to 1.6: ten times the frequency has a quarter of them at most
+    for sample, _ in pairs:
+        spectrum = np.abs(np.fft.fft2(np.asarray(sample.images[0], dtype=float).mean(2)))
+        frequency = np.hypot(np.fft.fftfreq(224)[:, None], np.fft.fftfreq(224)[None])
+        low, high = (spectrum[(frequency > f) & (frequency < 1.5 * f)].mean() for f in (0.02, 0.2))
+        assert 10**0.6 < 1.05 * low / high < 1.1 * 10**1.6
+
+
+def test_noise_is_measured_as_pairs_are(tmp_path: Path, capsys) -> None:
+    out, shard = tmp_path / "m.safetensors", tmp_path / "noise.tar"
+    words = ["--recipe", "mini_mtil_dac", "targets.layers=[k]", "--keep", "192", "--samples", "3"]
+    assert run_command("moments", [*words, "--noise", "--out", str(out)]) == 0
+    assert "moments of 3 samples" in capsys.readouterr().out
+    files = []
+    for sample, text in noise_pairs(3):
+        picture = io.BytesIO()
+        sample.images[0].save(picture, "PNG")
+        files += [(f"{sample.key}.png", picture.getvalue()), (f"{sample.key}.txt", text.encode())]
+    write_tar(shard, files)
+    assert run_command("moments", [*words, "--pairs", str(shard), "--out", str(tmp_path / "pairs")]) == 0
+    found, expected = MomentFile(str(out)), MomentFile(str(tmp_path / "pairs"))
+    for layer in ("image.0.k", "text.3.k"):
+        torch.testing.assert_close(found.sketch(layer).whole(), expected.sketch(layer).whole())
+    assert "3 pairs of noise" in json.loads(found._file.metadata()["source"])
+
+
 def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str], tmp_path: Path) -> None:
     stream, name = toy[0].removeprefix("stream="), toy[1]
     out = tmp_path / "m.safetensors"
@@ -177,7 +211,7 @@ def test_a_stream_is_measured_over_an_epoch_without_augmentation(toy: list[str],
         (["--pairs", "{empty}"], "empty.tar: no pair in it"),
         (["--pairs", "{pairs}", "backbone.name=local-dir:/nowhere"], "local-dir:/nowhere"),
         (["--stream", "nowhere"], "stream=nowhere: no such stream file"),
-        ([], "one of the arguments --pairs --stream is required"),
+        ([], "one of the arguments --pairs --noise --stream is required"),
     ],
 )
 def test_wrong_input_is_one_line(words: list[str], error: str, pairs: list[Path], tmp_path: Path, capsys) -> None:
