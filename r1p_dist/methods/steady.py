@@ -88,8 +88,8 @@ class Steady(LowRankMethod):
     The update is L B A R with R about C^(-1/2) and L about G^(-1/2) (`Whitening`). Adam's steps on A and B are about
     alike in all directions; behind R and L they are large in those that the past hardly uses, and the penalty is about
     alike in all. K-FAC (arXiv 1503.05671) has such factors, of what is trained on. No past picture or prompt is kept.
-    An anchor, moments of data like those of the backbone's own pretraining, counts as past tasks from the first one
-    on; DAC claims to need no such knowledge, and without one the first task is not held to anything.
+    An anchor, moments of data like those of the backbone's own pretraining or of noise, counts as past tasks from the
+    first one on; DAC claims to need no such knowledge, and without one the first task is not held to anything.
     """
 
     stores = "second moments, or sketches of them: (in, in) per layer input and (out, out) per layer"
