@@ -343,6 +343,9 @@ def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
             "so_ra",
             "xgb_lora",
             "ortho_lora",
+            "block_lora_together",
+            "so_ra_together",
+            "xgb_lora_together",
         ],
         "mini_instruct": [
             "zero_shot",
