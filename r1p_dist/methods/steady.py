@@ -147,7 +147,8 @@ class Steady(LowRankMethod):
         elif self.options.outer_ridge is not None and rank() == 0:
             logging.getLogger(__name__).warning(
                 "options.outer_ridge without an anchor: the gradients of a task span few directions of the last "
-                "layers, and all others count as free; set options.anchor (r1p moments), or options.outer_ridge=null"
+                "layers, and all others count as free; set options.anchor (r1p moments --noise makes one), or "
+                "options.outer_ridge=null"
             )
         return super().stages(stream)
 

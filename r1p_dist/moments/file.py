@@ -56,7 +56,10 @@ class MomentFile:
         self.path = shipped if shipped.is_file() else Path(name)
         if not self.path.is_file():
             there = ", ".join(sorted(file.stem for file in ASSETS.glob("moments/*.safetensors")))
-            raise InputError(f"{name}: no such file of moments; `r1p moments` makes one, shipped is that of {there}")
+            raise InputError(
+                f"{name}: no such file of moments; `r1p moments` makes one (--noise without any data), shipped is that "
+                f"of {there}"
+            )
         try:
             self._file = safe_open(self.path, "pt")
             metadata = self._file.metadata() or {}
@@ -72,7 +75,7 @@ class MomentFile:
             raise InputError(
                 f"{self.path}: measured on other weights (backbone.name={self.backbone['name']}, "
                 f"pretrained={self.backbone['pretrained']}) than those of this run ({backbone['name']}, "
-                f"{backbone['pretrained']}); measure them with `r1p moments`"
+                f"{backbone['pretrained']}); measure them with `r1p moments` (--noise needs no data)"
             )
 
     def sketch(self, layer: str) -> Sketch:
