@@ -35,6 +35,9 @@ def test_the_penalty_is_quadratic_around_the_anchor() -> None:
         ):
             expected += 10.0 / 2 * fisher * (now - anchor) ** 2
     torch.testing.assert_close(adapter.penalty(factors)["ewc"], torch.as_tensor(expected))
+    at_anchor = Factors(adapter.anchor["A"].requires_grad_(), adapter.anchor["B"].requires_grad_(), 0.5)
+    penalty = adapter.penalty(at_anchor)["ewc"]
+    assert penalty == 0 and not any(g.any() for g in torch.autograd.grad(penalty, [at_anchor.A, at_anchor.B]))
 
 
 def test_the_fisher_is_the_mean_of_squared_gradients_and_decays(stages_of) -> None:

@@ -63,6 +63,9 @@ def test_task_by_task_a_step_has_a_batch_of_every_past_task(stages_of) -> None:
     trainer.add_stream("a", Loader(0, 1, 1))
     trainer.add_stream("b", Loader(1, 1, 1))
     parameters = method.trainable_parameters()
+    generator = torch.Generator().manual_seed(0)
+    for adapter in method.adapters:  # else A has no gradient yet
+        torch.nn.init.normal_(adapter.B, generator=generator)
     expected = {}
     by_task = [
         torch.autograd.grad(method.backbone.loss(method.backbone, batch), list(parameters.values()))
@@ -77,3 +80,13 @@ def test_task_by_task_a_step_has_a_batch_of_every_past_task(stages_of) -> None:
     method.step(trainer, ())
     stages.engine.close()
     torch.testing.assert_close(given, expected)
+    # of two tasks no matrix is left with a step against one of them, their own gradients being the other side
+    own = [dict(zip(parameters, gradients, strict=True)) for gradients in by_task]
+    before = {name: float((own[0][name] * own[1][name]).sum()) for name in parameters}
+    for kind in "AB":
+        assert any(overlap < 0 for name, overlap in before.items() if name.endswith(f".{kind}"))
+    assert any(overlap > 0 for overlap in before.values()), "each matrix by itself: some do not conflict"
+    for name, gradient in given.items():
+        sizes = [float(gradients[name].norm() * gradient.norm()) for gradients in own]
+        left = [float((gradients[name] * gradient).sum()) for gradients in own]
+        assert all(inner >= -1e-5 * size for inner, size in zip(left, sizes, strict=True)), name
