@@ -1,12 +1,16 @@
 """Ortho-LoRA's projection against the rule written out (arXiv 2601.09684, after PCGrad)."""
 
+import importlib
 import itertools
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from r1p_dist.methods.ortho_lora import project
 from r1p_dist.protocol import DataRequest
+from tests.data.test_peers import folder_of_peers
 from tests.methods.test_conformance import Loader
 
 
@@ -35,6 +39,20 @@ def test_conflicts_are_projected_away_and_nothing_else() -> None:
     torch.testing.assert_close(found, by_hand(gradients, orders))
     alike = [gradients[0], 2 * gradients[0], 3 * gradients[0]]
     torch.testing.assert_close(project(alike, torch.Generator()), 2 * gradients[0])
+
+
+def test_a_matrix_gets_what_torchjds_pcgrad_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder_of_peers("peers"))])
+    pcgrad = importlib.import_module("torchjd.aggregation").PCGrad()
+    generator = torch.Generator().manual_seed(1)
+    for number in range(5):
+        gradients = torch.randn(4, 2, 3, generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(number)  # which draws its orders
+            expected = pcgrad(gradients.flatten(1)) / 4  # it sums
+        found = project(gradients, torch.Generator().manual_seed(number))
+        torch.testing.assert_close(found.flatten(), expected, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found, gradients.mean(0), atol=1e-2)
 
 
 def test_the_projected_gradient_conflicts_with_no_task_of_two() -> None:
