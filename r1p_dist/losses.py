@@ -15,11 +15,13 @@ def contrastive_loss(
     labels: torch.Tensor,
     logit_scale: torch.Tensor | float,
     image_gather: StartedGather | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """Returns this rank's part of CLIP's symmetric loss over the global batch; samples of equal label are positives.
 
     image, text: unit-norm features (n, d) of this rank's samples; labels (n,); logit_scale: the multiplier itself;
-    image_gather: the gather of `image`, if it was started already.
+    image_gather: the gather of `image`, if it was started already. reduction: `mean`, or `none` for each sample's part
+    (n,), that of its picture among all texts and of its text among all pictures.
     Each rank forms its n rows against all N columns, so memory grows with n * N, and the mean over ranks is the loss
     of the global batch.
     Source: DAC's released code (lrbmutil.py): target_ij = 1[y_i = y_j] / row sum.
@@ -29,9 +31,9 @@ def contrastive_loss(
     targets = targets / targets.sum(1, keepdim=True)
     # Each gather stands before its own product: so the backward has one side's gradient of all features at a time.
     all_text = gather_with_gradient(text)
-    image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, targets)
+    image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, targets, reduction=reduction)
     all_image = gather_with_gradient(image, image_gather)
-    text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets)
+    text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, targets, reduction=reduction)
     return (image_to_text + text_to_image) / 2
 
 
@@ -42,18 +44,20 @@ def sigmoid_loss(
     logit_scale: torch.Tensor | float,
     logit_bias: torch.Tensor | float,
     image_gather: StartedGather | None = None,
+    reduction: str = "mean",
 ) -> torch.Tensor:
     """Returns this rank's part of SigLIP's loss over the global batch; samples of equal label are positives.
 
     The loss of the global batch is 1/N times the sum over all pairs of image i and text j of
     -log sigmoid(z_ij (logit_scale x_i y_j + logit_bias)), z_ij = 1 for positives, else -1. Each rank forms the pairs of
     its n texts with all N images, each pair of the batch so on one rank, and the mean over ranks is the loss.
-    Arguments as of `contrastive_loss`. Source: arXiv 2303.15343, algorithm 1.
+    Arguments as of `contrastive_loss`; a sample's part is that of its text. Source: arXiv 2303.15343, algorithm 1.
     """
     signs = torch.where(labels[:, None] == gather(labels)[None], 1.0, -1.0)  # (n, N)
     all_image = gather_with_gradient(image, image_gather)
     logits = logit_scale * text @ all_image.T + logit_bias
-    return -F.logsigmoid(signs * logits).sum() / len(text)
+    parts = -F.logsigmoid(signs * logits).sum(1)
+    return parts if reduction == "none" else parts.mean()
 
 
 def distillation_loss(

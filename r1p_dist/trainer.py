@@ -170,23 +170,41 @@ class TaskTrainer:
             for step in on_device(loader.steps(), prepare, backbone.device):
                 backbone.begin_step(step, self._method.config.train)
                 for batch in step:
-                    gradients = self._look(batch, need, number)
-                    for watcher in watchers:
-                        watcher.saw(gradients)
+                    for gradients in self._look(batch, need, number):
+                        for watcher in watchers:
+                            watcher.saw(gradients)
                     number += 1
         loader.check_faults()
 
-    def _look(self, batch: Batch, need: Need, number: int) -> dict[str, torch.Tensor] | None:
-        """Runs the model on one micro batch; returns the gradients of its loss without penalties where asked for."""
+    def _look(self, batch: Batch, need: Need, number: int) -> Iterator[dict[str, torch.Tensor] | None]:
+        """Runs the model on one micro batch; yields the gradients of its loss without penalties where asked for, or of
+        each sample's part."""
         backbone, module = self._method.backbone, self._model.engine.module
+        if need == "samples":
+            yield from self._gradients_by_sample(batch)
+            return
         if need == "sensitivity":
             probe = random_projection(backbone.outputs(module, batch), number)
             torch.autograd.grad(probe, list(self._parameters.values()), allow_unused=True)
             _release_weights(self._model.engine)
-            return None
+            yield None
+            return
         with torch.set_grad_enabled(need == "gradients"):
             loss = backbone.loss(module, batch)
-        return self._mean_gradients(loss) if need == "gradients" else None
+        yield self._mean_gradients(loss) if need == "gradients" else None
+
+    def _gradients_by_sample(self, batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields the gradients of each part of the loss of a micro batch on all ranks."""
+        place, count = 0, 1
+        while place < count:
+            # forwards each time: ZeRO-3 gathers weights for one backward of a forward
+            losses = self._method.backbone.sample_losses(self._model.engine.module, batch)
+            count = world_size() * len(losses)
+            number, owner_of_it = divmod(place, world_size())
+            own = torch.zeros_like(losses)
+            own[number] = world_size() * (rank() == owner_of_it)  # the mean over ranks is that sample's part
+            yield self._mean_gradients((own * losses).sum())
+            place += 1
 
     @contextmanager
     def _quiet(self, trained: bool) -> Iterator[None]:

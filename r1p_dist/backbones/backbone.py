@@ -49,6 +49,10 @@ class Backbone(Protocol):
         model: the backbone, or the DeepSpeed engine around it.
         """
 
+    def sample_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Returns the parts (n,) of this rank's samples in what `loss` is the mean of; as many on every rank."""
+        ...
+
     def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
         """Returns what the model gives out for a micro batch, a row for each sample, prompt or token that counts.
 

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 class Codyra(LowRankMethod):
     """CoDyRA: ranks whose gates survive growing thresholds are merged after each task (arXiv 2412.01004).
 
-    Thresholds as in the released code, which has 250 dense steps and then 50 levels of 5 steps: the same shares of any
-    number of steps. The loss is the contrastive one of all methods here, not the code's, which contrasts pictures with
-    all classes seen. That code trains with lr 5e-4, betas (0.9, 0.9999) and no weight decay: set them in `train`.
+    The update is B diag(gate) A, and after each step gate <- sign(gate) max(|gate| - threshold, 0). Thresholds as in
+    the released code, which has 250 dense steps and then 50 levels of 5 steps: the same shares of any number of steps.
+
+    The loss is the contrastive one of all methods here, not the code's, which contrasts pictures with all classes seen.
+    That code trains with lr 5e-4, betas (0.9, 0.9999) and no weight decay: set them in `train`.
     """
 
     paper = "arXiv 2412.01004"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
@@ -31,14 +33,16 @@ class EwcLinear(LoRALinear):
 class Ewc(LowRankMethod):
     """EWC: one LoRA kept going, with a quadratic penalty around where past tasks left it (arXiv 1612.00796).
 
-    Online form: F <- decay * F + the new task's, one anchor. The Fisher is of batch gradients (see FisherDiagonal), so
-    the weight depends on the batch size.
+    The loss adds weight / 2 * sum F (theta - theta*)^2 over all trained numbers, theta* their values after the last
+    task. Online form: F <- decay * F + the new task's, one anchor. The paper's F is the mean of squared gradients of
+    single samples, `fisher: sample`. By default it is that of whole batches, which costs a batch's size less and is by
+    about as much smaller, so the weight depends on it.
     """
 
     paper = "arXiv 1612.00796"
     stores = "an anchor and a Fisher's diagonal for each trained number"
     layer = EwcLinear
-    tiny = {"rank": 4, "batches": 2}
+    tiny = {"rank": 4, "batches": 1, "fisher": "sample"}
     adapters: list[EwcLinear]
 
     class Options(LowRankOptions):
@@ -50,6 +54,8 @@ class Ewc(LowRankMethod):
         """What is left of the past Fisher after each task: gamma."""
         batches: Count = 50
         """Global batches that the Fisher of a task is measured on."""
+        fisher: Literal["batch", "sample"] = "batch"
+        """Of the gradients of whole batches, or of each sample's, at a forward and backward pass for each."""
 
     options: Options
 
@@ -66,7 +72,7 @@ class Ewc(LowRankMethod):
             adapter.weight_of_penalty = self.options.weight
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
-        fisher = FisherDiagonal()
+        fisher = FisherDiagonal(by_sample=self.options.fisher == "sample")
         trainer.scan(fisher, batches=self.options.batches, trained=True)
         self._memory = {}
         for adapter in self.adapters:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from r1p_dist.adapters import LoRALinear
-from r1p_dist.config import Count, Probability, Section
+from r1p_dist.config import Count, Number, Probability, Section
 from r1p_dist.distributed import gathered, owner, rank
 from r1p_dist.protocol import InputMoments, LowRankMethod, Stage, Trainer
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 class InfLora(LowRankMethod):
     """InfLoRA: trains B alone, with an A that misses the directions past inputs need (arXiv 2404.00228).
+
+    Rows of A: the leading left singular vectors of C - M M^T C over sqrt 3, C the second moment of a linear's input, M
+    the basis of past ones. After a task M takes further directions until it holds the share of the squared singular
+    values of the new C (DualGPM); with over half of all directions, those left free are kept in its place.
 
     On the linears that `targets` names; the released code has it on k and v of a ViT, with a growing classifier.
     """
@@ -33,8 +37,8 @@ class InfLora(LowRankMethod):
         """Rank of the update of each linear."""
         first_threshold: Probability = 0.98
         """Share of the inputs' squared energy that the first task's basis must hold."""
-        last_threshold: Probability = 0.999
-        """The share for the last task; between them it grows with the number of the task."""
+        last_threshold: Annotated[Number, Field(gt=0, le=1)] = 1.0
+        """What the share grows towards: task i of n has i - 1 nths of the way."""
         batches: Count | None = None
         """Global batches that inputs are measured on, before and after a task; null: an epoch."""
 

@@ -59,8 +59,8 @@ class Loda(LowRankMethod):
 
     M: second moments of a linear's input. General rows are the leading eigenvectors of M_new + M_past; isolation rows
     span the largest x M_new x / x M_past x; both over sqrt 3. In the first task there are general rows alone, and they
-    train. A task is merged with each rank times 1 - (a M_past a) / (a M_past a + gamma a M_new a), M_new measured
-    again.
+    train. A task is merged with each general rank times 1 - (a M_past a) / (a M_past a + gamma a M_new a), M_new
+    measured again, and with isolation ranks whole.
 
     Deviations: on the linears that `targets` names and both towers, where the paper has a ViT's fused qkv; the
     contrastive loss, not cosine heads with margins; AdamW, not SGD. Gradient-aligned optimisation, whose halves of a
@@ -121,9 +121,11 @@ class Loda(LowRankMethod):
         def kept(layer: str) -> torch.Tensor:
             rows, past = by_name[layer].designed, self._past_moment(layer)
             assert rows is not None  # `begin` has set them
-            if past is None:
-                return rows.new_ones(len(rows))
-            return kept_shares(rows, inputs.moments[layer], past, self.options.gamma)
+            shares = rows.new_ones(len(rows))
+            if past is not None:
+                general = slice(by_name[layer].branch_rank)
+                shares[general] = kept_shares(rows[general], inputs.moments[layer], past, self.options.gamma)
+            return shares
 
         self._left: dict[str, Factors] = {}
         for layer, shares in trainer.by_layer(inputs.layers, kept).items():

@@ -4,7 +4,10 @@ from r1p_dist.protocol import LowRankMethod, LowRankOptions
 
 
 class Lora(LowRankMethod):
-    """Sequential LoRA: one adapter kept going, or with `restart` merged after each task and begun anew."""
+    """Sequential LoRA: one adapter kept going, or with `restart` merged after each task and begun anew.
+
+    W x + alpha / rank * B A x, A random and B zero at first, W frozen.
+    """
 
     paper = "arXiv 2106.09685"
 

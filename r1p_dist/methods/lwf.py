@@ -6,6 +6,9 @@ from r1p_dist.protocol import DistilledMethod, Stage, Trainer
 class Lwf(DistilledMethod):
     """LwF: full fine-tuning held to what the model before the task finds alike (arXiv 1606.09282).
 
+    The loss adds weight * T^2 times the cross entropy of softmax(S' / T) and softmax(S / T), over the prompts for each
+    picture and over the pictures for each prompt, S the model's similarities and S' its teacher's, T the temperature.
+
     As the code released with ZSCL (arXiv 2303.06628) runs it on a CLIP: the model of the task before is the teacher,
     for the first task the pretrained one; the batch's pictures and prompts are what it is compared on, in both
     directions, and the model's own pictures are compared with the teacher's prompts. LwF's paper has a classifier of

@@ -1,4 +1,4 @@
-"""NuSA-CL: each task learns in the directions that the weights so far use least."""
+"""NuSA-CL (arXiv 2510.21175): each task learns in the directions that the weights so far use least."""
 
 from __future__ import annotations
 
@@ -54,12 +54,14 @@ class NullSpaceLinear(LoRALinear):
 
 
 class NusaCl(LowRankMethod):
-    """NuSA-CL: U M V^T on the trailing singular vectors of the weights so far, with M trained, merged after each task.
+    """NuSA-CL: U M V^T on the weights' trailing singular vectors, M trained, merged after each task (arXiv 2510.21175).
 
-    From a summary of the paper. Where fewer than `rank` directions lie beyond `energy`, the others of U and V are zero.
-    The paper adapts the projections of attention: set targets.layers=[q,k,v,out] for that.
+    M is zero at first, U and V stay for the task. Where fewer than `rank` directions lie beyond `energy`, the others of
+    U and V are zero. From a summary of the paper, which adapts the projections of attention: set
+    targets.layers=[q,k,v,out] for that.
     """
 
+    paper = "arXiv 2510.21175"
     tiny = {"rank": 6, "energy": 0.8}
     adapters: list[NullSpaceLinear]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
-from r1p_dist.config import NotNegative
+from r1p_dist.config import Count, NotNegative, Positive, Probability
 from r1p_dist.protocol import LowRankMethod, LowRankOptions, Stage, Trainer
 
 
@@ -26,18 +26,26 @@ class OrthogonalLinear(LoRALinear):
 class OLora(LowRankMethod):
     """O-LoRA: a fresh LoRA per task, its A penalised for overlap with past ones; all are summed (arXiv 2310.14152).
 
-    The released code's second term, an L2 norm of the new LoRA with a weight of 0, is left out.
+    The loss adds weight * sum |A_past A^T| over linears and all pairs of rows, A_past those of all tasks before. The
+    released code has it on q and v of language models; its second term, an L2 norm of the new LoRA with a weight of 0,
+    is left out.
     """
 
     paper = "arXiv 2310.14152"
     stores = "A and B of each task"
     layer = OrthogonalLinear
-    tiny = {"rank": 4}
+    tiny = {"rank": 4, "dropout": 0.0}
     adapters: list[OrthogonalLinear]
 
     class Options(LowRankOptions):
         """Options of O-LoRA."""
 
+        rank: Count = 8
+        """Rank of the update of each linear."""
+        alpha: Positive = 32.0
+        """The update's scaling is alpha / rank."""
+        dropout: Probability = 0.1
+        """Rate of the dropout on the update's input."""
         weight: NotNegative = 0.5
         """Of the penalty on the overlap of A with past ones; the code's lambda_1."""
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class OrthoLora(LowRankMethod):
     """Ortho-LoRA: a batch of every task in each step; of each A and B, gradients that conflict are made orthogonal.
 
+    For the gradients g_i of the tasks, matrix by matrix, and each other task j in random order: where <g_i, g_j> < 0,
+    g_i <- g_i - <g_i, g_j> / ||g_j||^2 g_j, with g_j as it was. The step is their mean.
+
     A multi-task method, so by default it trains all tasks in one stage. Task by task is a use of ours: a fresh LoRA for
     each task, whose steps have a batch of every past task beside that of the new one. No code was released: the
     projection is that of PCGrad, done for every matrix by itself, and the tasks' gradients are averaged. A step costs

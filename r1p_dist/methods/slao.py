@@ -13,6 +13,9 @@ from r1p_dist.protocol import LowRankMethod, Stage, Trainer
 class Slao(LowRankMethod):
     """SLAO: each task goes on from the last one's B and orthonormal A; B is averaged in by 1/sqrt(i), A is replaced.
 
+    Task i begins with A <- Q^T of A^T = Q R and with B as the last one left them. At its end the merged pair becomes A
+    and B_merged + (B - B_merged) / sqrt(i).
+
     No code was released; the algorithm is the paper's as summaries quote it, with the sign of each row of A fixed.
     """
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 class Zscl(DistilledMethod):
     """ZSCL: full fine-tuning held to the pretrained model's similarities, with averaged weights (arXiv 2303.06628).
 
-    The loss adds the distillation in both directions, and l2 times the squared distance from the weights that the task
-    began with. A task leaves the plain mean of those and of a snapshot every so many steps, the first after one step.
+    The loss adds weight * T^2 times the cross entropy of softmax(S' / T) and softmax(S / T), over texts and over
+    pictures, S' the pretrained model's similarities, and l2 * ||theta - theta_start||^2. A task leaves the plain mean
+    of theta_start and of a snapshot every so many steps, the first after one step.
+
     The paper's reference pictures are ImageNet's, its texts captions; here they are those of a stream, or where none
     is given the task's own. As in the released code the model's pictures are compared with the teacher's texts, so the
     text tower is held by l2 and the average alone. With l2 every rank has all gradients and the start at once.

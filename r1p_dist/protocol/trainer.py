@@ -12,14 +12,15 @@ if TYPE_CHECKING:
     from r1p_dist.backbones.backbone import Batch
 
 Gradients = dict[str, torch.Tensor]
-Need = Literal["forward", "gradients", "sensitivity"]
+Need = Literal["forward", "gradients", "samples", "sensitivity"]
 
 
 class Watcher(Protocol):
     """What `Trainer.scan` shows batches to.
 
-    needs: what is run for a micro batch: the model forwards, or also backwards from its loss, or from a random
-    projection of what it gives out (`Backbone.outputs`).
+    needs: what is run for a micro batch: the model forwards, or also backwards from its loss, from each sample's part
+    of it (`Backbone.sample_losses`), which costs a pass for each, or from a random projection of what it gives out
+    (`Backbone.outputs`).
     """
 
     needs: Need
@@ -29,7 +30,8 @@ class Watcher(Protocol):
         ...
 
     def saw(self, gradients: Gradients | None) -> None:
-        """Is told that a micro batch went through the model; gradients: of its loss, where they are needed."""
+        """Is told that a micro batch went through the model, or was gone back from for one sample; gradients: of its
+        loss or of the sample's, where they are needed."""
 
 
 class Trainer(Protocol):

@@ -151,13 +151,13 @@ def random_projection(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tenso
 class FisherDiagonal:
     """The diagonal of the empirical Fisher, per trained number: the mean of squared gradients.
 
-    Of whole micro batches over all ranks, because a contrastive loss has no gradient of one sample; so it depends on
-    the batch size.
+    Of whole micro batches over all ranks, at the cost of training on them, but by about the batch size smaller; or by
+    sample, of each one's part of the loss, at the cost of a pass for each. Samples of a contrastive loss have parts
+    that depend on the others of their batch.
     """
 
-    needs: Need = "gradients"
-
-    def __init__(self) -> None:
+    def __init__(self, by_sample: bool = False) -> None:
+        self.needs: Need = "samples" if by_sample else "gradients"
         self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
 

@@ -284,6 +284,19 @@ def test_the_loss_of_several_micro_batches_is_one_mean(average_over: str) -> Non
     torch.testing.assert_close(loss, expected)
 
 
+def test_the_loss_is_the_mean_of_the_conversations_parts() -> None:
+    backbone = make_backbone().eval()
+    batch = training_batch(backbone, SAMPLES)
+    backbone.begin_step([batch], TrainConfig(average_over="samples"))
+    losses, conversations = backbone(batch)
+    expected = [losses[conversations == number].mean() for number in range(len(SAMPLES))]
+    torch.testing.assert_close(backbone.sample_losses(backbone, batch), torch.stack(expected))
+    backbone.begin_step([batch], TrainConfig())
+    parts = backbone.sample_losses(backbone, batch)
+    torch.testing.assert_close(parts.mean(), backbone.loss(backbone, batch))
+    torch.testing.assert_close(parts.mean(), losses.mean())
+
+
 def test_blind_runs_see_black_pictures() -> None:
     backbone = make_backbone()
     seen, blind = (encoder_of(backbone, blind=is_blind).evaluate(SAMPLES[0]) for is_blind in (False, True))

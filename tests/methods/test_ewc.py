@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from textwrap import indent
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,10 +36,24 @@ def test_the_penalty_is_quadratic_around_the_anchor() -> None:
         ):
             expected += 10.0 / 2 * fisher * (now - anchor) ** 2
     torch.testing.assert_close(adapter.penalty(factors)["ewc"], torch.as_tensor(expected))
+    at_anchor = Factors(adapter.anchor["A"].requires_grad_(), adapter.anchor["B"].requires_grad_(), 0.5)
+    penalty = adapter.penalty(at_anchor)["ewc"]
+    assert penalty == 0 and not any(g.any() for g in torch.autograd.grad(penalty, [at_anchor.A, at_anchor.B]))
 
 
-def test_the_fisher_is_the_mean_of_squared_gradients_and_decays(stages_of) -> None:
-    stages, train = stages_of("ewc", "options.decay=0.5", "options.batches=2")
+def parts_of_samples(backbone, batch: dict) -> list[torch.Tensor]:
+    """Each sample's part of the contrastive loss: its picture among the texts, and its text among the pictures."""
+    image, text = backbone(**{name: batch[name] for name in ("image", "tokens", "counts", "end")})
+    text, labels, parts = text[batch["place"]], batch["label"], []
+    for own, label in enumerate(labels):
+        log_p = [(backbone.logit_scale * a[own] @ b.T).log_softmax(0) for a, b in ((image, text), (text, image))]
+        parts.append(-sum(values[labels == label].mean() for values in log_p) / 2)
+    return parts
+
+
+@pytest.mark.parametrize("fisher", ["sample", "batch"])
+def test_the_fisher_is_the_mean_of_squared_gradients_and_decays(stages_of, fisher: str) -> None:
+    stages, train = stages_of("ewc", "options.decay=0.5", "options.batches=2", f"options.fisher={fisher}")
     expected: dict[str, torch.Tensor] = {}
     for task in range(2):
         stages.begin(task)
@@ -50,9 +65,12 @@ def test_the_fisher_is_the_mean_of_squared_gradients_and_decays(stages_of) -> No
         parameters = method.trainable_parameters()
         squares = {name: torch.zeros(p.shape) for name, p in parameters.items()}
         for batch in stages.scan_batches(task, 2):
-            found = torch.autograd.grad(backbone.loss(backbone, batch), list(parameters.values()))
-            for name, gradient in zip(parameters, found, strict=True):
-                squares[name] += gradient**2 / 2
+            parts = parts_of_samples(backbone, batch)
+            torch.testing.assert_close(sum(parts) / len(parts), backbone.loss(backbone, batch))
+            for part in parts if fisher == "sample" else [backbone.loss(backbone, batch)]:
+                found = torch.autograd.grad(part, list(parameters.values()), retain_graph=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    squares[name] += gradient**2 / (2 * (len(parts) if fisher == "sample" else 1))
         stages.end()
         for name in parameters:
             expected[name] = 0.5 * expected.get(name, torch.zeros(())) + squares[name]

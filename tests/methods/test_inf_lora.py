@@ -1,7 +1,11 @@
 """InfLoRA's design of A and the growth of its basis (arXiv 2404.00228, DualGPM), against forms written here."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from r1p_dist.methods import inf_lora
 from r1p_dist.methods.inf_lora import Basis, free_part, grow, leading
 
 
@@ -70,3 +74,34 @@ def test_the_designed_a_is_frozen_orthonormal_by_a_third_and_shared_by_q_k_and_v
     top = torch.linalg.svd(x.T @ x)[0][:, :3]
     torch.testing.assert_close((3 * before.T @ before), top @ top.T, atol=1e-3, rtol=0)
     stages.engine.close()
+
+
+def test_a_later_tasks_update_leaves_alone_what_past_inputs_span(stages_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["options.first_threshold=0.9", "options.last_threshold=0.96", "options.rank=3", "train.lr=0.1"]
+    stages, train = stages_of("inf_lora", *options)
+    method, tasks = stages.method, tuple(SimpleNamespace(name=name) for name in "abc")
+    method.stages(SimpleNamespace(tasks=tasks))
+    thresholds: list[float] = []
+
+    def noted(moment: torch.Tensor, basis: Basis | None, threshold: float) -> Basis:
+        thresholds.append(threshold)
+        return grow(moment, basis, threshold)
+
+    monkeypatch.setattr(inf_lora, "grow", noted)
+    by_name = {adapter.name: adapter for adapter in method.adapters}
+    for task in range(3):
+        stages.begin(task, tasks[task : task + 1])
+        train(task)
+        for layer in {name.rpartition(".")[0] for name in stages.memory[-1]} if task else ():
+            columns, is_free = (stages.memory[-1][f"{layer}.{part}"] for part in ("basis", "free"))
+            held = columns @ columns.T
+            if is_free:
+                held = torch.eye(len(held)) - held
+            assert 1 <= held.trace().round() < len(held)
+            change = (by_name[layer].B @ by_name[layer].A).detach()
+            assert change.norm() > 1e-3 and (change @ held).norm() < 1e-4 * change.norm(), layer
+        stages.end()
+        stages.engine.close()
+    # it grows with the number of the task, as the released code's does
+    layers = len(thresholds) // 3
+    assert thresholds == pytest.approx(layers * [0.9] + layers * [0.92] + layers * [0.94])

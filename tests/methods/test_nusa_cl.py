@@ -1,6 +1,7 @@
 """NuSA-CL's directions are the trailing singular vectors of the weights so far, and M alone is trained in them."""
 
 import torch
+from peft.tuners.osf.utils import decompose_weight_matrix
 
 from r1p_dist.methods.nusa_cl import trailing
 
@@ -14,6 +15,9 @@ def test_the_directions_are_the_trailing_ones_beyond_the_energy() -> None:
     torch.testing.assert_close(U @ U.T, left[:, 2:] @ left[:, 2:].T, atol=1e-5, rtol=0)
     torch.testing.assert_close(V @ V.T, right[:, 2:] @ right[:, 2:].T, atol=1e-5, rtol=0)
     torch.testing.assert_close(U.T @ weight @ V, torch.diag(torch.tensor([2.0, 1.0, 0.5])), atol=1e-5, rtol=0)
+    parts = decompose_weight_matrix(weight, top_k=2)  # PEFT's own, which trains in these directions too
+    torch.testing.assert_close(U @ U.T, parts["U_low"] @ parts["U_low"].T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(V @ V.T, parts["V_low"].T @ parts["V_low"], atol=1e-5, rtol=0)
     both = trailing(weight, 4, 0.95)  # the first three hold .959, so two are left
     assert not both[:2].any() and (both[2:].square().sum(1) > 1.99).all()
 

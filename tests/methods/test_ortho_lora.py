@@ -1,12 +1,16 @@
 """Ortho-LoRA's projection against the rule written out (arXiv 2601.09684, after PCGrad)."""
 
+import importlib
 import itertools
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from r1p_dist.methods.ortho_lora import project
 from r1p_dist.protocol import DataRequest
+from tests.data.test_peers import folder_of_peers
 from tests.methods.test_conformance import Loader
 
 
@@ -37,6 +41,20 @@ def test_conflicts_are_projected_away_and_nothing_else() -> None:
     torch.testing.assert_close(project(alike, torch.Generator()), 2 * gradients[0])
 
 
+def test_a_matrix_gets_what_torchjds_pcgrad_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder_of_peers("peers"))])
+    pcgrad = importlib.import_module("torchjd.aggregation").PCGrad()
+    generator = torch.Generator().manual_seed(1)
+    for number in range(5):
+        gradients = torch.randn(4, 2, 3, generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(number)  # which draws its orders
+            expected = pcgrad(gradients.flatten(1)) / 4  # it sums
+        found = project(gradients, torch.Generator().manual_seed(number))
+        torch.testing.assert_close(found.flatten(), expected, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found, gradients.mean(0), atol=1e-2)
+
+
 def test_the_projected_gradient_conflicts_with_no_task_of_two() -> None:
     first, second = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
     found = project([first, second], torch.Generator())
@@ -63,6 +81,9 @@ def test_task_by_task_a_step_has_a_batch_of_every_past_task(stages_of) -> None:
     trainer.add_stream("a", Loader(0, 1, 1))
     trainer.add_stream("b", Loader(1, 1, 1))
     parameters = method.trainable_parameters()
+    generator = torch.Generator().manual_seed(0)
+    for adapter in method.adapters:  # else A has no gradient yet
+        torch.nn.init.normal_(adapter.B, generator=generator)
     expected = {}
     by_task = [
         torch.autograd.grad(method.backbone.loss(method.backbone, batch), list(parameters.values()))
@@ -77,3 +98,13 @@ def test_task_by_task_a_step_has_a_batch_of_every_past_task(stages_of) -> None:
     method.step(trainer, ())
     stages.engine.close()
     torch.testing.assert_close(given, expected)
+    # of two tasks no matrix is left with a step against one of them, their own gradients being the other side
+    own = [dict(zip(parameters, gradients, strict=True)) for gradients in by_task]
+    before = {name: float((own[0][name] * own[1][name]).sum()) for name in parameters}
+    for kind in "AB":
+        assert any(overlap < 0 for name, overlap in before.items() if name.endswith(f".{kind}"))
+    assert any(overlap > 0 for overlap in before.values()), "each matrix by itself: some do not conflict"
+    for name, gradient in given.items():
+        sizes = [float(gradients[name].norm() * gradient.norm()) for gradients in own]
+        left = [float((gradients[name] * gradient).sum()) for gradients in own]
+        assert all(inner >= -1e-5 * size for inner, size in zip(left, sizes, strict=True)), name

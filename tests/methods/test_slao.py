@@ -1,5 +1,8 @@
 """SLAO's initialisation and merge against the formulae written out (arXiv 2512.23017)."""
 
+import math
+
+import pytest
 import torch
 
 from r1p_dist.methods.slao import orthonormal_rows
@@ -35,9 +38,17 @@ def test_b_is_averaged_by_one_over_the_root_of_the_tasks_number(stages_of) -> No
         trained.append((adapter.A.detach().clone(), adapter.B.detach().clone()))
         stages.end()
         stages.engine.close()
-    merged = trained[0][1]
-    for number, (_, B) in enumerate(trained[1:], 2):
-        merged = merged + (B - merged) / number**0.5
+    # in closed form: each B by 1/sqrt(i) of its own task, and by 1 - 1/sqrt(j) of each after it
+    rates = [number**-0.5 for number in (1, 2, 3)]
+    shares = [rate * math.prod(1 - later for later in rates[i + 1 :]) for i, rate in enumerate(rates)]
+    assert sum(shares) == pytest.approx(1)
+    merged = sum(share * B for share, (_, B) in zip(shares, trained, strict=True))
     update = stages.updates[-1][stages.method.adapters[0].name]
     torch.testing.assert_close(update.B, merged)
     assert torch.equal(update.A, trained[-1][0])
+    # one pair and one merged B for any number of tasks
+    assert [sum(value.numel() for value in memory.values()) for memory in stages.memory] == 3 * [
+        sum(adapter.B.numel() for adapter in stages.method.adapters)
+    ]
+    assert {update.A.shape for update in (left[stages.method.adapters[0].name] for left in stages.updates)} == {(4, 32)}
+    assert stages.method.deployed(3) == [2] and stages.method.merged(3) == []

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from peft import AdaLoraConfig
+from peft.tuners.adalora import SVDLinear
+from torch import nn
 
-from r1p_dist.adapters import shrink
+from r1p_dist.adapters import GatedLinear, shrink
 
 
 def soft(value: float, threshold: float) -> float:
@@ -26,6 +29,32 @@ def test_shrinking_is_the_soft_threshold_or_the_codes(is_doubled: bool) -> None:
     values = torch.linspace(-1, 1, 41) * 0.999
     expected = [(one_after_the_other if is_doubled else soft)(value, 0.2) for value in values.tolist()]
     torch.testing.assert_close(shrink(values, 0.2, is_doubled), torch.tensor(expected))
+    if not is_doubled:
+        torch.testing.assert_close(shrink(values, 0.2), torch.nn.functional.softshrink(values, 0.2))
+
+
+def test_a_gated_layer_computes_and_learns_as_pefts_adalora_layer_which_has_gates_too() -> None:
+    torch.manual_seed(0)
+    ours = GatedLinear(nn.Linear(6, 5), rank=3, alpha=2.0)
+    nn.init.normal_(ours.B)
+    with torch.no_grad():
+        ours.gate[1] = 0.0
+    theirs = SVDLinear(nn.Linear(6, 5), "default", AdaLoraConfig(lora_dropout=0.0, total_step=1), r=3, lora_alpha=2)
+    theirs.base_layer.load_state_dict(ours.linear.state_dict())
+    with torch.no_grad():
+        theirs.lora_A["default"].copy_(ours.A)
+        theirs.lora_B["default"].copy_(ours.B)
+        theirs.lora_E["default"].copy_(ours.gate[:, None])
+    x, g = torch.randn(2, 4, 6), torch.randn(2, 4, 5)
+    y, expected = ours(x), theirs(x)
+    torch.testing.assert_close(y, expected)
+    y.backward(g)
+    expected.backward(g)
+    gradients = {"lora_A": ours.A.grad, "lora_B": ours.B.grad, "lora_E": ours.gate.grad[:, None]}
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, getattr(theirs, name)["default"].grad, rtol=1e-4, atol=1e-5)
+    update = ours.update()
+    torch.testing.assert_close(update.scaling * update.B @ update.A, theirs.get_delta_weight("default").detach())
 
 
 @pytest.mark.parametrize("proximal", ["paper", "code"])

@@ -1,6 +1,7 @@
 """ZSCL: the teacher is the pretrained model in every task, and a task leaves the plain mean of its snapshots."""
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from r1p_dist.fit import train_step
 from r1p_dist.optimizer_state import part_of
@@ -20,12 +21,14 @@ def test_the_teacher_is_the_pretrained_model_and_a_task_leaves_the_mean_of_snaps
     method, backbone, pristine = stages.method, stages.method.backbone, make_backbone()
     for task in range(2):
         trainer = stages.begin(task)
-        snapshots = [values(stages)]
+        trained = torch.nn.ParameterList(method.trainable_parameters().values())
+        average = AveragedModel(trained)  # torch's own: the plain mean of what it is shown
+        average.update_parameters(trained)
         for step, batch in enumerate(stages.scan_batches(task, 5)):
             train_step(method, trainer, [batch], stages.config.train)
             trainer.step_number = step + 1
             if step in (0, 2, 4):
-                snapshots.append(values(stages))
+                average.update_parameters(trained)
         with torch.no_grad():
             teacher_image, teacher_text = pristine.outputs(pristine, batch)
             image, _ = backbone.outputs(backbone, batch)
@@ -36,9 +39,9 @@ def test_the_teacher_is_the_pretrained_model_and_a_task_leaves_the_mean_of_snaps
         assert (image - teacher_image).norm() > 1e-2
         stages.end()
         left = values(stages)
-        for name, value in left.items():
-            mean = sum(snapshot[name] for snapshot in snapshots) / 4
-            torch.testing.assert_close(value, mean, rtol=1e-4, atol=1e-6)
+        assert average.n_averaged == 4
+        for (name, value), mean in zip(left.items(), average.module, strict=True):
+            torch.testing.assert_close(value, mean.detach(), rtol=1e-4, atol=1e-6)
             assert torch.equal(stages.updates[task][name].value, value)
         stages.engine.close()
     assert set(stages.memory[0]) == set(left) and not stages.memory[1], "the pretrained weights are kept once"

@@ -278,6 +278,13 @@ class LlavaBackbone(nn.Module):
         losses, conversations = model(batch)
         return (losses * batch["weight"][conversations]).sum()
 
+    def sample_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Returns each conversation's part (n,) of what `loss` is the mean of."""
+        losses, conversations = model(batch)
+        weights = batch["weight"]
+        parts = losses.new_zeros(len(weights)).index_add(0, conversations, losses * weights[conversations])
+        return len(weights) * parts
+
     def outputs(self, model: Callable, batch: Batch) -> list[torch.Tensor]:
         """Returns the logits of each token of the answers, (tokens, vocabulary)."""
         return [model(batch, gives_logits=True)]

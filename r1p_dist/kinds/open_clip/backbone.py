@@ -202,13 +202,20 @@ class ClipBackbone(nn.Module):
 
         model: this backbone, or the DeepSpeed engine around it.
         """
+        return self._loss(model, batch, "mean")
+
+    def sample_losses(self, model: Callable, batch: Batch) -> torch.Tensor:
+        """Returns each sample's part (n,) of what `loss` is the mean of."""
+        return self._loss(model, batch, "none")
+
+    def _loss(self, model: Callable, batch: Batch, reduction: str) -> torch.Tensor:
         self._asks_for_gather = torch.is_grad_enabled()  # of this forward alone: a method may run others
         image, text = model(image=batch["image"], tokens=batch["tokens"], counts=batch["counts"], end=batch["end"])
         gather, self._image_gather = self._image_gather, None  # the features of all ranks shall not outlive the loss
         text = text[batch["place"]]
         if self.logit_bias is None:
-            return contrastive_loss(image, text, batch["label"], self.logit_scale, gather)
-        return sigmoid_loss(image, text, batch["label"], self.logit_scale, self.logit_bias, gather)
+            return contrastive_loss(image, text, batch["label"], self.logit_scale, gather, reduction)
+        return sigmoid_loss(image, text, batch["label"], self.logit_scale, self.logit_bias, gather, reduction)
 
 
 def _unit_norm(features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
