@@ -356,6 +356,14 @@ def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
             "dac_no_replay",
             "steady_no_replay",
             "joint",
+            "steady",
+            "er",
+            "ewc",
+            "slao",
+            "o_lora",
+            "n_lora",
+            "lilora",
+            "lilora_no_ids",
         ],
     }
     for recipe, labels in expected.items():
