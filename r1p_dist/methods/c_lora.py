@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import fill_uniform, full_values
-from r1p_dist.config import Count, NotNegative, Number, Positive, Section
+from r1p_dist.config import Count, NotNegative, Positive, Section, Share
 from r1p_dist.distributed import gathered
 from r1p_dist.protocol import LowRankMethod, Stage, Trainer
 
@@ -93,7 +92,7 @@ class CLora(LowRankMethod):
         """Rank of the one update of each linear; the paper's is not known."""
         weight: NotNegative = 1.0
         """Of the orthogonal loss on R; the paper's is not known."""
-        energy: Annotated[Number, Field(gt=0, le=1)] = 0.99
+        energy: Share = 0.99
         """Share of the squared singular values of R_old that the basis holds (reconstruction)."""
         spread: Positive = 1e-3
         """Standard deviation of a new R (reconstruction)."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from r1p_dist.adapters import LoRALinear
-from r1p_dist.config import Count, Number, Probability, Section
+from r1p_dist.config import Count, Probability, Section, Share
 from r1p_dist.distributed import gathered, owner, rank
 from r1p_dist.protocol import InputMoments, LowRankMethod, Stage, Trainer
 
@@ -37,7 +37,7 @@ class InfLora(LowRankMethod):
         """Rank of the update of each linear."""
         first_threshold: Probability = 0.98
         """Share of the inputs' squared energy that the first task's basis must hold."""
-        last_threshold: Annotated[Number, Field(gt=0, le=1)] = 1.0
+        last_threshold: Share = 1.0
         """What the share grows towards: task i of n has i - 1 nths of the way."""
         batches: Count | None = None
         """Global batches that inputs are measured on, before and after a task; null: an epoch."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import full_values
-from r1p_dist.config import Count, Number, Section
+from r1p_dist.config import Count, Probability, Section
 from r1p_dist.distributed import gathered, owner, rank
 from r1p_dist.protocol import LowRankMethod, Stage, Trainer
 
@@ -70,7 +69,7 @@ class NusaCl(LowRankMethod):
 
         rank: Count = 128
         """Directions of each linear at most; never more than it has."""
-        energy: Annotated[Number, Field(ge=0, lt=1)] = 0.95
+        energy: Probability = 0.95
         """Share of the squared singular values that the directions before hold; the paper has 0.80 to 0.99."""
 
     options: Options

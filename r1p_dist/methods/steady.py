@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import LayerPlan, full_values
 from r1p_dist.backbones import weights_identity
-from r1p_dist.config import Count, FilePlace, NotNegative, Positive
+from r1p_dist.config import Count, FilePlace, NotNegative, Share
 from r1p_dist.distributed import agree, gathered, owner, rank, sum_over_ranks
 from r1p_dist.errors import InputError
 from r1p_dist.moments.file import MomentFile
@@ -103,9 +102,9 @@ class Steady(LowRankMethod):
 
         weight: NotNegative = 1e4
         """Of the penalty: mu."""
-        ridge: Annotated[Positive, Field(le=1)] = 1e-2
+        ridge: Share = 1e-2
         """What each direction counts as in R beside past inputs' energy in it, in units of the mean over directions."""
-        outer_ridge: Annotated[Positive, Field(le=1)] | None = None
+        outer_ridge: Share | None = None
         """The same in L; null: L and G are I. Without an anchor, let `batches` be many: G has as many directions."""
         by_sensitivity: bool = True
         """Weigh tokens of past inputs by how much the model's output depends on them; else all real ones alike."""

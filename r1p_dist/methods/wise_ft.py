@@ -1,10 +1,6 @@
 """WiSE-FT (arXiv 2109.01903): weights between those that a task began with and those that it was fine-tuned to."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from r1p_dist.config import Number, Section
+from r1p_dist.config import Section, Share
 from r1p_dist.protocol import FullMethod, Stage, Trainer
 
 
@@ -24,7 +20,7 @@ class WiseFt(FullMethod):
     class Options(Section):
         """Options of WiSE-FT."""
 
-        share: Annotated[Number, Field(gt=0, le=1)] = 0.5
+        share: Share = 0.5
         """Of the tuned weights in the mean; the paper's alpha, ZSCL's code has 0.8."""
 
     options: Options
