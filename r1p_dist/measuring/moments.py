@@ -18,10 +18,11 @@ from r1p_dist.kinds import kind_of
 from r1p_dist.measuring.noise import noise_pairs
 from r1p_dist.methods import make_method
 from r1p_dist.moments.file import write_moments
-from r1p_dist.protocol import InputMoments
+from r1p_dist.protocol import InputMoments, Sketching
 from r1p_dist.protocol.watchers import random_projection
 
 _BATCH = 64
+_SKETCH_ABOVE = 2048  # the width of what is measured without forming its moment
 
 
 def measure_pairs(config: RunConfig, shards: Sequence[Path], count: int, keep: int, out: Path) -> int:
@@ -47,7 +48,7 @@ def _measure(config: RunConfig, pairs: Iterator[tuple[Sample, str]], source: str
         raise InputError(
             f"a picture and a text are no input of backbone.kind={config.backbone.kind}; measure with --stream"
         )
-    backbone, inputs = _watched(config)
+    backbone, inputs = _watched(config, keep)
     encoder, seen = backbone.encoder(config.data), 0
     with inputs.watch():
         while batch := list(islice(pairs, _BATCH)):
@@ -68,7 +69,7 @@ def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
     Returns how many samples there were. InputError: as in training.
     """
     stream = Stream.load(config.stream, config.order, config.tasks)
-    backbone, inputs = _watched(config)
+    backbone, inputs = _watched(config, keep)
     backbone.check(stream)
     plain = config.data.model_copy(update={"augment": False})
     loader = train_loader(config, stream.tasks, None, backbone.encoder(plain))
@@ -84,14 +85,14 @@ def measure_stream(config: RunConfig, keep: int, out: Path) -> int:
     return seen
 
 
-def _watched(config: RunConfig) -> tuple[Backbone, InputMoments]:
+def _watched(config: RunConfig, keep: int) -> tuple[Backbone, InputMoments]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     backbone = load_backbone(config.backbone, Placement(device))
     adapters = make_method(config, backbone).adapters
     backbone.train()  # with the updates in place, which add nothing yet
     for adapter in adapters:
         adapter.dropout, adapter.is_recorded = 0.0, True
-    return backbone, InputMoments(backbone, adapters, with_gradients=True)
+    return backbone, InputMoments(backbone, adapters, with_gradients=True, sketching=Sketching(_SKETCH_ABOVE, keep))
 
 
 def _look(backbone: Backbone, outputs: Sequence[torch.Tensor], number: int) -> None:
@@ -116,4 +117,4 @@ def _pairs(shard: Path) -> Iterator[tuple[Sample, str]]:
 
 def _write(config: RunConfig, backbone: Backbone, inputs: InputMoments, keep: int, source: str, out: Path) -> None:
     facts = {"backbone": weights_identity(config.backbone, backbone), "source": source}
-    write_moments(out, inputs.moments, inputs.gradients, inputs.layers, keep, facts)
+    write_moments(out, inputs.moments, inputs.gradients, inputs.layers, keep, facts, inputs.sketches)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from r1p_dist.adapters import Factors, LoRALinear
 from r1p_dist.adapters.low_rank import LayerPlan, full_values
@@ -19,7 +18,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
-from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Stage, Trainer
+from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Sketching, Stage, Trainer
 
 if TYPE_CHECKING:
     from r1p_dist.data import Stream
@@ -210,17 +209,17 @@ class Steady(LowRankMethod):
 
     def _known_moment(self, layer: str) -> Moment:
         """Returns the mean of past tasks' moments, of which the anchor is some."""
-        known, weights = [_stored(task, layer) for task in self._past], self._weights()
+        known = [_stored(task, layer) for task in self._past]
         if self._anchor is not None:
             known.append(self._anchor.sketch(layer))
-        known = [moment.to(self.backbone.device) for moment in known]
-        sketches = [moment for moment in known if isinstance(moment, Sketch)]
-        if len(sketches) == len(known) and len(sketches[0].factor) > self.options.sketch_above:
-            return Sketch.mean(sketches, weights, self.options.sketch)
-        wholes = [moment.whole() if isinstance(moment, Sketch) else moment for moment in known]
-        total = torch.zeros_like(wholes[0])
-        for weight, whole in zip(weights, wholes, strict=True):
-            total += weight / sum(weights) * whole
+        weights, keep, device = self._weights(), self.options.sketch, self.backbone.device
+        if self._by_name[layer].in_features > self.options.sketch_above:
+            sketches = [moment if isinstance(moment, Sketch) else Sketch.of(moment, keep) for moment in known]
+            return Sketch.mean([sketch.to(device) for sketch in sketches], weights, keep)
+        total = torch.zeros((), device=device)
+        for weight, moment in zip(weights, known, strict=True):
+            moment = moment.to(device)
+            total = total + weight / sum(weights) * (moment.whole() if isinstance(moment, Sketch) else moment)
         return total
 
     def _known_gradient(self, name: str) -> Sketch:
@@ -229,26 +228,19 @@ class Steady(LowRankMethod):
         if self._anchor is not None:
             known.append(self._anchor.gradient(name))
         known = [sketch.to(self.backbone.device).normalised() for sketch in known]
-        mean = Sketch.mean(known, self._weights(), self.options.sketch)
-        _, columns = self._outer_shape(self._by_name[name])
-        # an anchor's alone can have fewer; of other ranks, none would know how many
-        return replace(mean, factor=F.pad(mean.factor, (0, columns - mean.factor.shape[1])))
+        return Sketch.mean(known, self._weights(), self.options.sketch)
 
     def end(self, stage: Stage, trainer: Trainer) -> None:
         watcher = self._watcher()
         trainer.scan(watcher, batches=self.options.batches, trained=True)
         self._memory = {}
         for layer, moment in watcher.moments.items():
-            if len(moment) > self.options.sketch_above:
-                self._keep(layer, moment)
-            else:
-                self._memory[f"{layer}.moment"] = moment
-        for name, moment in watcher.gradients.items():
-            self._keep(f"{name}.gradient", moment)
-
-    def _keep(self, key: str, moment: torch.Tensor) -> None:
-        sketch = Sketch.of(moment, self.options.sketch)
-        self._memory |= {f"{key}.factor": sketch.factor, f"{key}.rest": sketch.rest}
+            self._memory[f"{layer}.moment"] = moment
+        sketches = {
+            f"{name}.gradient": Sketch.of(moment, self.options.sketch) for name, moment in watcher.gradients.items()
+        }
+        for key, sketch in (watcher.sketches | sketches).items():
+            self._memory |= {f"{key}.factor": sketch.factor, f"{key}.rest": sketch.rest}
 
     def memory(self) -> dict[str, torch.Tensor]:
         """Returns the moments that the stage left; of the stage alone, so that it can be forgotten."""
@@ -256,7 +248,8 @@ class Steady(LowRankMethod):
 
     def _watcher(self) -> InputMoments:
         by_sensitivity, with_gradients = self.options.by_sensitivity, self.options.outer_ridge is not None
-        return InputMoments(self.backbone, self.adapters, by_sensitivity, with_gradients)
+        sketching = Sketching(self.options.sketch_above, self.options.sketch)
+        return InputMoments(self.backbone, self.adapters, by_sensitivity, with_gradients, sketching)
 
 
 def _stored(memory: Mapping[str, torch.Tensor], layer: str) -> Moment:

@@ -8,6 +8,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,15 +28,17 @@ def write_moments(
     layers: Mapping[str, Sequence[str]],
     keep: int,
     facts: dict,
+    sketches: Mapping[str, Sketch] = MappingProxyType({}),
 ) -> None:
     """Writes moments (in, in) by layer and of gradients (out, out). keep: directions of each.
 
-    layers: by the names of `moments`, all that read an input. facts: `backbone` and `source`. InputError: it cannot be
-    written.
+    layers: by the names of `moments`, all that read an input. facts: `backbone` and `source`. sketches: those of wide
+    ones, as `InputMoments` has them. InputError: it cannot be written.
     """
+    wholes = {**moments, **{f"{name}.gradient": moment for name, moment in gradients.items()}}
     tensors = {}
-    for layer, moment in [*moments.items(), *((f"{name}.gradient", moment) for name, moment in gradients.items())]:
-        sketch, trace = Sketch.of(moment, keep), moment.trace()
+    for layer, sketch in {**{name: Sketch.of(moment, keep) for name, moment in wholes.items()}, **sketches}.items():
+        trace = sketch.trace()
         factor = sketch.factor / trace.sqrt() if trace else sketch.factor  # fp16 has no very large or small numbers
         tensors |= {f"{layer}.factor": factor.half(), f"{layer}.trace": trace, f"{layer}.rest": sketch.rest}
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}

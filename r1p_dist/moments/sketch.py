@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +33,30 @@ class Sketch:
         shares = [weight / sum(weights) for weight in weights]
         joint = torch.cat([share**0.5 * sketch.factor for share, sketch in zip(shares, sketches, strict=True)], 1)
         rest = torch.stack([share * sketch.rest for share, sketch in zip(shares, sketches, strict=True)]).sum()
-        vectors, values, _ = torch.linalg.svd(joint, full_matrices=False)
-        values = values.square()
-        found = cls._of_pairs(values[:keep], vectors[:, :keep], values.sum(), len(joint))
+        if len(joint) <= _EXACT:
+            values, vectors = _leading(joint @ joint.T, keep)
+        else:
+            values, vectors = _leading_by_products(lambda basis: joint @ (joint.T @ basis), joint, keep)
+        found = cls._of_pairs(values, vectors, joint.square().sum(), len(joint))
         return cls(found.factor, found.rest + rest)
+
+    @classmethod
+    def of_product(cls, product: torch.Tensor, trace: torch.Tensor, keep: int) -> Sketch:
+        """Returns the sketch of a moment C that was never formed: of C P (in, p) with P = `directions(in, keep)`, and
+        of its trace ().
+
+        C ~ C P (P^T C P)^-1 P^T C, of which the leading directions are kept (Nystroem; Tropp et al., arXiv 1706.05736,
+        algorithm 3, with a pseudo-inverse: few tokens leave P^T C P singular).
+        """
+        probe = directions(len(product), keep).to(product.device)
+        values, vectors = torch.linalg.eigh((probe.T @ product).double())
+        is_there = values > values[-1] * len(product) * torch.finfo(product.dtype).eps
+        root = vectors * values.where(is_there, torch.inf).rsqrt()
+        half = product.double() @ root  # C ~ half half^T
+        values, vectors = torch.linalg.eigh(half.T @ half)
+        values, vectors = values[-keep:].clamp(min=0), vectors[:, -keep:]
+        vectors = half @ (vectors / values.sqrt().where(values > 0, 1))
+        return cls._of_pairs(values.to(product.dtype), vectors.to(product.dtype), trace, len(product))
 
     @classmethod
     def _of_pairs(cls, values: torch.Tensor, vectors: torch.Tensor, trace: torch.Tensor, width: int) -> Sketch:
@@ -48,9 +68,12 @@ class Sketch:
 
     def normalised(self) -> Sketch:
         """Returns it with a mean eigenvalue of one; of nothing, itself."""
-        width = len(self.factor)
-        mean = (self.factor.square().sum() + width * self.rest) / width
+        mean = self.trace() / len(self.factor)
         return self if not mean else Sketch(self.factor / mean.sqrt(), self.rest / mean)
+
+    def trace(self) -> torch.Tensor:
+        """Returns the sum of the eigenvalues, ()."""
+        return self.factor.square().sum() + len(self.factor) * self.rest
 
     def to(self, device: torch.device) -> Sketch:
         """Returns it on a device."""
@@ -65,20 +88,34 @@ class Sketch:
         return self.factor @ self.factor.T + self.rest * torch.eye(len(self.factor), device=self.factor.device)
 
 
-def _leading(moment: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the largest eigenvalues (k,) and their eigenvectors (in, k) of a symmetric matrix.
+def directions(width: int, keep: int) -> torch.Tensor:
+    """Returns the orthonormal directions (width, p) that a moment is multiplied by for a sketch of `keep`; always the
+    same, on any rank. Four times as many as are kept: with twice, errors were up to 1.8 of the best sketch's on inputs
+    of the shipped CLIP's fc2, with four times 1.07."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(width, min(4 * keep, width), generator=generator)).Q
 
-    Of a wide one by subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4), from the same start each time.
-    """
+
+def _leading(moment: torch.Tensor, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the largest eigenvalues (k,) and their eigenvectors (in, k) of a symmetric matrix."""
     width = len(moment)
     if width <= _EXACT or keep + _MORE >= width:
         values, vectors = torch.linalg.eigh(moment.double())
-        values, vectors = values[-keep:].to(moment.dtype), vectors[:, -keep:].to(moment.dtype)
-        return values, vectors
+        return values[-keep:].to(moment.dtype), vectors[:, -keep:].to(moment.dtype)
+    return _leading_by_products(moment.matmul, moment, keep)
+
+
+def _leading_by_products(
+    times: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the same of a matrix known by its products, with as many rows as `like`, and on its device.
+
+    Subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4), from the same start each time.
+    """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(width, keep + _MORE, generator=generator).to(moment.device, moment.dtype)
-    basis = torch.linalg.qr(moment @ start).Q
+    start = torch.randn(len(like), min(keep + _MORE, len(like)), generator=generator).to(like)
+    basis = torch.linalg.qr(times(start)).Q
     for _ in range(_ROUNDS):
-        basis = torch.linalg.qr(moment @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.T @ (moment @ basis))
+        basis = torch.linalg.qr(times(basis)).Q
+    values, vectors = torch.linalg.eigh(basis.T @ times(basis))
     return values[-keep:], (basis @ vectors)[:, -keep:]

@@ -38,7 +38,7 @@ class Whitening:
         inner, outer = ((value / mean + ridge).rsqrt() for value in (values, sketch.rest))
         energy = (values * inner.square()).sum() + (width - count) * sketch.rest * outer.square()
         directions = sketch.factor / above.sqrt().where(above > 0, 1)
-        matrix, gain = directions * (1 - inner / outer).sqrt(), outer * (trace / energy).sqrt()
+        matrix, gain = directions * (1 - inner / outer).clamp(min=0).sqrt(), outer * (trace / energy).sqrt()
         if is_whole:  # one product is cheaper than two
             matrix = gain * (torch.eye(width).to(matrix) - matrix @ matrix.T)
         return cls(matrix, float(gain), float(trace / energy * mean), float(ridge * mean))

@@ -17,3 +17,4 @@ from r1p_dist.protocol.trainer import Trainer as Trainer
 from r1p_dist.protocol.trainer import Watcher as Watcher
 from r1p_dist.protocol.watchers import FisherDiagonal as FisherDiagonal
 from r1p_dist.protocol.watchers import InputMoments as InputMoments
+from r1p_dist.protocol.watchers import Sketching as Sketching

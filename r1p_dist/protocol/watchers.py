@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from r1p_dist.adapters import FusedProjection, LowRankLinear, Routing
 from r1p_dist.distributed import owner, rank, sum_on_rank, sum_over_ranks
+from r1p_dist.moments.sketch import Sketch, directions
 from r1p_dist.protocol.trainer import Gradients, Need
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ def token_counts(routing: Routing, x: torch.Tensor) -> torch.Tensor:
     return times
 
 
+@dataclass(frozen=True)
+class Sketching:
+    """Moments wider than `above` are never formed, but sketched with `keep` directions as tokens come by."""
+
+    above: int
+    keep: int
+
+
 class InputMoments:
     """The uncentred second moment of the input of each adapted linear, (in, in) fp32, the weighted mean over tokens.
 
@@ -51,6 +61,8 @@ class InputMoments:
     (`Backbone.outputs`). by_sensitivity: its square is the token's weight, so that tokens count that the model depends
     on; reconstruction, as the Fisher of K-FAC (arXiv 1503.05671) has both factors but weighs no token.
     with_gradients: also keeps, in `gradients` by adapter, the sum of their outer products over tokens, (out, out).
+    sketching: wide ones are in `sketches` instead, those of gradients as `<adapter>.gradient`; what a rank sends and
+    its owner holds is then (in, 4 keep).
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class InputMoments:
         adapters: Sequence[LowRankLinear],
         by_sensitivity: bool = False,
         with_gradients: bool = False,
+        sketching: Sketching | None = None,
     ) -> None:
         self._backbone, self._by_sensitivity, self._with_gradients = backbone, by_sensitivity, with_gradients
         self.needs: Need = "sensitivity" if by_sensitivity or with_gradients else "forward"
@@ -73,7 +86,9 @@ class InputMoments:
             names.append(name)
         self.moments: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
+        self.sketches: dict[str, Sketch] = {}
         self._rows = {adapter.name: adapter.rows for adapter in adapters}
+        self._of_inputs, self._of_gradients = _Sums(sketching), _Sums(sketching)
         self._totals: dict[str, torch.Tensor] = {}  # of the tokens' weights, on this rank
 
     @contextmanager
@@ -92,7 +107,9 @@ class InputMoments:
         totals = sum_over_ranks(torch.stack([self._totals[name] for name in self._modules])).tolist()
         of_layer = dict(zip(self._modules, totals, strict=True))
         # of a tower that saw nothing but pictures that stand in, zeros
-        self.moments = {name: moment / (of_layer[name] or 1) for name, moment in self.moments.items()}
+        self.moments, wide = self._of_inputs.over({name: total or 1 for name, total in of_layer.items()})
+        self.gradients, wide_gradients = self._of_gradients.over(dict.fromkeys(self._rows, 1))
+        self.sketches = wide | {f"{name}.gradient": sketch for name, sketch in wide_gradients.items()}
 
     def saw(self, gradients: Gradients | None) -> None:
         """The hooks have seen it."""
@@ -120,21 +137,49 @@ class InputMoments:
     @torch.no_grad()
     def _add(self, number: int, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:
         self._totals[name] = self._totals.get(name, 0) + weights.sum().double()
-        moment = sum_on_rank(_moment(x.float(), weights), owner(number))
-        if rank() == owner(number):
-            self.moments[name] = self.moments.get(name, 0) + moment
+        self._of_inputs.add(name, x.float(), weights, owner(number))
 
     @torch.no_grad()
     def _add_gradients(self, number: int, name: str, gradient: torch.Tensor, times: torch.Tensor) -> None:
         for reader in self.layers[name]:
-            moment = sum_on_rank(_moment(gradient[..., self._rows[reader]], times), owner(number))
-            if rank() == owner(number):
-                self.gradients[reader] = self.gradients.get(reader, 0) + moment
+            self._of_gradients.add(reader, gradient[..., self._rows[reader]], times, owner(number))
 
 
-def _moment(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Returns sum of weight * x x^T over tokens x (..., width)."""
-    return (x * weights[..., None]).flatten(0, -2).T @ x.flatten(0, -2)
+class _Sums:
+    """Sums over tokens, by name, of weight * x x^T, on the rank that owns each; of wide x, of their products."""
+
+    def __init__(self, sketching: Sketching | None) -> None:
+        self._sketching = sketching
+        self._directions: dict[int, torch.Tensor] = {}  # by width
+        self._sums: dict[str, torch.Tensor] = {}
+        self._traces: dict[str, torch.Tensor] = {}  # of wide ones, on every rank
+
+    def add(self, name: str, x: torch.Tensor, weights: torch.Tensor, owner_of_it: int) -> None:
+        """x (..., width), weights (...)."""
+        x, weighted = x.flatten(0, -2), (x * weights[..., None]).flatten(0, -2)
+        width = x.shape[-1]
+        if self._sketching is not None and width > self._sketching.above:
+            if width not in self._directions:
+                self._directions[width] = directions(width, self._sketching.keep).to(x.device)
+            self._traces[name] = self._traces.get(name, 0) + (x * weighted).sum()
+            x = x @ self._directions[width]
+        found = sum_on_rank(weighted.T @ x, owner_of_it)
+        if rank() == owner_of_it:
+            self._sums[name] = self._sums.get(name, 0) + found
+
+    def over(self, totals: Mapping[str, float]) -> tuple[dict[str, torch.Tensor], dict[str, Sketch]]:
+        """Returns what this rank owns, over totals: matrices, and sketches of wide ones."""
+        traces = dict[str, torch.Tensor]()
+        if self._traces:
+            traces = dict(zip(self._traces, sum_over_ranks(torch.stack(list(self._traces.values()))), strict=True))
+        means = {name: value / totals[name] for name, value in self._sums.items()}
+        keep = 0 if self._sketching is None else self._sketching.keep
+        sketches = {
+            name: Sketch.of_product(mean, traces[name] / totals[name], keep)
+            for name, mean in means.items()
+            if name in traces
+        }
+        return {name: mean for name, mean in means.items() if name not in traces}, sketches
 
 
 def random_projection(outputs: Sequence[torch.Tensor], seed: int) -> torch.Tensor:

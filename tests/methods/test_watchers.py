@@ -6,20 +6,20 @@ import torch
 from torch import nn
 
 from r1p_dist.adapters import LoRALinear, Routing
-from r1p_dist.protocol import InputMoments
+from r1p_dist.protocol import InputMoments, Sketching
 
 X = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))  # samples, tokens, in
 
 
-def moment_of(routing: Routing, *batches: torch.Tensor) -> torch.Tensor:
+def moment_of(routing: Routing, *batches: torch.Tensor, sketching: Sketching | None = None) -> torch.Tensor:
     adapter = LoRALinear(nn.Linear(5, 2), rank=1, rows=slice(0, 2))
     adapter.name = "image.0.q"
     backbone = SimpleNamespace(modules=lambda: [], routing={"image": routing})
-    inputs = InputMoments(backbone, [adapter])
+    inputs = InputMoments(backbone, [adapter], sketching=sketching)
     with inputs.watch():
         for batch in batches:
             adapter(batch)
-    return inputs.moments["image.0.q"]
+    return inputs.sketches["image.0.q"].whole() if inputs.sketches else inputs.moments["image.0.q"]
 
 
 def test_without_more_knowledge_all_tokens_count_once_over_all_batches() -> None:
@@ -38,3 +38,12 @@ def test_pictures_that_stand_in_do_not_count() -> None:
     found = moment_of(Routing(weights=torch.tensor([0, 2])), X[:2])
     torch.testing.assert_close(found, X[1].T @ X[1] / 4)
     assert moment_of(Routing(weights=torch.tensor([0, 0])), X[:2]).eq(0).all()
+
+
+def test_a_wide_input_leaves_a_sketch_of_the_same_moment() -> None:
+    real = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    routing = Routing(real=real, weights=torch.tensor([3, 1]))
+    whole = moment_of(routing, X[:2], X[1:])
+    sketch = moment_of(routing, X[:2], X[1:], sketching=Sketching(above=4, keep=5))
+    torch.testing.assert_close(sketch, whole)
+    assert moment_of(routing, X[:2], X[1:], sketching=Sketching(above=5, keep=5)).equal(whole)

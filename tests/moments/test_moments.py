@@ -18,7 +18,7 @@ from r1p_dist.data.transforms import evaluation_transform
 from r1p_dist.errors import InputError
 from r1p_dist.measuring.noise import noise_pairs
 from r1p_dist.moments.file import MomentFile, write_moments
-from r1p_dist.moments.sketch import Sketch
+from r1p_dist.moments.sketch import Sketch, directions
 from r1p_dist.recipes import load_config
 from tests.data.toy_task import write_tar
 
@@ -72,14 +72,41 @@ def test_the_mean_of_sketches_is_the_sketch_of_their_mean() -> None:
     torch.testing.assert_close(few.whole(), Sketch.of(mean, 2).whole(), rtol=1e-4, atol=1e-3)
 
 
+def spread(width: int = 80, samples: int = 500) -> torch.Tensor:
+    """Returns a moment whose eigenvalues fall as 1 / n^2."""
+    x = torch.randn(samples, width, generator=torch.Generator().manual_seed(0)) / torch.arange(1.0, width + 1)
+    return x.T @ x / samples
+
+
 def test_of_a_wide_input_the_leading_directions_are_found_without_all_of_them(monkeypatch) -> None:
-    x = torch.randn(500, 80, generator=torch.Generator().manual_seed(0)) * 1 / torch.arange(1.0, 81)
-    C = x.T @ x / 500
+    C = spread()
     exact = Sketch.of(C, 8)
+    halves = [Sketch.of(C, 8), Sketch.of(C.flip(0, 1), 8)]
+    mean = Sketch.mean(halves, [3, 1], 8)
     monkeypatch.setattr("r1p_dist.moments.sketch._EXACT", 10)
     wide = Sketch.of(C, 8)
     torch.testing.assert_close(wide.whole(), exact.whole(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(wide.whole().trace(), C.trace())
+    torch.testing.assert_close(Sketch.mean(halves, [3, 1], 8).whole(), mean.whole(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_product_with_few_directions_is_enough_for_a_sketch() -> None:
+    C = spread()
+    found, exact = Sketch.of_product(C @ directions(80, 8), C.trace(), 8), Sketch.of(C, 8)
+    torch.testing.assert_close(found.trace(), C.trace())
+    # off by little more than the best sketch is
+    assert (found.whole() - C).norm() < 1.1 * (exact.whole() - C).norm()
+    narrow = spread(12)
+    whole = Sketch.of_product(narrow @ directions(12, 8), narrow.trace(), 8)  # 32 directions would be more than all
+    torch.testing.assert_close(whole.whole(), Sketch.of(narrow, 8).whole(), rtol=1e-4, atol=1e-5)
+
+
+def test_few_tokens_or_none_have_a_sketch_from_products_too() -> None:
+    few = spread(samples=3)
+    sketch = Sketch.of_product(few @ directions(80, 8), few.trace(), 8)
+    torch.testing.assert_close(sketch.whole(), few, rtol=1e-3, atol=1e-5)
+    nothing = Sketch.of_product(torch.zeros(80, 32), torch.zeros(()), 8)
+    assert not nothing.whole().any()
 
 
 def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) -> None:
