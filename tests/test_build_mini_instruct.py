@@ -109,7 +109,8 @@ def test_the_stream_to_choose_on_keeps_wordings_for_validation_and_knows_none_of
     own = {task.name: task for task in tool.TASKS}
     for task in stream.tasks:
         every = own[task.name].wordings
-        for split, wordings in (("train", every[:-2]), ("validation", every[-2:]), ("test", every[-2:])):
+        kept, trained = (every[1], every[3]), (every[0], every[2], *every[4:])
+        for split, wordings in (("train", trained), ("validation", kept), ("test", kept)):
             asked = [
                 {**sample, "json": json.loads(sample["json"])} for sample in read_webdataset(getattr(task, split)[0])
             ]

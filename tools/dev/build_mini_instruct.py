@@ -246,9 +246,9 @@ TASKS = (
 
 
 def for_choosing(task: Instruction) -> Instruction:
-    """Return the task without its last two wordings in training, and asked in these by validation and test."""
-    *wordings, second, last = task.wordings
-    return replace(task, wordings=tuple(wordings), held_out=(second, last), unseen=("validation", "test"))
+    """Return the task without its second and fourth wording in training, and asked in these by validation and test."""
+    first, second, third, fourth, *others = task.wordings
+    return replace(task, wordings=(first, third, *others), held_out=(second, fourth), unseen=("validation", "test"))
 
 
 CHOOSING = tuple(for_choosing(task) for task in TASKS)
