@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -85,22 +86,35 @@ def test_pictures_are_those_of_mini_mtil_in_the_same_splits(tool: ModuleType, sa
         assert not seen["train"] & (seen["validation"] | seen["test"]) and not seen["validation"] & seen["test"]
 
 
+def asked_in(wordings: Sequence[str], samples: list[dict]) -> set[str]:
+    """Returns which of the wordings some sample has."""
+    patterns = {wording: re.compile(re.sub(r"\\{[a-z]+\\}", "(?s:.+)", re.escape(wording))) for wording in wordings}
+    return {wording for sample in samples for wording, found in patterns.items() if found.fullmatch(question(sample))}
+
+
 def test_the_test_asks_in_words_that_training_never_has(tool: ModuleType, samples):
     for task in tool.TASKS:
         assert len(task.wordings) >= 6 and len(task.held_out) == 3
-        patterns = {
-            wording: re.compile(re.sub(r"\\{[a-z]+\\}", "(?s:.+)", re.escape(wording)))
-            for wording in (*task.wordings, *task.held_out)
-        }
         for split in SPLITS:
             wordings = task.held_out if split == "test" else task.wordings
-            used = {
-                wording
-                for sample in samples[task.name, split]
-                for wording, pattern in patterns.items()
-                if pattern.fullmatch(question(sample))
-            }
+            used = asked_in((*task.wordings, *task.held_out), samples[task.name, split])
             assert used == set(wordings), (task.name, split)
+
+
+def test_the_stream_to_choose_on_keeps_wordings_for_validation_and_knows_none_of_the_test(
+    tool: ModuleType, tmp_path: Path
+):
+    names = ("yes_no", "caption")
+    stream = tool.build_stream(tmp_path / "choosing", [task for task in tool.CHOOSING if task.name in names])
+    own = {task.name: task for task in tool.TASKS}
+    for task in stream.tasks:
+        every = own[task.name].wordings
+        kept, trained = (every[1], every[3]), (every[0], every[2], *every[4:])
+        for split, wordings in (("train", trained), ("validation", kept), ("test", kept)):
+            asked = [
+                {**sample, "json": json.loads(sample["json"])} for sample in read_webdataset(getattr(task, split)[0])
+            ]
+            assert asked_in((*every, *own[task.name].held_out), asked) == set(wordings), (task.name, split)
 
 
 def test_the_right_answers_score_fully_and_follow_the_instruction(samples):

@@ -1,13 +1,16 @@
 """Build the shipped stream of instruction tasks, r1p_dist/assets/mini_instruct, from the pictures of mini_mtil.
 
     python tools/dev/build_mini_instruct.py OUTPUT
+    python tools/dev/build_mini_instruct.py --choosing OUTPUT
     python tools/dev/build_mini_instruct.py --baselines mini_instruct
 
 OUTPUT becomes a folder with `stream.yaml` and, per task, train, validation and test shards of `KEY.jpg` and `KEY.json`
 (a conversation of one question and one answer, with the picture's source and licence). The pictures keep their keys and
 their splits, each is stored once per task; the test asks in words that no other sample has (a final run trains on the
 validation split as well). Everything that is chosen is chosen by place or hash, so the bytes are the same each time.
-`--baselines` prints what each task scores without any model, when every answer is the most frequent one in training.
+`--choosing` makes a stream to choose settings on, whose validation also asks in words that no training sample has: four
+of the six wordings train, validation and test ask in the other two, and none is the test's own. `--baselines` prints
+what each task scores without any model, when every answer is the most frequent one in training.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +50,7 @@ class Question:
 class Instruction:
     """One task: `ask(sample, place, class_names)` makes the question about a picture of the task `pictures`.
 
-    place: the picture's number in its class and split. held_out: the wordings of the test.
+    place: the picture's number in its class and split. held_out: the wordings of the splits in `unseen`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Instruction:
     wordings: tuple[str, ...]
     held_out: tuple[str, ...]
     format: str | None = None
+    unseen: tuple[str, ...] = ("test",)
 
 
 def ask_name(sample: Sample, place: int, class_names: Sequence[str]) -> Question:
@@ -241,6 +245,15 @@ TASKS = (
 )
 
 
+def for_choosing(task: Instruction) -> Instruction:
+    """Return the task without its second and fourth wording in training, and asked in these by validation and test."""
+    first, second, third, fourth, *others = task.wordings
+    return replace(task, wordings=(first, third, *others), held_out=(second, fourth), unseen=("validation", "test"))
+
+
+CHOOSING = tuple(for_choosing(task) for task in TASKS)
+
+
 def hashed(*words: str) -> bytes:
     """Return bytes that depend on the words alone, for choices that look random and never change."""
     return hashlib.sha256("\0".join(words).encode()).digest()
@@ -258,7 +271,7 @@ def by_class(samples: Sequence[Sample], most: int | None, classes: int) -> Itera
 
 def conversation(task: Instruction, split: str, sample: Sample, question: Question) -> dict[str, bytes]:
     """Return the files of a sample: its picture as it was, and its conversation in LLaVA's form."""
-    wordings = task.held_out if split == "test" else task.wordings
+    wordings = task.held_out if split in task.unseen else task.wordings
     text = wordings[int.from_bytes(hashed(task.name, sample.key)[:4], "big") % len(wordings)]
     for name, value in question.slots.items():
         text = text.replace(f"{{{name}}}", value)
@@ -311,7 +324,7 @@ def build_stream(target: Path, tasks: Sequence[Instruction] = TASKS) -> Stream:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as unfinished:
         root = Path(unfinished) / target.name
         root.mkdir()
-        content = {"name": "mini_instruct", "tasks": [build_task(task, pictures, root) for task in tasks]}
+        content = {"name": target.name, "tasks": [build_task(task, pictures, root) for task in tasks]}
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
         (root / "stream.yaml").write_text(text, encoding="utf-8")
         os.rename(root, target)
@@ -322,13 +335,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("output", type=Path, nargs="?", help="folder to write; must not exist")
+    action.add_argument("--choosing", type=Path, metavar="OUTPUT", help="the stream to choose settings on")
     action.add_argument("--baselines", metavar="STREAM", help="print each task's score without a model")
     options = parser.parse_args(arguments)
     return report_errors(partial(_build if options.baselines is None else _print_baselines, options))
 
 
 def _build(options: argparse.Namespace) -> int:
-    for task in build_stream(options.output).tasks:
+    made = build_stream(options.output) if options.choosing is None else build_stream(options.choosing, CHOOSING)
+    for task in made.tasks:
         print(f"{task.name}: {task.metric}, {task.sizes}")
     return 0
 
