@@ -127,7 +127,7 @@ def _by_name(values: Mapping[Key, Any]) -> dict[str, Any]:
 def instruction_tasks(
     labels: Sequence[str], stream: Stream, split: str, results: dict[Key, Result]
 ) -> tuple[Figures | None, list[Section], dict[str, Any]]:
-    """Return the figures of the majority answers, None where they cannot be had, the tables of tasks, and their data."""
+    """Return the figures of the majority answers, None where they cannot be had, the tables of tasks, and the data."""
     try:
         majority, missing = majority_baselines(stream, split), []
     except InputError as error:
