@@ -556,19 +556,40 @@ def test_every_task_of_instructions_has_its_value_at_the_end(instruct: Bench) ->
     page = (instruct.output / "comparison.md").read_text()
     assert (
         "| Method | name_object (exact_match) | read_digit (exact_match) | read_card (exact_match) "
-        "| yes_no (exact_match) | which_flag (multiple_choice) | caption (cider) |\n"
+        "| yes_no (exact_match) | which_flag (multiple_choice) | caption (cider) | Answers in the form asked for |\n"
     ) in page
     assert "exact_match: percent; multiple_choice: percent; cider: CIDEr x 100, can exceed 100" in page
     assert "Points of each task's metric on the test split, mean ±" in page and "Percent" not in page
-    assert instruct.table_row("zero_shot", table=3) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0"]
+    assert instruct.table_row("zero_shot", table=3) == ["2.0", "4.0", "6.0", "50.0", "20.0", "30.0", "–"]
     assert instruct.table_row("dac", table=3) == [
         f"42.0 ± {stdev([40, 44]):.1f}",
         f"51.0 ± {stdev([50, 52]):.1f}",
         *("60.0 ± 0.0", "70.0 ± 0.0", "80.0 ± 0.0"),
         f"162.0 ± {stdev([150, 174]):.1f}",
+        "–",
     ]
     tasks = json.loads((instruct.output / "comparison.json").read_text())["tasks"]
     assert tasks["dac-seed1"] == dict(zip(TASKS, SCORES["dac"][1], strict=True))
+
+
+def test_how_many_answers_have_the_form_asked_for(instruct: Bench) -> None:
+    rows = {0: [60.0, 90.0, 100.0, 98.0, 88.0, 100.0], 1: [80.0, 100.0, 100.0, 100.0, 76.0, 99.0]}
+    for seed, row in rows.items():
+        metrics = json.loads(instruct.answers[f"dac-seed{seed}"]["metrics.json"])
+        instruct.answer(f"dac-seed{seed}", metrics | {"instruction_following": [[0.0] * 6, *[[50.0] * 6] * 5, row]})
+    arguments = ("--recipe", "mini_instruct", "--methods", "zero_shot,dac")
+    assert instruct.compare(*arguments, "--seeds", "0,1") == 0
+    # means over tasks of the last rows: 536 / 6, 555 / 6
+    assert instruct.table_row("dac", table=3)[-1] == f"90.9 ± {stdev([536 / 6, 555 / 6]):.1f}"
+    assert instruct.table_row("zero_shot", table=3)[-1] == instruct.table_row("majority answer", table=3)[-1] == "–"
+    spreads = [f"{stdev(pair):.1f}" for pair in zip(*rows.values(), strict=True)]
+    means = ["70.0", "95.0", "100.0", "99.0", "82.0", "99.5"]
+    expected = [f"{mean} ± {spread}" for mean, spread in zip(means, spreads, strict=True)]
+    assert instruct.table_row("dac", table=4) == expected
+    assert instruct.table_row("zero_shot", table=4) == ["–"] * 6
+    saved = json.loads((instruct.output / "comparison.json").read_text())["instruction_following"]
+    assert saved["dac-seed1"] == {"mean": 92.5, "tasks": dict(zip(TASKS, rows[1], strict=True))}
+    assert saved["zero_shot-seed0"] == {"mean": None, "tasks": dict.fromkeys(TASKS)}
 
 
 def test_all_leaves_out_methods_that_the_backbone_has_nothing_for(instruct: Bench) -> None:
@@ -588,7 +609,7 @@ def test_majority_answers_are_a_row_without_seeds(instruct: Bench) -> None:
     values = {task: entry["value"] for task, entry in majority.items()}
     assert {task: values[task] for task in MAJORITY} == pytest.approx(MAJORITY)
     assert majority["yes_no"]["answer"] == "no" and majority["read_card"]["answer"] == "ace"
-    assert instruct.table_row("majority answer", table=3) == [f"{values[task]:.1f}" for task in TASKS]
+    assert instruct.table_row("majority answer", table=3) == [*(f"{values[task]:.1f}" for task in TASKS), "–"]
     seen = sum(values[task] for task in ("name_object", "which_flag", "caption")) / 3
     unseen = sum(values[task] for task in ("read_digit", "read_card", "yes_no")) / 3
     assert instruct.table_row("majority answer") == [
@@ -608,7 +629,7 @@ def test_majority_answers_that_cannot_be_had_do_not_stop_the_table(instruct: Ben
     assert instruct.compare("--recipe", "mini_instruct", *arguments) == 0
     page = (instruct.output / "comparison.md").read_text()
     assert "- majority answer: missing, s3://bucket/train.tar: majority answers are counted in local shards" in page
-    assert instruct.table_row("dac", table=3) == ["40.0", "50.0", "60.0", "70.0", "80.0", "150.0"]
+    assert instruct.table_row("dac", table=3) == ["40.0", "50.0", "60.0", "70.0", "80.0", "150.0", "–"]
 
 
 def test_classification_has_neither_majority_answers_nor_a_table_of_tasks(bench: Bench) -> None:

@@ -11,9 +11,9 @@ finished one is not run again, and one that another process is training is skipp
 share the work. What each method gets beside the recipe stands in tools/compare_<recipe>.yaml; `--methods all` adds each
 shipped method that is no label there, as the recipe has it, and leaves out what does not go with the recipe. Results:
 comparison.md, .json, .csv and .html in DIR; for instruction tasks also every task's value, beside that of the
-most frequent training answer. `--tune` evaluates on the validation split, with seed 0, and leaves the choice to you:
-copy it into the settings file. On the test split it does so where `data.evaluate_on=test` asks for it, and the page
-says so. Exit code 1 when a run failed; the others are tabulated.
+most frequent training answer, and how many answers have the form asked for. `--tune` evaluates on the validation
+split, with seed 0, and leaves the choice to you: copy it into the settings file. On the test split it does so where
+`data.evaluate_on=test` asks for it, and the page says so. Exit code 1 when a run failed; the others are tabulated.
 """
 
 from collections.abc import Sequence

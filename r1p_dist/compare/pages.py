@@ -12,6 +12,7 @@ from r1p_dist.errors import InputError
 from r1p_dist.evaluation.answers import SCALE
 from r1p_dist.evaluation.comparison import (
     COLUMNS,
+    FOLLOWING,
     MAJORITY,
     PAIRED,
     Figures,
@@ -20,6 +21,8 @@ from r1p_dist.evaluation.comparison import (
     Table,
     cell,
     figures_by_run,
+    following_by_task,
+    following_table,
     last_by_task,
     learnt_table,
     majority_figures,
@@ -28,6 +31,7 @@ from r1p_dist.evaluation.comparison import (
 )
 from r1p_dist.evaluation.majority import majority_baselines
 from r1p_dist.evaluation.paired import Answers, paired_differences, paired_table, ranks_by_last
+from r1p_dist.evaluation.score_matrix import mean_of
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,7 @@ def comparison(
     ranks = ranks_by_last(labels, answers)
     majority, tasks, tasks_data = None, [], {}
     if stream.tasks[0].is_instruction:
-        majority, section, tasks_data = instruction_tasks(labels, stream, split, results)
-        tasks = [section]
+        majority, tasks, tasks_data = instruction_tasks(labels, stream, split, results)
     note = (
         f"Recipe {arguments.recipe}, world size {arguments.ranks}. {unit_of(stream).capitalize()} on the {split} "
         "split, mean ± sample standard deviation over the seeds. Recovered share: (Last - zero-shot) / "
@@ -123,8 +126,8 @@ def _by_name(values: Mapping[Key, Any]) -> dict[str, Any]:
 
 def instruction_tasks(
     labels: Sequence[str], stream: Stream, split: str, results: dict[Key, Result]
-) -> tuple[Figures | None, Section, dict[str, Any]]:
-    """Return the figures of the majority answers, None where they cannot be had, the table of tasks, and its data."""
+) -> tuple[Figures | None, list[Section], dict[str, Any]]:
+    """Return the figures of the majority answers, None where they cannot be had, the tables of tasks, and the data."""
     try:
         majority, missing = majority_baselines(stream, split), []
     except InputError as error:
@@ -133,14 +136,20 @@ def instruction_tasks(
     figures = majority_figures([*scores.values()], [task.domain for task in stream.tasks]) if scores else None
     metric_of_task = {task.name: task.metric for task in stream.tasks}
     scales = "; ".join(f"{metric}: {SCALE[metric]}" for metric in dict.fromkeys(metric_of_task.values()))
-    by_run = last_by_task(results)
+    by_run, following = last_by_task(results), following_by_task(results)
     title = f"Each task at the end of the stream; {scales}"
-    section = Section(title, tasks_table(labels, metric_of_task, by_run, scores), points=missing)
+    table = tasks_table(labels, metric_of_task, by_run, following, scores)
+    sections = [Section(title, table, f"{FOLLOWING}: percent, right or wrong, mean over tasks.", missing)]
+    in_form = {key: {"mean": mean_of(of_task.values()), "tasks": of_task} for key, of_task in following.items()}
+    if any(of_run["mean"] is not None for of_run in in_form.values()):
+        title = f"{FOLLOWING} at the end of the stream, percent"
+        sections.append(Section(title, following_table(labels, metric_of_task, following)))
     data = {
         "tasks": _by_name(by_run),
+        "instruction_following": _by_name(in_form),
         "majority": {task: {"answer": answer, "value": value} for task, (answer, value) in majority.items()},
     }
-    return figures, section, data
+    return figures, sections, data
 
 
 def unit_of(stream: Stream) -> str:

@@ -1,14 +1,17 @@
 """Runs of several methods and seeds set against each other: their figures and the tables of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from r1p_dist.evaluation.score_matrix import mean_of, pad_row
+
 # Labels that others are measured against: differences, step times, shares, and where the share begins.
 REFERENCE, PLAIN, JOINT, ZERO_SHOT = "dac", "lora", "joint", "zero_shot"
 MAJORITY = "majority answer"
+FOLLOWING = "Answers in the form asked for"
 COLUMNS = {
     "transfer": "Transfer",
     "average": "Average",
@@ -132,21 +135,48 @@ def last_by_task(results: dict[Key, Result]) -> dict[Key, dict[str, float | None
     }
 
 
+def following_by_task(results: dict[Key, Result]) -> dict[Key, dict[str, float | None]]:
+    """Return (label, seed) -> task -> percent of its answers at the end of the stream that have the form asked for.
+
+    None where a run does not say.
+    """
+    found = {}
+    for key, result in results.items():
+        tasks, rows = result.metrics["tasks"], result.metrics.get("instruction_following") or [None]
+        found[key] = dict(zip(tasks, pad_row(rows[-1], len(tasks)), strict=True))
+    return found
+
+
 def tasks_table(
     labels: Sequence[str],
     metric_of_task: Mapping[str, str],
     values: dict[Key, dict[str, float | None]],
+    following: dict[Key, dict[str, float | None]],
     majority: Mapping[str, float],
 ) -> Table:
     """Return the table method x task at the end of the stream, mean ± sample standard deviation over seeds.
 
-    values: of `last_by_task`. majority: task -> value, a first row; empty where there is none.
+    values: of `last_by_task`. following: of `following_by_task`, the last column is its mean over tasks.
+    majority: task -> value, a first row; empty where there is none.
     """
-    rows = [[MAJORITY, *(cell([majority[task]]) for task in metric_of_task)]] if majority else []
+    rows = [[MAJORITY, *(cell([majority[task]]) for task in metric_of_task), "–"]] if majority else []
     for label in labels:
-        own = [values[key] for key in sorted(values) if key[0] == label]
-        rows.append([label, *(cell([of_task.get(task) for of_task in own]) for task in metric_of_task)])
-    return Table(["Method", *(f"{task} ({metric})" for task, metric in metric_of_task.items())], rows)
+        in_form = [mean_of(of_task.values()) for of_task in runs_of(label, following)]
+        rows.append([label, *_task_cells(runs_of(label, values), metric_of_task), cell(in_form)])
+    tasks = [f"{task} ({metric})" for task, metric in metric_of_task.items()]
+    return Table(["Method", *tasks, FOLLOWING], rows)
+
+
+def following_table(
+    labels: Sequence[str], tasks: Iterable[str], following: dict[Key, dict[str, float | None]]
+) -> Table:
+    """Return the table method x task of `following_by_task`, mean ± sample standard deviation over seeds."""
+    tasks = list(tasks)
+    return Table(["Method", *tasks], [[label, *_task_cells(runs_of(label, following), tasks)] for label in labels])
+
+
+def _task_cells(runs: Sequence[Mapping[str, float | None]], tasks: Iterable[str]) -> list[str]:
+    return [cell([of_task.get(task) for of_task in runs]) for task in tasks]
 
 
 def cell(values: Sequence[float | None], digits: int = 1, is_signed: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""The cross entropy of answer tokens in chunks: logits of many tokens and a large vocabulary are never whole.
+"""The cross entropy of answer tokens in chunks: for it, logits of many tokens and a large vocabulary are never whole.
 
 Only one chunk's logits live at a time, and their gradient. A head that does not learn is asked once: with a chunk's
 losses comes their gradient for the hidden states, which the backward scales, row by row. A head that learns is asked
