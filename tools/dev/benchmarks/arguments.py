@@ -58,6 +58,13 @@ def _tasks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 50], help="report after so many tasks")
 
 
+def _boundary(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
+    parser.add_argument("--recipe", default="mini_mtil")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 10, 50], help="past tasks")
+
+
 def _scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="tiny or an open_clip name (random weights)")
     parser.add_argument("--batch", type=int, default=32, help="samples of a step over all ranks")
@@ -94,6 +101,7 @@ BENCHMARKS = {
     "precision": _precision,
     "inference": _inference,
     "tasks": _tasks,
+    "boundary": _boundary,
     "scaling": _scaling,
     "data": _data,
     "checkpoint": _checkpoint,

@@ -60,6 +60,17 @@ def _tasks(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["model", "past tasks", *TASK_COLUMNS], rows)
 
 
+def _boundary(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for result in results:
+        begins = [_number(value) for value in result["begin"].values()]
+        growth = _number(max(result["tensors_mb"].values()))
+        head = [result["model"], result["method"], str(result["batch"]), _number(result["end"])]
+        rows.append([*head, *begins, growth, _number(result["memory_mb"])])
+    counts = [f"begin, {count}" for count in results[0]["begin"]]
+    return _markdown(["model", "method", "batch", "end", *counts, "tensors_mb", "memory_mb"], rows)
+
+
 def _scaling(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -132,6 +143,7 @@ TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "precision": _precision,
     "inference": _inference,
     "tasks": _tasks,
+    "boundary": _boundary,
     "scaling": _scaling,
     "data": _data,
     "checkpoint": _checkpoint,
