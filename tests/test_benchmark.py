@@ -117,6 +117,18 @@ def run_tasks(rank: int, world_size: int) -> str:
     return run_benchmark("tasks --batch 2 --pairs 1 --tasks 1 3")
 
 
+@pytest.mark.slow
+def test_the_boundary_costs_what_the_method_does_there(run_distributed) -> None:
+    result = json.loads(run_distributed(run_boundary, 1, timeout_s=1100)[0])
+    assert result["end"] > 0 and result["begin"].keys() == {"1", "4"} and min(result["begin"].values()) > 0
+    assert abs(result["tensors_mb"]["4"]) < 0.1 and result["memory_mb"] > 20  # 192 and 768 wide moments
+
+
+def run_boundary(rank: int, world_size: int) -> str:
+    few = "data.evaluate_on=validation data.shots=2 train.iterations=2 train.global_batch_size=4 options.batches=1"
+    return run_benchmark(f"boundary --tasks 4 -- {few}")
+
+
 def run_benchmark(arguments: str) -> str:
     sys.path.insert(0, str(TOOLS))
     import contextlib
