@@ -780,3 +780,5 @@ def test_ranks_are_over_the_seeds_that_all_methods_share(bench: Bench) -> None:
     page = (bench.output / "comparison.md").read_text()
     assert "Rank by Last over the seeds 0, 1, with 95 %" in page
     assert "- joint: no rank, joint-seed1 has no correct.jsonl" in page
+    saved = json.loads((bench.output / "comparison.json").read_text())["ranks_by_last"]
+    assert saved["ranks"] == {"zero_shot": [2, 1, 2], "lora": [2, 1, 2], "dac": [1, 1, 1]}

@@ -112,7 +112,7 @@ def comparison(
     data = {
         "runs": _by_name(figures),
         "costs": _by_name(costs),
-        "ranks": ranks,
+        "ranks_by_last": ranks,
         "reference": reference,
         "paired": differences,
         **tasks_data,
