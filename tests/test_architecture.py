@@ -15,7 +15,7 @@ PACKAGE = ROOT / "r1p_dist"
 ROOMS = (
     "lazy errors output arguments host_waits files run_files shipped safe_yaml tables storage_meter ds_config kinds "
     "key_words places recipe_files config precision distributed host_copy interrupts data losses adapters backbones "
-    "evaluation figures protocol moments memory_faults methods recipes trackers checks optimizer optimizer_state "
+    "evaluation figures moments protocol memory_faults methods recipes trackers checks optimizer optimizer_state "
     "rendezvous engine runlog run_folder checkpoint stage_data step_meter trainer session fit scores page report "
     "export predict serve train dry_run attached_pool peft forget measuring doctor config_reference config_command "
     "method_list backbone_list planner local_ranks compare cluster watch run_commands completion cli __main__"
