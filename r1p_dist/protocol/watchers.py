@@ -58,11 +58,12 @@ class InputMoments:
     layers: by the name of the first adapter that reads an input, all that read the same one (q, k and v). A rank keeps
     those of the layers that it owns, in `moments`. Tokens of padding do not count; a prompt counts as often as it
     occurs. A token's gradient is that, at the layer's output, of a random projection of what the model gives out
-    (`Backbone.outputs`). by_sensitivity: its square is the token's weight, so that tokens count that the model depends
-    on; reconstruction, as the Fisher of K-FAC (arXiv 1503.05671) has both factors but weighs no token.
-    with_gradients: also keeps, in `gradients` by adapter, the sum of their outer products over tokens, (out, out).
-    sketching: wide ones are in `sketches` instead, those of gradients as `<adapter>.gradient`; what a rank sends and
-    its owner holds is then (in, 4 keep).
+    (`Backbone.outputs`). Its direction depends on the micro batch's number in the pass alone, so that all tasks are
+    seen along the same ones; a layer that no gradient reaches has moments of zeros. by_sensitivity: the gradient's
+    square is the token's weight, so that tokens count that the model depends on; reconstruction, as the Fisher of K-FAC
+    (arXiv 1503.05671) has both factors but weighs no token. with_gradients: also keeps, in `gradients` by adapter, the
+    sum of their outer products over tokens, (out, out). sketching: wide ones are in `sketches` instead, those of
+    gradients as `<adapter>.gradient`; what a rank sends and its owner holds is then (in, 4 keep).
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class InputMoments:
         self.moments: dict[str, torch.Tensor] = {}
         self.gradients: dict[str, torch.Tensor] = {}
         self.sketches: dict[str, Sketch] = {}
-        self._rows = {adapter.name: adapter.rows for adapter in adapters}
+        self._adapters = {adapter.name: adapter for adapter in adapters}
         self._of_inputs, self._of_gradients = _Sums(sketching), _Sums(sketching)
         self._totals: dict[str, torch.Tensor] = {}  # of the tokens' weights, on this rank
 
@@ -104,11 +105,14 @@ class InputMoments:
         finally:
             for handle in handles:
                 handle.remove()
+        for number, name in enumerate(self._modules):
+            if name not in self._totals:
+                self._add_zeros(number, name)
         totals = sum_over_ranks(torch.stack([self._totals[name] for name in self._modules])).tolist()
         of_layer = dict(zip(self._modules, totals, strict=True))
         # of a tower that saw nothing but pictures that stand in, zeros
         self.moments, wide = self._of_inputs.over({name: total or 1 for name, total in of_layer.items()})
-        self.gradients, wide_gradients = self._of_gradients.over(dict.fromkeys(self._rows, 1))
+        self.gradients, wide_gradients = self._of_gradients.over(dict.fromkeys(self._adapters, 1))
         self.sketches = wide | {f"{name}.gradient": sketch for name, sketch in wide_gradients.items()}
 
     def saw(self, gradients: Gradients | None) -> None:
@@ -142,7 +146,15 @@ class InputMoments:
     @torch.no_grad()
     def _add_gradients(self, number: int, name: str, gradient: torch.Tensor, times: torch.Tensor) -> None:
         for reader in self.layers[name]:
-            self._of_gradients.add(reader, gradient[..., self._rows[reader]], times, owner(number))
+            self._of_gradients.add(reader, gradient[..., self._adapters[reader].rows], times, owner(number))
+
+    def _add_zeros(self, number: int, name: str) -> None:
+        """Adds no token, so that a layer that was not seen on any rank has moments too."""
+        adapter, device = self._adapters[name], self._backbone.device
+        self._add(number, name, torch.zeros(0, adapter.in_features, device=device), torch.zeros(0, device=device))
+        if self._with_gradients:
+            width = adapter.linear.out_features
+            self._add_gradients(number, name, torch.zeros(0, width, device=device), torch.zeros(0, device=device))
 
 
 class _Sums:

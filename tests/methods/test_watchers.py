@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,3 +48,24 @@ def test_a_wide_input_leaves_a_sketch_of_the_same_moment() -> None:
     sketch = moment_of(routing, X[:2], X[1:], sketching=Sketching(above=4, keep=5))
     torch.testing.assert_close(sketch, whole)
     assert moment_of(routing, X[:2], X[1:], sketching=Sketching(above=5, keep=5)).equal(whole)
+
+
+@pytest.mark.parametrize("sketching", [None, Sketching(above=1, keep=1)])
+def test_a_layer_that_no_gradient_reaches_has_moments_of_zeros(sketching: Sketching | None) -> None:
+    q, k, unread = (LoRALinear(nn.Linear(5, 6), rank=1, rows=slice(0, rows)) for rows in (6, 6, 2))
+    for adapter, name in ((q, "q"), (k, "k"), (unread, "unread")):
+        adapter.name = f"image.0.{name}"
+    backbone = SimpleNamespace(modules=lambda: [], routing={"image": Routing()}, device=X.device)
+    inputs = InputMoments(backbone, [q, k, unread], by_sensitivity=True, with_gradients=True, sketching=sketching)
+    with inputs.watch():
+        y = q(X)
+        unread(y[..., :5])  # as the last blocks of a tower of which an earlier one is read
+        torch.autograd.grad(y.sum(), [q.A, q.B])
+    found = {**inputs.moments, **{f"{name}.gradient": moment for name, moment in inputs.gradients.items()}}
+    found |= {name: sketch.whole() for name, sketch in inputs.sketches.items()}
+    flat = X.flatten(0, 1)
+    torch.testing.assert_close(found["image.0.q"].trace(), (flat.T @ flat / len(flat)).trace())
+    torch.testing.assert_close(found["image.0.q.gradient"], torch.full((6, 6), float(len(flat))))  # of rank one
+    for name, width in (("k", 6), ("unread", 2)):
+        assert torch.equal(found[f"image.0.{name}"], torch.zeros(5, 5))
+        assert torch.equal(found[f"image.0.{name}.gradient"], torch.zeros(width, width))
