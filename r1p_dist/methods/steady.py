@@ -141,7 +141,8 @@ class Steady(LowRankMethod):
     def stages(self, stream: Stream) -> list[Stage]:
         if self.options.anchor is not None and self.options.anchor_tasks:
             self._anchor = MomentFile(self.options.anchor)
-            self._anchor.check(agree(lambda: weights_identity(self.config.backbone, self.backbone)))
+            identity = agree(lambda: weights_identity(self.config.backbone, self.backbone))
+            self._anchor.check(identity, self._by_name, self.options.outer_ridge is not None)
         elif self.options.outer_ridge is not None and rank() == 0:
             logging.getLogger(__name__).warning(
                 "options.outer_ridge without an anchor: the gradients of a task span few directions of the last "

@@ -6,7 +6,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -72,28 +72,33 @@ class MomentFile:
         self._names = set(self._file.keys())
         self._key_of = {name: key for key, names in layers.items() for name in names}
 
-    def check(self, backbone: Mapping[str, Any]) -> None:
-        """Raises InputError where the moments are those of other weights."""
+    def check(self, backbone: Mapping[str, Any], layers: Iterable[str], with_gradients: bool) -> None:
+        """Raises InputError where the moments are those of other weights, or the file has none of one of the layers.
+
+        with_gradients: those of the gradients must be there too. For every rank before a stage, since a rank then reads
+        only those of its own layers.
+        """
         if self.backbone["sha256"] != backbone["sha256"]:
             raise InputError(
                 f"{self.path}: measured on other weights (backbone.name={self.backbone['name']}, "
                 f"pretrained={self.backbone['pretrained']}) than those of this run ({backbone['name']}, "
                 f"{backbone['pretrained']}); measure them with `r1p moments` (--noise needs no data)"
             )
+        for layer in layers:
+            if layer not in self._key_of:
+                raise InputError(f"{self.path}: has no moment of {layer}'s input; measure it with the run's `targets`")
+            if with_gradients and f"{layer}.gradient.rest" not in self._names:
+                raise InputError(
+                    f"{self.path}: has no moment of the gradients at {layer}'s output; measure it again with "
+                    "`r1p moments` and the run's `targets`"
+                )
 
     def sketch(self, layer: str) -> Sketch:
-        """Returns the moment of the input that a layer reads. InputError: the file has none of it."""
-        if layer not in self._key_of:
-            raise InputError(f"{self.path}: has no moment of {layer}'s input; measure it with the run's `targets`")
+        """Returns the moment of the input that a layer reads; `check` says whether there is one."""
         return self._read(self._key_of[layer])
 
     def gradient(self, layer: str) -> Sketch:
-        """Returns the moment of the gradients at a layer's output. InputError: the file has none of it."""
-        if f"{layer}.gradient.rest" not in self._names:
-            raise InputError(
-                f"{self.path}: has no moment of the gradients at {layer}'s output; measure it again with `r1p moments` "
-                "and the run's `targets`"
-            )
+        """Returns the moment of the gradients at a layer's output; `check` says whether there is one."""
         return self._read(f"{layer}.gradient")
 
     def _read(self, key: str) -> Sketch:

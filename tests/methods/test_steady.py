@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from r1p_dist.backbones import weights_identity
 from r1p_dist.errors import InputError
 from r1p_dist.methods.steady import MetricLinear
 from r1p_dist.moments.file import write_moments
 from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
 from r1p_dist.protocol import InputMoments
+from tests.methods.anchors import noise_moments
 
 PLAIN = ["options.batches=1", "options.outer_ridge=null", "options.ridge=0.01"]
 
@@ -221,22 +221,14 @@ def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_pat
     own = ["options.anchor_tasks=3", "options.batches=1", "options.outer_ridge=0.1"]
     stages, train = stages_of("steady", f"options.anchor={file}", *own)
     method = stages.method
-
-    def noise(width: int) -> torch.Tensor:
-        x = torch.randn(40, width)
-        return x.T @ x
-
-    known = {adapter.name: noise(adapter.in_features) for adapter in method.adapters}
-    gradients = {adapter.name: noise(adapter.out_features) for adapter in method.adapters}
-    facts = {"backbone": weights_identity(method.config.backbone, method.backbone), "source": "noise"}
-    layers = {name: [name] for name in known}
-    write_moments(file, known, gradients, layers, keep, facts)
+    anchor = noise_moments(method)
+    write_moments(file, keep=keep, **anchor)
     stream = SimpleNamespace(tasks=())
     method.stages(stream)
     stages.begin(0)
     assert "loss_inputs" in train(0)
     adapter = method.adapters[0]
-    C, G = (Sketch.of(moments[adapter.name], keep).whole() for moments in (known, gradients))
+    C, G = (Sketch.of(moments[adapter.name], keep).whole() for moments in (anchor["moments"], anchor["gradients"]))
     size = float(C.trace())
     torch.testing.assert_close(known_moment(adapter), C, rtol=0, atol=1e-3 * size)
     assert adapter.outer.matrix.shape == (len(G), len(G))
@@ -248,9 +240,17 @@ def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_pat
     L = root((3 * G * len(G) / G.trace() + gradient_of(stages.memory[0], adapter.name)) / 4, 0.1)
     torch.testing.assert_close(adapter.outer.times(torch.eye(len(G))).double(), L, rtol=1e-2, atol=1e-2)
     stages.engine.close()
-    write_moments(file, known, gradients, layers, keep, facts | {"backbone": {**facts["backbone"], "sha256": "0"}})
-    with pytest.raises(InputError, match="measured on other weights"):
-        method.stages(stream)
+    # named on every rank before any engine is made, not by the one alone that owns the layer
+    identity, layers = anchor["facts"]["backbone"], dict(anchor["layers"])
+    lacking, _ = layers.popitem()
+    for other, words in (
+        ({"facts": {"backbone": identity | {"sha256": "0"}, "source": "noise"}}, "measured on other weights"),
+        ({"gradients": {}}, "has no moment of the gradients at image.0.q's output"),
+        ({"layers": layers}, f"has no moment of {lacking}'s input"),
+    ):
+        write_moments(file, keep=keep, **anchor | other)
+        with pytest.raises(InputError, match=f"anchor: {words}"):
+            method.stages(stream)
 
 
 def test_tokens_that_the_features_do_not_depend_on_have_no_weight(stages_of) -> None:

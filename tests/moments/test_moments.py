@@ -119,13 +119,13 @@ def test_what_is_no_such_file_or_of_other_weights_is_one_line(tmp_path: Path) ->
             MomentFile(str(tmp_path / name))
     write_moments(tmp_path / "m", {"image.0.q": moment()}, {}, {"image.0.q": ["image.0.q"]}, 2, FACTS)
     file = MomentFile(str(tmp_path / "m"))
-    file.check(FACTS["backbone"])
+    file.check(FACTS["backbone"], ["image.0.q"], with_gradients=False)
     with pytest.raises(InputError, match=r"m: measured on other weights \(backbone.name=m, .*tiny"):
-        file.check({"name": "tiny", "pretrained": None, "sha256": "34"})
+        file.check({"name": "tiny", "pretrained": None, "sha256": "34"}, [], with_gradients=False)
     with pytest.raises(InputError, match="has no moment of image.0.fc1's input"):
-        file.sketch("image.0.fc1")
+        file.check(FACTS["backbone"], ["image.0.q", "image.0.fc1"], with_gradients=False)
     with pytest.raises(InputError, match="no moment of the gradients at image.0.q's output; measure it again"):
-        file.gradient("image.0.q")
+        file.check(FACTS["backbone"], ["image.0.q"], with_gradients=True)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_pairs_are_measured_on_real_tokens_alone(pairs: list[Path], tmp_path: Pa
         x = torch.cat([value.flatten(0, 1) for value in inputs])
         torch.testing.assert_close(file.sketch(f"{tower}.0.k").whole(), x.T @ x / len(x), rtol=0.01, atol=2e-3)
     with pytest.raises(InputError, match="no moment of image.0.out"):
-        file.sketch("image.0.out")
+        file.check(file.backbone, ["image.0.k", "image.0.out"], with_gradients=True)
     assert file.backbone["name"] == "tiny" and "3 pairs" in json.loads(file._file.metadata()["source"])
 
 
