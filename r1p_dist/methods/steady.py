@@ -92,7 +92,7 @@ class Steady(LowRankMethod):
 
     stores = "second moments, or sketches of them: (in, in) per layer input and (out, out) per layer"
     layer = MetricLinear
-    tiny = {"rank": 4, "batches": 2, "weight": 10.0, "ridge": 1.0, "outer_ridge": 1.0}
+    tiny = {"rank": 4, "batches": 2, "weight": 1e3, "ridge": 1.0, "outer_ridge": 1.0}
     adapters: list[MetricLinear]
     _anchor: MomentFile | None = None
 
