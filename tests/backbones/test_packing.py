@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, MistralConfig, modeling_flash_attention_utils
 
-from r1p_dist.adapters import AdaptedLinear
+from r1p_dist.adapters import AdaptedLinear, LoRALinear
 from r1p_dist.backbones import LlavaBackbone
 from r1p_dist.config import DataConfig
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.packing import unpackable
+from r1p_dist.protocol import InputMoments
+from r1p_dist.protocol.watchers import random_projection
 from r1p_dist.recipes import load_config
 from tests import small_llava, small_vlms
 from tests.backbones.test_llava import FAMILIES as LLAVAS
@@ -73,6 +75,11 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     return FLASH_CALLS
 
 
+def training_batch(backbone: LlavaBackbone, is_packed: bool) -> dict:
+    encoder = backbone.encoder(DataConfig(packing=is_packed))
+    return backbone.prepare(encoder.collate([encoder.train(sample, torch.Generator()) for sample in (*SAMPLES, LATER)]))
+
+
 def step(
     family: str, is_packed: bool, guide: str = "cls_image", attention: str | None = None, **options
 ) -> tuple[Found, list[torch.Tensor]]:
@@ -89,11 +96,9 @@ def step(
         return adapter
 
     adapters = backbone.attach(make, TOWERS, ("q", "v", "down", "fc1"))
-    encoder, seen = backbone.encoder(DataConfig(packing=is_packed)), []
+    seen: list[torch.Tensor] = []
     adapters[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    samples = (*SAMPLES, LATER)
-    batch = backbone.prepare(encoder.collate([encoder.train(sample, torch.Generator()) for sample in samples]))
-    losses, owners = backbone.train()(batch)
+    losses, owners = backbone.train()(training_batch(backbone, is_packed))
     (losses * torch.linspace(1, 2, len(losses))).sum().backward()
     found = {"losses": losses.detach(), "owners": owners}
     for adapter in adapters:
@@ -132,6 +137,23 @@ def test_each_packed_conversation_votes_by_its_own_guide(guide: str, router_grad
     packed, plain = (step("llava", is_packed, guide, router_grad=router_grad)[0] for is_packed in (True, False))
     assert_equal(packed, plain)
     assert router_grad == "none" or any("router" in name for name in plain)
+
+
+def test_moments_of_packed_conversations_are_those_of_rows_of_their_own() -> None:
+    """And their gradients', as `steady` has them."""
+    found = []
+    for is_packed in (True, False):
+        backbone = make_backbone("llava")
+        adapters = backbone.attach(
+            lambda slot, routing: LoRALinear(slot.linear, 2, rows=slot.rows), TOWERS, ("q", "v", "down", "fc1")
+        )
+        inputs = InputMoments(backbone, adapters, by_sensitivity=True, with_gradients=True)
+        batch = training_batch(backbone, is_packed)
+        with inputs.watch():
+            random_projection(backbone.train().outputs(backbone, batch), 0).backward()
+        found.append({**inputs.moments, **{f"{name} out": moment for name, moment in inputs.gradients.items()}})
+        assert {name.partition(".")[0] for name, moment in inputs.moments.items() if moment.any()} >= {"language"}
+    assert_equal(*found)
 
 
 def test_checkpointed_blocks_attend_the_same_way_in_their_second_forward_and_vote_once(monkeypatch) -> None:

@@ -24,11 +24,13 @@ from r1p_dist.errors import InputError
 from r1p_dist.export.run import export_run
 from r1p_dist.fit import train_step
 from r1p_dist.methods import make_method, method_class, shipped_methods
+from r1p_dist.moments.file import write_moments
 from r1p_dist.protocol import FullMethod, Method
 from r1p_dist.recipes import load_config
 from r1p_dist.train import run
 from tests.export.fake_run import PROMPTS as PROMPTS_OF_EXPORT
 from tests.export.fake_run import images, library_logits, library_model
+from tests.methods.anchors import noise_moments
 from tests.small_clip import make_backbone
 from tests.small_llava import make_backbone as make_llava
 from tests.stages import Stages
@@ -68,6 +70,13 @@ CALLS = ("step", "after_step", "losses", "loss", "further_data", "updates", "end
 BY_KIND = sorted(
     METHODS, key=lambda name: [getattr(method_class(name), call) is getattr(Method, call) for call in CALLS]
 )
+
+
+# Cases of a method beside that of its `tiny`; ANCHOR: a file of moments.
+FURTHER = {
+    "so_ra, the code's step": ("so_ra", ["options.proximal=code"]),
+    "steady, anchor, sketches": ("steady", ["options.anchor=ANCHOR", "options.sketch=8", "options.sketch_above=64"]),
+}
 
 
 def settings_of(name: str) -> tuple[str, ...]:
@@ -147,20 +156,27 @@ def trained_values(method: Method) -> torch.Tensor:
     return torch.cat([value.flatten() for value in [*products, *full_values(*others)]])
 
 
-def train_all(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
+def train_all(rank: int, world_size: int, cases: dict[str, tuple[str, list[str]]]) -> dict[str, Any]:
+    """cases: of each method and options. Returns by case and setting what `train` does."""
     found = {}
-    for name in names:
-        cases = ON_ONE_RANK if world_size == 1 else {case: SETTINGS[case] for case in settings_of(name)}
-        found[name] = {case: train(name, overrides) for case, overrides in cases.items()}
+    for case, (name, options) in cases.items():
+        settings = ON_ONE_RANK if world_size == 1 else {setting: SETTINGS[setting] for setting in settings_of(name)}
+        found[case] = {setting: train(name, [*options, *own]) for setting, own in settings.items()}
     return found
 
 
 @pytest.fixture(scope="module")
-def trained(run_distributed) -> dict[int, dict[str, Any]]:
-    return {world: run_distributed(train_all, world, METHODS, timeout_s=1100)[0] for world in (1, 2)}
+def trained(run_distributed, tmp_path_factory) -> dict[int, dict[str, Any]]:
+    anchor = tmp_path_factory.mktemp("anchor") / "moments"
+    steady = make_method(load_config("mini_mtil_dac", options_of("steady")), make_backbone(layers=1))
+    write_moments(anchor, keep=100, **noise_moments(steady))
+    cases = {name: (name, []) for name in METHODS}
+    for case, (name, options) in FURTHER.items():
+        cases[case] = (name, [option.replace("ANCHOR", str(anchor)) for option in options])
+    return {world: run_distributed(train_all, world, cases, timeout_s=1100)[0] for world in (1, 2)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *FURTHER])
 def test_ranks_stages_accumulation_and_checkpointing_change_nothing(trained, name: str) -> None:
     one, several = trained[1][name], trained[2][name]
     plain = one[PLAIN]
