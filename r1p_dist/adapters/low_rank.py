@@ -25,16 +25,13 @@ class LayerPlan:
     """What the planner must know of an adapter beside its shapes.
 
     merged: ranks that a task leaves. vote: when votes are summed over ranks, None where there are none. voters: equal
-    for adapters that vote together. gate_bytes: of a mean over ranks in every forward and backward. held: numbers in
-    fp32 that every rank keeps of the layer's past inputs in training. left: those that a task leaves of it in a file.
+    for adapters that vote together. gate_bytes: of a mean over ranks in every forward and backward.
     """
 
     merged: int
     vote: str | None = None
     voters: Any = None
     gate_bytes: int = 0
-    held: int = 0
-    left: int = 0
 
 
 class LowRankLinear(nn.Module):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from r1p_dist.adapters import Factors, LoRALinear
-from r1p_dist.adapters.low_rank import LayerPlan, full_values
+from r1p_dist.adapters.low_rank import full_values
 from r1p_dist.backbones import weights_identity
 from r1p_dist.config import Count, FilePlace, NotNegative, Share
 from r1p_dist.distributed import agree, gathered, owner, rank, sum_over_ranks
@@ -18,12 +17,24 @@ from r1p_dist.errors import InputError
 from r1p_dist.moments.file import MomentFile
 from r1p_dist.moments.sketch import Sketch
 from r1p_dist.moments.whitening import Whitening
-from r1p_dist.protocol import InputMoments, LowRankMethod, LowRankOptions, Sketching, Stage, Trainer
+from r1p_dist.protocol import (
+    BoundaryPlan,
+    InputMoments,
+    InputPlan,
+    LowRankMethod,
+    LowRankOptions,
+    MomentPlan,
+    Sketching,
+    Stage,
+    Trainer,
+)
 
 if TYPE_CHECKING:
     from r1p_dist.data import Stream
 
 Moment = torch.Tensor | Sketch
+
+_NUMBERS = 7  # of each adapter: tr(W C W^T G), and the numbers of R and of L
 
 
 class MetricLinear(LoRALinear):
@@ -37,7 +48,6 @@ class MetricLinear(LoRALinear):
     whitening: Whitening | None = None
     outer: Whitening | None = None
     scale = 0.0
-    held, left = 0, 0  # as `LayerPlan` has them
 
     @staticmethod
     def factors(adapters: Sequence[MetricLinear], x: torch.Tensor, votes: None) -> list[Factors]:
@@ -68,9 +78,6 @@ class MetricLinear(LoRALinear):
     def update(self) -> Factors:
         A, B = full_values(self.A, self.B)
         return Factors(A if self.whitening is None else self.whitening.times(A), self._turned(B), self.scaling)
-
-    def plan(self) -> LayerPlan:
-        return replace(super().plan(), held=self.held, left=self.left)
 
 
 class Steady(LowRankMethod):
@@ -122,17 +129,12 @@ class Steady(LowRankMethod):
 
     def build(self) -> None:
         super().build()
-        self._by_name = by_name = {adapter.name: adapter for adapter in self.adapters}
-        for names in self._watcher().layers.values():
-            readers = [by_name[name] for name in names]
-            width = readers[0].in_features
-            is_wide = width > self.options.sketch_above
-            directions = min(self.options.sketch, width) if is_wide else width
-            outer = [] if self.options.outer_ridge is None else [self._outer_shape(reader) for reader in readers]
-            held = sum(rows * columns for rows, columns in outer)
-            for reader in readers:  # the planner counts one of those that read the same
-                reader.held = directions * width + held
-                reader.left = directions * width + is_wide + held + len(outer)
+        self._by_name = {adapter.name: adapter for adapter in self.adapters}
+
+    def _inner_shape(self, adapter: MetricLinear) -> tuple[int, int]:
+        """Returns the shape of R's matrix, and of what is kept of the moment of the input."""
+        width = adapter.in_features
+        return width, min(self.options.sketch, width) if width > self.options.sketch_above else width
 
     def _outer_shape(self, adapter: MetricLinear) -> tuple[int, int]:
         """Returns the shape of the factor of the sketch of G, and of L's matrix."""
@@ -170,8 +172,7 @@ class Steady(LowRankMethod):
                 gradients |= {} if outer_ridge is None else {name: self._known_gradient(name) for name in names}
         inner = {layer: Whitening.of(moment, self.options.ridge) for layer, moment in moments.items()}
         outer = {name: Whitening.of(known, outer_ridge) for name, known in gradients.items() if outer_ridge is not None}
-        # of each adapter tr(W C W^T G), and the numbers of R and of L
-        numbers = torch.zeros(len(self.adapters), 7, dtype=torch.float64)
+        numbers = torch.zeros(len(self.adapters), _NUMBERS, dtype=torch.float64)
         rows = dict(zip(by_name, numbers, strict=True))
         for layer, names in layers.items():
             with gathered({by_name[name].linear.weight: None for name in names}):  # q, k and v may be rows of one
@@ -247,10 +248,55 @@ class Steady(LowRankMethod):
         """Returns the moments that the stage left; of the stage alone, so that it can be forgotten."""
         return self._memory
 
+    def plan_boundary(self) -> BoundaryPlan:
+        watcher = self._watcher()
+        inputs = tuple(self._plan_input(layer, names) for layer, names in watcher.layers.items())
+        # in `begin`; of the watcher the tokens' weights, both float64, and the traces of wide inputs, and of gradients
+        sums = [8 * _NUMBERS * len(self.adapters), 8 * len(inputs)]
+        sums += [4 * sum(read.moments[0].is_sketched for read in inputs)]
+        sums += [4 * sum(moment.is_sketched for read in inputs for moment in read.moments[1:])]
+        sums = tuple(size for size in sums if size)
+        return BoundaryPlan(watcher.needs, self.options.batches, inputs, sums, reads_weights=True)
+
+    def _plan_input(self, layer: str, names: Sequence[str]) -> InputPlan:
+        width, directions = self._inner_shape(self._by_name[layer])
+        moments, sent, left = [self._plan_moment(width)], [width * directions], {f"{layer}.moment": width**2}
+        if width > self.options.sketch_above:
+            left = {f"{layer}.factor": width * directions, f"{layer}.rest": 1}
+        if self.options.outer_ridge is not None:
+            shapes = {name: self._outer_shape(self._by_name[name]) for name in names}
+            moments += [self._plan_moment(rows) for rows, _ in shapes.values()]
+            sent.append(sum(rows * columns for rows, columns in shapes.values()))
+            for name, (rows, columns) in shapes.items():
+                left |= {f"{name}.gradient.factor": rows * columns, f"{name}.gradient.rest": 1}
+        return InputPlan(layer, tuple(moments), tuple(sent), left)
+
+    def _plan_moment(self, width: int) -> MomentPlan:
+        is_sketched = width > self.options.sketch_above
+        # as many as of `directions`
+        return MomentPlan(width, min(4 * self.options.sketch, width) if is_sketched else width, is_sketched)
+
+    def plan_past(self) -> list[torch.Tensor]:
+        known = []
+        for names in self._watcher().layers.values():
+            R = _without_content(self._inner_shape(self._by_name[names[0]]))
+            known.append(R.matrix)
+            for name in names:
+                adapter = self._by_name[name]
+                adapter.whitening = R
+                if self.options.outer_ridge is not None:
+                    adapter.outer = _without_content(self._outer_shape(adapter))
+                    known.append(adapter.outer.matrix)
+        return known
+
     def _watcher(self) -> InputMoments:
         by_sensitivity, with_gradients = self.options.by_sensitivity, self.options.outer_ridge is not None
         sketching = Sketching(self.options.sketch_above, self.options.sketch)
         return InputMoments(self.backbone, self.adapters, by_sensitivity, with_gradients, sketching)
+
+
+def _without_content(shape: tuple[int, int]) -> Whitening:
+    return Whitening(torch.empty(shape, device="meta"), gain=1.0, span=1.0, ridge=1.0)
 
 
 def _stored(memory: Mapping[str, torch.Tensor], layer: str) -> Moment:

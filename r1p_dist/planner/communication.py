@@ -1,4 +1,4 @@
-"""The collectives of a step and of a task boundary: which, how often, with how many bytes.
+"""The collectives of a step, of a task boundary and of a batch scanned there: which, how often, with how many bytes.
 
 Bytes are those of the whole tensor, the larger of input and output, padding included, as `CollectiveCounter` counts
 them. The rules are those of DeepSpeed 0.19.8 (runtime/engine.py, runtime/zero/stage_1_and_2.py, stage3.py and
@@ -8,7 +8,7 @@ ZeRO-3 also compare their order of modules among ranks.
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -23,6 +23,8 @@ _ENGINE_BUCKET = 500_000_000  # numbers in one all-reduce at stage 0, fixed in D
 _VOTE_BYTES = 8  # int64
 _BARRIER_BYTES = 1
 _LENGTH_BYTES = 8  # int64
+_SHAPE_BYTES = 8 * 8  # int64, of `shaped_from_rank`
+_FP32 = 4
 
 
 def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:
@@ -44,9 +46,37 @@ def step_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int
             found[Collective("all_reduce", votes, "votes")] += 1
     found.update(_reductions(shape, zero, ranks, micro_steps))
     found.update(_after_update(shape, zero, ranks))
+    found.update(_weights(shape, zero, ranks, micro_steps))
+    return found
+
+
+def scan_collectives(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Collectives:
+    """Returns what one rank takes part in for each global batch that the method scans after a task.
+
+    Under ZeRO-3 a scan gives back all weights after each micro batch, persistent ones too; the first micro batch, which
+    still finds those, counts like the others. Of a scan without a backward the weights of a whole micro step count.
+    """
+    found: Collectives = Counter()
+    plan = shape.boundary
+    if plan.needs is None or ranks == 1:
+        return found
+    for _ in range(micro_steps):
+        found.update(shape.loss.scan(plan.needs, zero.stage, ranks))
+        for read in plan.inputs:
+            found.update(Collective("reduce", _FP32 * moment.numel, "moments") for moment in read.moments)
+    found.update(shape.loss.step())
+    found.update(_weights(shape, zero, ranks, micro_steps, keeps_persistent=False))
+    return found
+
+
+def _weights(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int, keeps_persistent: bool = True) -> Collectives:
+    """What ZeRO-3 gathers. keeps_persistent: from one micro step to the next."""
+    found: Collectives = Counter()
     if zero.stage == 3 and ranks > 1:
         coordinator = Coordinator(shape.trace, zero, ranks)
         for _ in range(micro_steps):
+            if not keeps_persistent:
+                coordinator.whole.clear()
             for numel in coordinator.micro_step():
                 found[Collective("all_gather", numel * shape.dtype.itemsize, "weights")] += 1
     return found
@@ -153,12 +183,14 @@ def _after_update(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
 
 
 def boundary_collectives(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
-    """Returns what one rank takes part in from the last step of a task to the first of the next, evaluations left out.
+    """Returns what one rank takes part in from the last step of a task to the first of the next, evaluations and the
+    batches of a scan left out.
 
     The experts are read before and for the merge, begun anew, and given to a new engine. What the task leaves is
-    written.
+    written, and the method looks at what it knows of past tasks.
     """
-    found = _writes(ranks)
+    found = _writes(shape, ranks)
+    found.update(_past(shape, zero, ranks))
     size = shape.dtype.itemsize
     if zero.stage < 3:  # a new engine sends all parameters from rank 0
         found.update(Collective("broadcast", p.numel * size, "engine") for p in shape.trace.parameters)
@@ -178,17 +210,47 @@ def boundary_collectives(shape: ModelShape, zero: Zero, ranks: int) -> Collectiv
     return +found
 
 
-def _writes(ranks: int) -> Collectives:
-    """Rank 0 writes two files: what was merged, and what the method keeps for later tasks, which is nothing.
+def _writes(shape: ModelShape, ranks: int) -> Collectives:
+    """Rank 0 writes two files: what was merged, and what the method keeps for later tasks.
 
-    Ranks tell each other what they keep, and rank 0 how each write ended: JSON, and before it its length.
+    Ranks tell each other what they keep, and rank 0 how each write ended: JSON, and before it its length. Rank 0 gets
+    what the others keep, with its shape, by way of all.
     """
     if ranks == 1:
         return Counter()
-    kept, answer = len(json.dumps([])), len(json.dumps({"result": None}))
+    left = [read.left for read in shape.boundary.inputs]
+    names = [[name for read in left[rank::ranks] for name in read] for rank in range(min(ranks, len(left)))]
+    kept, answer = max(len(json.dumps(own)) for own in [[], *names]), len(json.dumps({"result": None}))
     found = Counter(Collective("all_gather", ranks * size, "files") for size in (_LENGTH_BYTES, kept))
     found.update(2 * [Collective("broadcast", size, "files") for size in (_LENGTH_BYTES, answer)])
+    for number, read in enumerate(left):
+        if number % ranks:
+            found.update(_shaped(read.values(), "files"))
     return found
+
+
+def _past(shape: ModelShape, zero: Zero, ranks: int) -> Collectives:
+    """What is known of past tasks goes from its owners to all."""
+    found: Collectives = Counter()
+    if ranks == 1:
+        return found
+    plan = shape.boundary
+    found.update(Collective("all_reduce", size, "past tasks") for size in plan.sums)
+    for read in plan.inputs:
+        found.update(_shaped(read.sent, "past tasks"))
+    if plan.reads_weights and zero.stage == 3:
+        # persistent ones too, for the engine is new
+        for i in {adapted.weight for adapted in shape.adapted}:
+            size = _padded(shape.trace.parameters[i].numel, ranks) * shape.dtype.itemsize
+            found[Collective("all_gather", size, "past tasks")] += 1
+    return found
+
+
+def _shaped(numels: Iterable[int], purpose: str) -> Iterator[Collective]:
+    """Tensors in fp32 that go from one rank to all, each after its shape."""
+    for numel in numels:
+        yield Collective("broadcast", _SHAPE_BYTES, purpose)
+        yield Collective("broadcast", _FP32 * numel, purpose)
 
 
 def _padded(numel: int, multiple: int) -> int:

@@ -71,8 +71,7 @@ def training_memory(shape: ModelShape, zero: Zero, ranks: int, touches_buffers: 
         optimizer = share * 3 * _FP32
         bucket = min(zero.reduce_bucket_size, trained) if touches_buffers else zero.reduce_bucket_size
         buffers = bucket * size * (2 if zero.overlap_comm and zero.stage < 3 else 1)
-    method = _FP32 * sum(adapted.held for adapted in shape.by_group)
-    return Memory(weights * size, gathered, gradients, optimizer, activations, buffers, method, pristine)
+    return Memory(weights * size, gathered, gradients, optimizer, activations, buffers, shape.known_bytes, pristine)
 
 
 def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) -> int:
@@ -95,7 +94,17 @@ def highest_with_gathered(shape: ModelShape, zero: Zero, ranks: int, loss: int) 
     return max(highest, before * size + trace.tail)
 
 
+def moment_bytes(shape: ModelShape, ranks: int) -> int:
+    """Returns what second moments take on the rank that owns most of them, beside a step's memory, while it scans.
+
+    Beside those, the one of a micro batch that comes and its sum with what was there, of the largest.
+    """
+    inputs = shape.boundary.inputs
+    numels = [[moment.numel for moment in read.moments] for read in inputs]
+    owned = max(sum(map(sum, numels[rank::ranks])) for rank in range(ranks))
+    return _FP32 * (owned + 2 * max(map(max, numels), default=0))
+
+
 def checkpoint_bytes(shape: ModelShape) -> dict[str, int]:
     """Returns the bytes of one save in a task (values and both moments, fp32) and of what a finished task leaves."""
-    left = sum(adapted.left for adapted in shape.by_group)
-    return {"step": 3 * _FP32 * shape.count("adapter"), "task": _FP32 * (shape.merged_numel + left)}
+    return {"step": 3 * _FP32 * shape.count("adapter"), "task": _FP32 * (shape.merged_numel + shape.left_numel)}

@@ -16,7 +16,7 @@ from r1p_dist.errors import InputError
 
 @dataclass(frozen=True)
 class Collective:
-    """kind: all_reduce, all_gather, reduce_scatter, broadcast or barrier. bytes: of the whole tensor."""
+    """kind: all_reduce, reduce, all_gather, reduce_scatter, broadcast or barrier. bytes: of the whole tensor."""
 
     kind: str
     bytes: int
@@ -101,7 +101,7 @@ def parse_network(text: str) -> Network:
 def cost(collective: Collective, ranks: int, network: Network) -> Cost:
     """Returns what a collective costs one rank; seconds are those of the faster of ring and tree.
 
-    A ring sends N - 1 parts of a gather, a reduce-scatter or a broadcast in pipeline, and twice as many of an
+    A ring sends N - 1 parts of a gather, a reduce-scatter, a reduce or a broadcast in pipeline, and twice as many of an
     all-reduce, a B / N each. A tree takes ceil(log2 N) steps there (and as many back, for an all-reduce) with the
     whole tensor B in each direction; a gather by doubling sends no more than a ring.
     """

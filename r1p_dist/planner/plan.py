@@ -11,12 +11,12 @@ from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.errors import InputError
 from r1p_dist.planner.accelerators import Accelerator
-from r1p_dist.planner.communication import boundary_collectives, step_collectives
-from r1p_dist.planner.memory import Memory, checkpoint_bytes, training_memory
+from r1p_dist.planner.communication import boundary_collectives, scan_collectives, step_collectives
+from r1p_dist.planner.memory import Memory, checkpoint_bytes, moment_bytes, training_memory
 from r1p_dist.planner.model import Batch, ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.part import planner_part
-from r1p_dist.planner.timing import StepTime, boundary_time, step_time
+from r1p_dist.planner.timing import StepTime, boundary_time, scan_time, step_time
 from r1p_dist.planner.zero import Zero
 from r1p_dist.recipes import load_config
 
@@ -59,16 +59,23 @@ class Question:
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the plan. step, boundary: collectives of a rank; boundary_seconds: of those between two tasks."""
+    """One line of the plan. step, boundary, scan: collectives of a rank, the last of a global batch that is scanned.
+
+    scan_memory: bytes at the peak of such a batch. boundary_seconds: between two tasks, of the collectives and of all
+    scanned batches where their number is known.
+    """
 
     ranks: int
     stage: int
     checkpointing: bool
     memory: Memory
+    scan_memory: int
     fits: bool
     step: Collectives
     boundary: Collectives
+    scan: Collectives
     time: StepTime
+    scan_time: StepTime
     boundary_seconds: float
     samples_per_second: float
 
@@ -110,19 +117,25 @@ def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, chec
     zero = Zero.of(resolve_deepspeed(question.config(ranks, stage, checkpointing), ranks))
     micro_steps, network = question.micro_steps, question.network
     memory = training_memory(shape, zero, ranks, touches_buffers=False)
+    scan_memory = memory.total + moment_bytes(shape, ranks)
     step = step_collectives(shape, zero, ranks, micro_steps)
     boundary = boundary_collectives(shape, zero, ranks)
-    time = step_time(shape, zero, step, ranks, micro_steps, network, question.accelerator, question.utilisation)
+    scan = scan_collectives(shape, zero, ranks, micro_steps)
+    setting = (ranks, micro_steps, network, question.accelerator, question.utilisation)
+    time, of_scan = step_time(shape, zero, step, *setting), scan_time(shape, zero, scan, *setting)
     return Setting(
         ranks,
         stage,
         checkpointing,
         memory,
-        memory.total <= question.usable * question.memory,
+        scan_memory,
+        scan_memory <= question.usable * question.memory,
         step,
         boundary,
+        scan,
         time,
-        boundary_time(boundary, ranks, network),
+        of_scan,
+        boundary_time(boundary, ranks, network) + (shape.boundary.batches or 0) * of_scan.total,
         ranks * question.batch.samples * micro_steps / time.total,
     )
 
@@ -160,6 +173,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "checkpointing": plan.shapes[True].trace.forward_flops + plan.shapes[True].trace.backward_flops,
         },
         "checkpoint_bytes": checkpoint_bytes(plain),
+        "scan": {
+            "batches": plain.boundary.batches,
+            "flops_per_micro_step": plain.scan_flops,
+            "moment_flops_per_micro_step": plain.moment_flops,
+        },
         "settings": [_as_json(setting, question) for setting in plan.settings],
         "best": {
             str(ranks): {"zero": best.stage, "checkpointing": best.checkpointing} for ranks, best in plan.best.items()
@@ -184,15 +202,18 @@ def _as_json(setting: Setting, question: Question) -> dict[str, Any]:
         "zero": setting.stage,
         "checkpointing": setting.checkpointing,
         "memory": {**asdict(setting.memory), "total": setting.memory.total},
+        "scan_memory": setting.scan_memory,
         "fits": setting.fits,
         "communication": {
             "step": communication_rows(setting.step, setting.ranks, question.network),
             "boundary": communication_rows(setting.boundary, setting.ranks, question.network),
+            "scan": communication_rows(setting.scan, setting.ranks, question.network),
         },
         "predicted": {
             **asdict(time),
             "step": time.total,
             "boundary": setting.boundary_seconds,
+            "scanned_batch": setting.scan_time.total,
             "samples_per_second": setting.samples_per_second,
             "efficiency": time.efficiency,
         },

@@ -24,16 +24,28 @@ def _head(plan: Plan) -> str:
         (plan.shapes[key].trace.forward_flops + plan.shapes[key].trace.backward_flops) / batch.samples / 1e12
         for key in (False, True)
     ]
-    return "\n".join(
-        [
-            f"{question.model}, {question.precision}, {question.accelerator.name}, {question.network.name}; per GPU "
-            f"and micro step {batch}; {question.micro_steps} micro steps",
-            f"parameters: {_millions(counts['frozen'])} frozen, {_millions(counts['routers'])} in fixed routers, "
-            f"{_millions(counts['trained'])} trained, {_millions(counts['merged'])} merged per task",
-            f"operations per {batch.sample}: {flops[0]:.2f} TFLOP, {flops[1]:.2f} with activation checkpointing",
-            f"saved: {saved['step'] / 1e6:.0f} MB per checkpoint, {saved['task'] / 1e6:.0f} MB per finished task",
-        ]
-    )
+    lines = [
+        f"{question.model}, {question.precision}, {question.accelerator.name}, {question.network.name}; per GPU "
+        f"and micro step {batch}; {question.micro_steps} micro steps",
+        f"parameters: {_millions(counts['frozen'])} frozen, {_millions(counts['routers'])} in fixed routers, "
+        f"{_millions(counts['trained'])} trained, {_millions(counts['merged'])} merged per task",
+        f"operations per {batch.sample}: {flops[0]:.2f} TFLOP, {flops[1]:.2f} with activation checkpointing",
+        f"saved: {saved['step'] / 1e6:.0f} MB per checkpoint, {saved['task'] / 1e6:.0f} MB per finished task",
+    ]
+    if _scans(plan):
+        batches = shape.boundary.batches
+        count = "an epoch's, which 'between tasks' leaves out" if batches is None else f"{batches}"
+        model, moments = (flops / batch.samples / 1e12 for flops in (shape.scan_flops, shape.moment_flops))
+        lines.append(
+            f"global batches scanned after a task: {count}; {model:.2f} TFLOP per {batch.sample}, and {moments:.2f} in "
+            "fp32 for second moments"
+        )
+    return "\n".join(lines)
+
+
+def _scans(plan: Plan) -> bool:
+    """Whether the method scans a task's data at its end."""
+    return plan.shapes[False].boundary.needs is not None
 
 
 def _millions(numel: int) -> str:
@@ -49,6 +61,7 @@ def _settings_table(plan: Plan) -> str:
     kinds = _kinds(plan)
     head = ["GPUs", "ZeRO", "checkpointing", *kinds, "total GB", "fits", "pristine"]
     head += ["step ms*", "samples/s*", "efficiency*", "between tasks s*"]
+    head += ["scanning GB", "scanned batch ms*"] if _scans(plan) else []
     rows = []
     for setting in plan.settings:
         memory = [f"{getattr(setting.memory, kind) / 1e9:.2f}" for kind in kinds]
@@ -68,6 +81,8 @@ def _settings_table(plan: Plan) -> str:
                 f"{setting.boundary_seconds:.2f}",
             ]
         )
+        if _scans(plan):
+            rows[-1] += [f"{setting.scan_memory / 1e9:.2f}", f"{1e3 * setting.scan_time.total:.1f}"]
     return f"Memory of a rank in GB. * predicted, not measured\n\n{table(head, rows)}"
 
 
@@ -77,7 +92,8 @@ def _communication_table(plan: Plan) -> str:
     for setting in plan.settings:
         if setting.checkpointing != _shown_checkpointing(plan, setting):
             continue
-        for when, collectives in (("step", setting.step), ("between tasks", setting.boundary)):
+        phases = {"step": setting.step, "between tasks": setting.boundary, "scanned batch": setting.scan}
+        for when, collectives in phases.items():
             for row in communication_rows(collectives, setting.ranks, plan.question.network):
                 mb = [f"{row[key] / 1e6:.3f}" for key in ("bytes", "ring_bytes", "tree_bytes")]
                 rows.append(

@@ -49,6 +49,26 @@ def step_time(
     peak = accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
     flops = shape.trace.forward_flops + shape.trace.backward_flops
     compute = micro_steps * flops / (peak * utilisation)
+    return _with_collectives(compute, zero, collectives, ranks, network)
+
+
+def scan_time(
+    shape: ModelShape,
+    zero: Zero,
+    collectives: Collectives,
+    ranks: int,
+    micro_steps: int,
+    network: Network,
+    accelerator: Accelerator,
+    utilisation: float,
+) -> StepTime:
+    """Returns the predicted time of a global batch that is scanned after a task; second moments are fp32 products."""
+    peak = accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
+    seconds = shape.scan_flops / peak + shape.moment_flops / accelerator.fp32
+    return _with_collectives(micro_steps * seconds / utilisation, zero, collectives, ranks, network)
+
+
+def _with_collectives(compute: float, zero: Zero, collectives: Collectives, ranks: int, network: Network) -> StepTime:
     hidden = set()
     if zero.prefetch_bucket_size:
         hidden.add("weights")

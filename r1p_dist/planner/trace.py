@@ -5,7 +5,7 @@ arrive and the life of every activation are those of the code that trains. Every
 two things: a model on the meta device with its adapters, and a function that runs its forward.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,10 +79,13 @@ class Trace:
         return max([self.tail, *(visit.peak for visit in self.visits)])
 
 
-def trace_step(model: nn.Module, forward: Callable[[], Sequence[torch.Tensor]]) -> Trace:
+def trace_step(
+    model: nn.Module, forward: Callable[[], Sequence[torch.Tensor]], known: Iterable[torch.Tensor] = ()
+) -> Trace:
     """Returns the trace of one forward and backward of a model on the meta device.
 
-    forward: runs the model and returns what the loss is computed from; the loss itself is left out.
+    forward: runs the model and returns what the loss is computed from; the loss itself is left out. known: tensors that
+    are there before and after it, counted elsewhere.
     """
     modules = list(model.modules())
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -99,7 +102,7 @@ def trace_step(model: nn.Module, forward: Callable[[], Sequence[torch.Tensor]]) 
 
     handles = [parameter.register_post_accumulate_grad_hook(on_gradient) for parameter in trained]
     handles += recorder.hooks()
-    meter.ignore([*model.parameters(), *model.buffers()])  # counted as weights
+    meter.ignore([*model.parameters(), *model.buffers(), *known])  # not activations
     trace = Trace([_describe(name, parameter) for parameter, name in names.items()], [])
     try:
         with recorder.watched_parameters(), _fused_attention(meter), meter:

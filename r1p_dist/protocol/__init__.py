@@ -1,5 +1,8 @@
 """What a method is, and what it may ask of the training: see docs/add_a_method.md."""
 
+from r1p_dist.protocol.boundary import BoundaryPlan as BoundaryPlan
+from r1p_dist.protocol.boundary import InputPlan as InputPlan
+from r1p_dist.protocol.boundary import MomentPlan as MomentPlan
 from r1p_dist.protocol.distilled import DistilledMethod as DistilledMethod
 from r1p_dist.protocol.distilled import DistilledOptions as DistilledOptions
 from r1p_dist.protocol.drift import Drift as Drift

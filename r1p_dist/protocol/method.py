@@ -13,6 +13,7 @@ from torch import nn
 
 from r1p_dist.adapters import LowRankLinear, Update, recorded
 from r1p_dist.config import RunConfig, Section, TrainConfig
+from r1p_dist.protocol.boundary import BoundaryPlan
 
 if TYPE_CHECKING:  # methods are imported to check their options, which shall not take all of open_clip
     from r1p_dist.backbones import Backbone
@@ -214,6 +215,17 @@ class Method:
     def count_parameters(self) -> int:
         """Returns how many numbers one task trains, also where ZeRO-3 shards them."""
         return sum(getattr(p, "ds_numel", p.numel()) for p in self.trainable_parameters().values())
+
+    def plan_boundary(self) -> BoundaryPlan:
+        """Returns what the planner must know of what is done between two stages, beside what any method does there."""
+        return BoundaryPlan()
+
+    def plan_past(self) -> list[torch.Tensor]:
+        """Gives the layers what they know of past stages in a later one, on the meta device; returns these tensors.
+
+        The planner then traces a step of such a stage, and every rank keeps the tensors in it.
+        """
+        return []
 
     def train_config(self, stage: Stage) -> TrainConfig:
         """Returns the values that a stage trains with."""

@@ -193,28 +193,6 @@ def test_wide_inputs_are_held_by_a_sketch(stages_of) -> None:
         run.engine.close()
 
 
-@pytest.mark.parametrize("outer_ridge", ["null", "0.1"])
-def test_the_planner_knows_what_is_held_and_left(stages_of, outer_ridge: str) -> None:
-    stages, _ = stages_of("steady", *PLAIN, *WIDE, f"options.outer_ridge={outer_ridge}")
-    stages.begin(0)
-    stages.end()
-    stages.begin(1)
-    method, memory = stages.method, stages.memory[0]
-    adapters, counted = {adapter.name: adapter for adapter in method.adapters}, set()
-    for names in InputMoments(method.backbone, method.adapters).layers.values():
-        first, readers = adapters[names[0]], [adapters[name] for name in names]
-        held = [reader.outer.matrix for reader in readers if reader.outer is not None]
-        assert len(held) == (0 if outer_ridge == "null" else len(names))
-        held.append(first.whitening.matrix)
-        left = [key for key in memory if any(key.startswith(f"{name}.") for name in names)]
-        # of the first of those that read an input
-        assert first.plan().held == sum(matrix.numel() for matrix in held)
-        assert first.plan().left == sum(memory[key].numel() for key in left)
-        counted.update(left)
-    assert counted == set(memory)
-    stages.engine.close()
-
-
 @pytest.mark.parametrize("keep", [1000, 4])
 def test_an_anchor_counts_as_past_tasks_from_the_first_one_on(stages_of, tmp_path: Path, keep: int) -> None:
     file = tmp_path / "anchor"

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +28,7 @@ from r1p_dist.kinds.llava.weights import build_on_meta
 from r1p_dist.methods import make_method
 from r1p_dist.recipes import load_config
 from tests import small_clip, small_llava, small_towers, small_vlms
-from tests.stages import Stages
+from tests.stages import Stages, of_all_ranks
 
 IMAGE_TOKEN = 3
 PROMPTS = ["cat", "tall tree", "sea", "a red flag", "boat"]
@@ -35,6 +36,7 @@ KINDS = {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
     "allgather_base": "all_gather",
+    "reduce": "reduce",
     "reduce_scatter_base": "reduce_scatter",
     "broadcast": "broadcast",
     "barrier": "barrier",
@@ -106,11 +108,8 @@ def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) ->
     found = []
     for sizes, overrides in cases:
         run = _Run(rank, sizes, overrides)
-        for _ in range(4):
-            with Recorder() as recorder:
-                run.step()
+        found.append(run.record_step())
         run.stages.engine.close()
-        found.append(recorder.as_list())
     return found
 
 
@@ -121,13 +120,20 @@ def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]
         run = _Run(rank, sizes, overrides)
         for _ in range(3):
             run.step()
-        with Recorder() as recorder, TemporaryDirectory() as folder:
-            run.stages.end()
-            save_updates(Path(folder) / "adapter.safetensors", run.stages.updates[-1])
-            save_memory(Path(folder) / "memory.safetensors", run.stages.memory[-1])
-            run.stages.engine.close()
-            run.stages.begin(1)
-        found.append(recorder.as_list())
+        found.append(run.next_task())
+        run.stages.engine.close()
+    return found
+
+
+def measure_later_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
+    """Returns per case the collectives of the fourth step of a second task."""
+    found = []
+    for sizes, overrides in cases:
+        run = _Run(rank, sizes, overrides)
+        run.step()
+        run.next_task()
+        found.append(run.record_step())
+        run.stages.engine.close()
     return found
 
 
@@ -193,19 +199,43 @@ class _Run:
             self.backbone.encoder(self.config.data)  # makes the decoder attend to packed rows
         self.prepare = self.backbone.preparer(PROMPTS)
         self.generator = torch.Generator().manual_seed(rank)
-        self.stages = Stages(self.method, self.config)
+        self.stages = Stages(self.method, self.config, lambda batches: _Scan(self, batches))
         self.stages.shares_memory = False
         self.stages.begin(0)
 
     def step(self) -> None:
+        batches = [self.prepare(batch) for batch in self.micro_batches()]
+        train_step(self.method, self.stages.trainer, batches, self.config.train)
+        list(self.stages.agreement.findings())
+
+    def record_step(self) -> list[list]:
+        """Makes four steps; returns the last one's collectives."""
+        for _ in range(4):
+            with Recorder() as recorder:
+                self.step()
+        return recorder.as_list()
+
+    def next_task(self) -> list[list]:
+        """Goes on to the second task; returns the collectives."""
+        stages, recorder = self.stages, Recorder()
+        with recorder, TemporaryDirectory() as folder:
+            stages.end()
+            save_updates(Path(folder) / "adapter.safetensors", stages.updates[-1])
+            save_memory(Path(folder) / "memory.safetensors", stages.memory[-1])
+            stages.engine.close()
+        stages.memory[-1] = of_all_ranks(stages.memory[-1])  # as the file has it
+        with recorder:
+            stages.begin(1)
+        return recorder.as_list()
+
+    def micro_batches(self) -> list[dict[str, torch.Tensor]]:
+        """Returns this rank's part of a global batch."""
         micro_steps = self.config.train.gradient_accumulation_steps
         count = self.config.train.global_batch_size // micro_steps // world_size()
         make = self._pictures
         if self.config.backbone.kind == "llava":
             make = self._talks if "family" in self.sizes else self._conversations
-        batches = [self.prepare(make(count)) for _ in range(micro_steps)]
-        train_step(self.method, self.stages.trainer, batches, self.config.train)
-        list(self.stages.agreement.findings())
+        return [make(count) for _ in range(micro_steps)]
 
     def _pictures(self, count: int) -> dict[str, torch.Tensor]:
         return {
@@ -246,3 +276,19 @@ class _Run:
             "pixel_values": pixels,
             "picture_digests": self.seen + torch.arange(len(pixels))[:, None].expand(-1, 4),
         }
+
+
+class _Scan:
+    """Stands for the loader of a scan."""
+
+    prompts = PROMPTS
+
+    def __init__(self, run: _Run, batches: int) -> None:
+        self._run, self._batches = run, batches
+
+    def steps(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        for _ in range(self._batches):
+            yield self._run.micro_batches()
+
+    def check_faults(self) -> None:
+        """All are good; a run sums a number for each sample."""

@@ -13,12 +13,20 @@ from r1p_dist.config import RunConfig
 from r1p_dist.engine import resolve_deepspeed
 from r1p_dist.kinds.llava.planner import Conversations, describe_llava
 from r1p_dist.kinds.open_clip.planner import Pictures, describe_clip
-from r1p_dist.planner.communication import boundary_collectives, step_collectives
+from r1p_dist.planner.communication import boundary_collectives, scan_collectives, step_collectives
 from r1p_dist.planner.model import ModelShape
+from r1p_dist.planner.network import Collective
 from r1p_dist.planner.zero import Zero
+from r1p_dist.planner.zero3 import Coordinator
 from r1p_dist.recipes import load_config
 from tests import small_llava
-from tests.planner.measured import PROMPTS, make_backbone, measure_boundaries, measure_steps
+from tests.planner.measured import (
+    PROMPTS,
+    make_backbone,
+    measure_boundaries,
+    measure_later_steps,
+    measure_steps,
+)
 
 ZERO = "deepspeed.overrides.zero_optimization"
 NO_PREFETCH = f"{ZERO}.stage3_prefetch_bucket_size=0"
@@ -41,7 +49,7 @@ POOL = ["options.rank=7", "options.active=5", "options.merged=3"]
 
 def case(stage: int, *overrides: str, sizes: dict = SIZES, batch: int = 24) -> tuple[dict, list[str]]:
     own = [f"deepspeed.config=zero{stage}", f"train.global_batch_size={batch}"]
-    own += [] if "method=lora" in overrides else POOL
+    own += [] if any(key.startswith("method=") for key in overrides) else POOL
     return sizes, [*own, *([NO_PREFETCH] if stage == 3 else []), *overrides]
 
 
@@ -121,7 +129,22 @@ def check(
 
 
 def predict_boundary(shape: ModelShape, zero: Zero, ranks: int, micro_steps: int) -> Counter:
-    return boundary_collectives(shape, zero, ranks)
+    found = boundary_collectives(shape, zero, ranks)
+    for _ in range(shape.boundary.batches or 0):
+        found.update(scan_collectives(shape, zero, ranks, micro_steps))
+    if shape.boundary.batches and zero.stage == 3:
+        # the first micro batch finds the backbone's persistent weights, which the planner counts like the others
+        for frozen, sign in (({}, -1), (whole_at_first(shape, zero, ranks), 1)):
+            coordinator = Coordinator(shape.trace, zero, ranks)
+            coordinator.whole = dict(frozen)
+            for numel in coordinator.micro_step():
+                found[Collective("all_gather", numel * shape.dtype.itemsize, "weights")] += sign
+    return found
+
+
+def whole_at_first(shape: ModelShape, zero: Zero, ranks: int) -> dict[int, int]:
+    whole = Coordinator(shape.trace, zero, ranks).whole
+    return {i: numel for i, numel in whole.items() if not shape.trace.parameters[i].is_trained}
 
 
 @pytest.mark.slow
@@ -157,3 +180,27 @@ def test_task_boundary_is_predicted_exactly(run_distributed, ranks: int) -> None
     cases = [case(1), case(2, "train.precision=bf16"), case(3), case(3, SHARD_ALL)]
     cases += [conversations(2), conversations(3, SHARD_ALL, TOWERS)]
     check(run_distributed, ranks, cases, measure_boundaries, predict_boundary)
+
+
+# the widest inputs and outputs by a sketch
+STEADY = ["method=steady", "options.rank=3", "options.batches=2", "options.sketch=9", "options.sketch_above=50"]
+OUTER = "options.outer_ridge=0.1"
+STEADY_CASES = [
+    case(1, *STEADY, OUTER),
+    case(2, *STEADY, "train.precision=bf16", "train.gradient_accumulation_steps=3", CHECKPOINTING),
+    case(3, *STEADY, OUTER),
+    case(3, *STEADY, OUTER, SHARD_ALL, "train.gradient_accumulation_steps=2"),
+    conversations(2, *STEADY, OUTER),
+    conversations(3, *STEADY, OUTER, SHARD_ALL),
+]
+
+
+@pytest.mark.slow
+def test_what_steady_measures_and_knows_is_predicted_exactly(run_distributed) -> None:
+    check(run_distributed, 2, STEADY_CASES, measure_boundaries, predict_boundary)
+
+
+@pytest.mark.slow
+def test_a_step_with_what_is_known_of_past_tasks_is_predicted_exactly(run_distributed) -> None:
+    cases = [*STEADY_CASES[2:4], case(2, *STEADY, OUTER, f"{ZERO}.reduce_bucket_size=500")]
+    check(run_distributed, 2, cases, measure_later_steps, step_collectives)

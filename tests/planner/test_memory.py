@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from r1p_dist.kinds.llava import token_losses
-from r1p_dist.planner.memory import checkpoint_bytes, training_memory
+from r1p_dist.planner.memory import training_memory
 from r1p_dist.planner.trace import Trace
 from tests.planner.measured import measure_memory
 from tests.planner.test_collectives import CHECKPOINTING, NO_PREFETCH, SHARD_ALL, describe
@@ -56,13 +56,14 @@ def test_what_steady_knows_of_past_inputs_is_counted_once_for_each() -> None:
     shape, zero, _ = describe(SIZES, ["method=steady", "options.sketch=16", "train.global_batch_size=16"], 2)
     # of each block the inputs of q, k and v together, of the attention's output, and of both linears of the MLP
     widths = 4 * [768, 768, 768, 4 * 768] + 3 * [512, 512, 512, 4 * 512]
-    moments = [16 * width + 1 if width > 2048 else width * width for width in widths]
     roots = [(16 if width > 2048 else width) * width for width in widths]
     memory = training_memory(shape, zero, 2, touches_buffers=True)
     assert memory.method == 4 * sum(roots)
     plain, _, _ = describe(SIZES, ["method=lora", "train.global_batch_size=16"], 2)
-    assert training_memory(plain, zero, 2, touches_buffers=True).method == 0
-    assert checkpoint_bytes(shape)["task"] - checkpoint_bytes(plain)["task"] == 4 * sum(moments)
+    lora = training_memory(plain, zero, 2, touches_buffers=True)
+    assert lora.method == 0
+    # R lies nowhere else: beside the activations are A R, what its gradient needs and the penalty of each layer
+    assert 0 < memory.activations - lora.activations < 0.1 * memory.method
 
 
 @pytest.mark.slow

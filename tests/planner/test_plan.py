@@ -100,6 +100,22 @@ def test_packed_conversations_are_planned(monkeypatch, tmp_path: Path, capsys) -
     assert "4 conversations of 150 tokens, 120 in the mean and packed, 6 of them answers" in capsys.readouterr().out
 
 
+def test_what_a_method_scans_is_planned(monkeypatch, tmp_path: Path, capsys) -> None:
+    words = ["--model", "tiny", "--gpus", "8", "--zero", "2", "--batch", "8", "--json", str(tmp_path / "plan.json")]
+    found = {}
+    for batches in ("2", "5", "null"):
+        assert run(monkeypatch, *words, "method=steady", f"options.batches={batches}") == 0
+        printed = capsys.readouterr().out
+        assert "scanned batch ms*" in printed and "| scanned batch |" in printed.replace("  ", "")
+        assert ("an epoch's, which 'between tasks' leaves out" in printed) == (batches == "null")
+        setting = json.loads((tmp_path / "plan.json").read_text())["settings"][0]
+        found[batches] = setting["predicted"]
+        assert setting["memory"]["method"] and setting["scan_memory"] > setting["memory"]["total"]
+    seconds = found["2"]["scanned_batch"]
+    assert found["5"]["boundary"] - found["2"]["boundary"] == pytest.approx(3 * seconds)
+    assert found["2"]["boundary"] - found["null"]["boundary"] == pytest.approx(2 * seconds)
+
+
 LLAVA, PACKING = "backbone.kind=llava", "data.packing=true"
 MEAN = ["--tokens", "300", "--mean-tokens"]
 

@@ -15,10 +15,10 @@ from r1p_dist.data.samples import IMAGE_MARK, BadSampleError, Sample, Turn
 from r1p_dist.errors import InputError
 from r1p_dist.kinds.llava.shapes import SHAPES
 from r1p_dist.kinds.llava.weights import build_on_meta, read_config, read_processor
-from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
+from r1p_dist.planner.model import ModelShape, attach_method, make_shape
 from r1p_dist.planner.network import Collective
 from r1p_dist.planner.part import check_size
-from r1p_dist.planner.trace import trace_step
+from r1p_dist.protocol.trainer import Need
 
 _COUNT_BYTES = 8  # int64
 
@@ -80,6 +80,9 @@ class Answers:
     def micro_step(self, stage: int, ranks: int) -> list[Collective]:
         asks = self.has_cache and stage == 3
         return [Collective("all_reduce", _COUNT_BYTES, "pictures not kept")] if asks else []
+
+    def scan(self, needs: Need, stage: int, ranks: int) -> list[Collective]:
+        return self.micro_step(stage, ranks)
 
     def step(self) -> list[Collective]:
         return [Collective("all_reduce", _COUNT_BYTES, "answer tokens")] if self.is_over_tokens else []
@@ -177,13 +180,12 @@ def describe_llava(config: RunConfig, backbone: LlavaBackbone, batch: Conversati
     InputError: conversations too short for what they shall have, or too long for the model; packing that it cannot.
     """
     example = backbone.prepare(_planned(config, backbone, batch))
-    adapters = attach_adapters(config, backbone, dtype)
+    method = attach_method(config, backbone, dtype)
 
     def forward() -> list[torch.Tensor]:
         return [backbone(example)[0]]
 
-    trace = trace_step(backbone, forward)
     tower_learns = "image" in config.targets.towers
     keeps = config.backbone.feature_cache_gb > 0 or config.backbone.feature_cache_dir is not None
     loss = Answers(config.train.average_over == "tokens", keeps and not tower_learns)
-    return make_shape(config, backbone, adapters, trace, loss)
+    return make_shape(method, forward, loss)

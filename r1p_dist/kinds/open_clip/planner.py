@@ -15,10 +15,10 @@ from r1p_dist.kinds import kind_names, kind_of
 from r1p_dist.kinds.open_clip.backbone import build_on_meta, explain_faults
 from r1p_dist.kinds.open_clip.towers import HfTextTower
 from r1p_dist.kinds.open_clip.weights import model_source
-from r1p_dist.planner.model import ModelShape, attach_adapters, make_shape
+from r1p_dist.planner.model import ModelShape, attach_method, make_shape
 from r1p_dist.planner.network import Collective
 from r1p_dist.planner.part import check_size
-from r1p_dist.planner.trace import trace_step
+from r1p_dist.protocol.trainer import Need
 
 _FP32 = 4
 _LABEL_BYTES = 8  # int64
@@ -77,6 +77,12 @@ class Contrast:
         sums = len(trained) * [Collective("reduce_scatter", features, "feature gradients")]
         return [*gathers, *sums, Collective("all_gather", ranks * self.samples * _LABEL_BYTES, "labels")]
 
+    def scan(self, needs: Need, stage: int, ranks: int) -> list[Collective]:
+        """The features' own random projection needs none of other ranks; the loss without a backward gathers alone."""
+        if needs == "sensitivity":
+            return []
+        return [collective for collective in self.micro_step(stage, ranks) if collective.kind == "all_gather"]
+
     def step(self) -> list[Collective]:
         return []
 
@@ -133,7 +139,7 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
         raise InputError(
             f"--prompt-tokens {batch.prompt_tokens}: {config.backbone.name} reads {context}; use at most that"
         )
-    adapters = attach_adapters(config, backbone, dtype)
+    method = attach_method(config, backbone, dtype)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         size = clip.visual.image_size
@@ -144,8 +150,7 @@ def describe_clip(config: RunConfig, backbone: ClipBackbone, batch: Pictures, dt
         # by way of the backbone, as DeepSpeed calls it: the first weights are prefetched when it is entered
         return backbone(image, tokens, counts, end)
 
-    trace = trace_step(backbone, forward)
     # a tower without adapters gives features without gradient
-    trained = tuple(dict.fromkeys(adapter.name.partition(".")[0] for adapter in adapters))
+    trained = tuple(dict.fromkeys(adapter.name.partition(".")[0] for adapter in method.adapters))
     loss = Contrast(batch.pictures, clip.text.output_dim, trained, backbone.logit_bias is not None)
-    return make_shape(config, backbone, adapters, trace, loss)
+    return make_shape(method, forward, loss)
