@@ -157,39 +157,53 @@ class Steady(LowRankMethod):
         self._past = trainer.past_memory()
         if not self._past and self._anchor is None:
             return
-        layers, by_name, outer_ridge = self._watcher().layers, self._by_name, self.options.outer_ridge
-        first = f"{self.adapters[0].name}.gradient.rest"
+        self._check_past()
+        layers, outer_ridge = self._watcher().layers, self.options.outer_ridge
+        # of a layer's input and of its adapters, on the rank that owns the input
+        moments = {layer: self._known_moment(layer) for number, layer in enumerate(layers) if rank() == owner(number)}
+        inner = {layer: Whitening.of(moment, self.options.ridge) for layer, moment in moments.items()}
+        gradients, outer = dict[str, Sketch](), dict[str, Whitening]()
+        if outer_ridge is not None:
+            gradients = {name: self._known_gradient(name) for layer in moments for name in layers[layer]}
+            outer = {name: Whitening.of(known, outer_ridge) for name, known in gradients.items()}
+        numbers = self._numbers(layers, moments, gradients, inner, outer)
+        for layer, matrix in trainer.by_layer(layers, lambda layer: inner[layer].matrix).items():
+            for name in layers[layer]:
+                adapter, (size, *of_R, _, _, _) = self._by_name[name], numbers[name]
+                adapter.whitening = Whitening(matrix, *of_R)
+                adapter.scale = self.options.weight / (size * len(self.adapters)) if size else 0.0
+        if outer_ridge is not None:
+            for name, matrix in self._outer_matrices(layers, outer, trainer):
+                self._by_name[name].outer = Whitening(matrix, *numbers[name][4:])
+
+    def _check_past(self) -> None:
+        """Refuses to go on from tasks that left less than L needs."""
+        outer_ridge, first = self.options.outer_ridge, f"{self.adapters[0].name}.gradient.rest"
         if outer_ridge is not None and not all(first in task for task in self._past):
             raise InputError(
                 f"options.outer_ridge={outer_ridge}: an earlier task left no moments of gradients, as with "
                 "options.outer_ridge=null, which goes on from it"
             )
-        # by layer, on the rank that owns its input, and there by adapter
-        moments, gradients = dict[str, Moment](), dict[str, Sketch]()
-        for number, (layer, names) in enumerate(layers.items()):
-            if rank() == owner(number):
-                moments[layer] = self._known_moment(layer)
-                gradients |= {} if outer_ridge is None else {name: self._known_gradient(name) for name in names}
-        inner = {layer: Whitening.of(moment, self.options.ridge) for layer, moment in moments.items()}
-        outer = {name: Whitening.of(known, outer_ridge) for name, known in gradients.items() if outer_ridge is not None}
+
+    def _numbers(
+        self,
+        layers: Mapping[str, Sequence[str]],
+        moments: Mapping[str, Moment],
+        gradients: Mapping[str, Sketch],
+        inner: Mapping[str, Whitening],
+        outer: Mapping[str, Whitening],
+    ) -> dict[str, list[float]]:
+        """Returns by adapter tr(W C W^T G) and the numbers of R and of L, zeros without L; a collective."""
         numbers = torch.zeros(len(self.adapters), _NUMBERS, dtype=torch.float64)
-        rows = dict(zip(by_name, numbers, strict=True))
+        rows = dict(zip(self._by_name, numbers, strict=True))
         for layer, names in layers.items():
-            with gathered({by_name[name].linear.weight: None for name in names}):  # q, k and v may be rows of one
+            with gathered({self._by_name[name].linear.weight: None for name in names}):  # q, k and v may be rows of one
                 for name in names if layer in moments else ():
-                    rows[name][0] = _size(by_name[name], moments[layer], gradients.get(name))
+                    rows[name][0] = _size(self._by_name[name], moments[layer], gradients.get(name))
                     rows[name][1:4] = torch.tensor(inner[layer].numbers)
                     if name in outer:
                         rows[name][4:] = torch.tensor(outer[name].numbers)
-        found = dict(zip(by_name, sum_over_ranks(numbers).tolist(), strict=True))
-        for layer, matrix in trainer.by_layer(layers, lambda layer: inner[layer].matrix).items():
-            for name in layers[layer]:
-                adapter, (size, *of_R, _, _, _) = by_name[name], found[name]
-                adapter.whitening = Whitening(matrix, *of_R)
-                adapter.scale = self.options.weight / (size * len(self.adapters)) if size else 0.0
-        if outer_ridge is not None:
-            for name, matrix in self._outer_matrices(layers, outer, trainer):
-                by_name[name].outer = Whitening(matrix, *found[name][4:])
+        return dict(zip(self._by_name, sum_over_ranks(numbers).tolist(), strict=True))
 
     def _outer_matrices(
         self, layers: Mapping[str, Sequence[str]], own: Mapping[str, Whitening], trainer: Trainer
