@@ -19,7 +19,7 @@ from r1p_dist.compare.charts import charts
 from r1p_dist.compare.settings import read_settings, settings_path
 from r1p_dist.evaluation import continual_metrics
 from r1p_dist.evaluation.comparison import Result
-from r1p_dist.evaluation.paired import last_interval, rank_intervals, read_correct
+from r1p_dist.evaluation.paired import NoIntervalError, interval, rank_intervals, read_correct
 from r1p_dist.files import lock_file
 from r1p_dist.methods import shipped_methods
 from r1p_dist.recipes import load_config
@@ -143,13 +143,15 @@ def test_paired_differences_against_values_worked_out_by_hand(bench: Bench) -> N
     spreads = [f"{stdev(pair):.1f}" for pair in ((10, 12), (2, 6), (4, 11))]
     assert bench.table_row("lora", table=3) == [
         f"+11.0 ± {spreads[0]}",
+        "missing",
         f"+4.0 ± {spreads[1]}",
+        "missing",
         f"+7.5 ± {spreads[2]}",
         "missing",
         "2",
     ]
     # Zero-shot's one run counts for both seeds: Last 54 - 30, 59 - 30.
-    assert bench.table_row("zero_shot", table=3)[2] == f"+26.5 ± {stdev([24, 29]):.1f}"
+    assert bench.table_row("zero_shot", table=3)[4] == f"+26.5 ± {stdev([24, 29]):.1f}"
     assert "lora: no interval, dac-seed0 has no correct.jsonl" in (bench.output / "comparison.md").read_text()
     paired = json.loads((bench.output / "comparison.json").read_text())["paired"]
     assert paired["lora"]["last"] == [4.0, 11.0] and paired["lora"]["seeds"] == [0, 1]
@@ -242,7 +244,7 @@ def test_failed_run_is_shown_and_the_others_are_tabulated(bench: Bench, capsys: 
     # Only seed 1 has joint training to compare with: (59 - 30) / (79 - 30).
     assert bench.table_row("dac")[5] == f"{29 / 49:.2f}"
     # Paired: only the seeds that both finished.
-    assert bench.table_row("lora", table=3) == ["+10.0", "+2.0", "+4.0", "missing", "1"]
+    assert bench.table_row("lora", table=3) == ["+10.0", "missing", "+2.0", "missing", "+4.0", "missing", "1"]
     assert "lora-seed1: exit code 1" in (bench.output / "comparison.md").read_text()
     assert set(json.loads((bench.output / "comparison.json").read_text())["failures"]) == {"lora-seed1", "joint-seed0"}
 
@@ -437,10 +439,10 @@ def test_differences_are_against_the_reference_that_is_named(bench: Bench, capsy
     arguments = ("--methods", "zero_shot,lora,joint", "--seeds", "0,1")
     assert bench.compare(*arguments) == 0
     # without DAC the first label: Last 30 - 50, 30 - 48 of zero-shot's one run
-    assert bench.table_row("lora", table=3)[2] == f"-19.0 ± {stdev([20, 18]):.1f}"
+    assert bench.table_row("lora", table=3)[4] == f"-19.0 ± {stdev([20, 18]):.1f}"
     assert bench.compare(*arguments, "--reference", "lora") == 0
     assert "lora minus the other" in (bench.output / "comparison.md").read_text()
-    assert bench.table_row("joint", table=3)[2] == f"-28.0 ± {stdev([25, 31]):.1f}"
+    assert bench.table_row("joint", table=3)[4] == f"-28.0 ± {stdev([25, 31]):.1f}"
     assert json.loads((bench.output / "comparison.json").read_text())["reference"] == "lora"
     capsys.readouterr()
     assert bench.compare(*arguments, "--reference", "dac") == 2
@@ -659,14 +661,14 @@ def test_interval_against_the_normal_approximation() -> None:
     center = 50 * sum(difference.mean() for difference in differences)
     # Standard error of the mean over two tasks of independent means over pictures.
     error = 50 * np.sqrt(sum(difference.var() / len(difference) for difference in differences))
-    low, high = last_interval(pairs)
+    low, high = interval(pairs)
     assert low == pytest.approx(center - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(center + 1.96 * error, abs=0.1 * error)
 
 
 def test_interval_of_equal_differences_has_no_width() -> None:
     ones, zeros = {"fashion": np.ones(5), "flags": np.ones(3)}, {"fashion": np.zeros(5), "flags": np.ones(3)}
-    assert last_interval([(ones, zeros)]) == [50.0, 50.0]
+    assert interval([(ones, zeros)]) == [50.0, 50.0]
 
 
 def test_interval_is_in_the_table_when_every_run_has_its_answers(bench: Bench) -> None:
@@ -679,9 +681,41 @@ def test_interval_is_in_the_table_when_every_run_has_its_answers(bench: Bench) -
     assert bench.compare("--methods", "lora,dac", "--seeds", "0") == 0
     # fashion is equal throughout. In flags one picture of four is won and one lost: the sum over four drawn ones is at
     # least 3 with probability 9/256 = 3.5 %, 4 with 0.4 %, so the 97.5th percentile is 3/4, half of it in Last.
-    low, high = json.loads((bench.output / "comparison.json").read_text())["paired"]["lora"]["interval"]
+    intervals = json.loads((bench.output / "comparison.json").read_text())["paired"]["lora"]["intervals"]
+    low, high = intervals["last"]
     assert low == -high == -37.5
-    assert bench.table_row("lora", table=3)[3] == "-37.5 to +37.5"
+    cells = bench.table_row("lora", table=3)
+    assert cells[5] == "-37.5 to +37.5"
+    # the first row is not in the files and is not that of zero-shot, which has none right
+    assert (
+        cells[1] == cells[3] == "missing"
+        and "lora: no interval, correct.jsonl of dac-seed0 does not agree"
+        in (bench.output / "comparison.md").read_text()
+    )
+
+
+def test_intervals_of_transfer_and_average_take_the_evaluations_that_the_figures_take(bench: Bench) -> None:
+    rows = [["0100", "0000"], ["0110", "1100"], ["0110", "1110"]]  # zero-shot, then two trained tasks
+    other = [["0100", "0000"], ["0110", "0000"], ["0110", "1110"]]
+    for name, all_marks in (("dac", rows), ("lora", other)):
+        lines = [
+            (row, task, marks[k]) for row, marks in enumerate(all_marks) for k, task in enumerate(("fashion", "flags"))
+        ]
+        accuracy = [[25.0 * text.count("1") for text in marks] for marks in all_marks[1:]]
+        bench.answer(f"{name}-seed0", metrics_of(accuracy, name), **{"correct.jsonl": correct_jsonl(lines)})
+    zero_shot = correct_jsonl([(0, "fashion", "0100"), (0, "flags", "0000")])  # its one row stands for all
+    bench.answer("zero_shot-seed0", metrics_of([[25.0, 0.0]] * 2, "zero_shot"), **{"correct.jsonl": zero_shot})
+    assert bench.compare("--methods", "zero_shot,lora,dac", "--seeds", "0") == 0
+    paired = json.loads((bench.output / "comparison.json").read_text())["paired"]
+    # Transfer is of flags after the first task: two pictures of four are won; of four drawn ones, Binomial(4, 1/2),
+    # none or all with 6.25 % each.
+    assert paired["lora"]["transfer"] == [50.0] and paired["lora"]["intervals"]["transfer"] == [0.0, 100.0]
+    # Average: the same in one evaluation of two, of one task of two
+    assert paired["lora"]["average"] == [12.5] and paired["lora"]["intervals"]["average"] == [0.0, 25.0]
+    assert paired["lora"]["intervals"]["last"] == [0.0, 0.0]
+    assert paired["zero_shot"]["intervals"]["transfer"] == [0.0, 100.0]
+    assert "no interval" not in (bench.output / "comparison.md").read_text()
+    assert bench.table_row("lora", table=3)[:4] == ["+50.0", "+0.0 to +100.0", "+12.5", "+0.0 to +25.0"]
 
 
 def test_interval_of_graded_scores(tmp_path: Path) -> None:
@@ -690,14 +724,16 @@ def test_interval_of_graded_scores(tmp_path: Path) -> None:
         lines = correct_jsonl([(0, "caption", [0.0] * 4), (1, "digits", digits), (1, "caption", captions)])
         (tmp_path / name / "correct.jsonl").write_text(lines)
         row = [100 * sum(scores) / len(scores) for scores in (digits, captions)]
-        return Result(tmp_path / name, {"tasks": ["digits", "caption"], "accuracy": [[0.0, 0.0], row]})
+        metrics = {"tasks": ["digits", "caption"], "accuracy": [[0.0, 0.0], row], "last": sum(row) / 2}
+        return Result(tmp_path / name, metrics)
 
-    dac = read_correct(result("dac", [0.3, 0.9], [1.2, 2.0, 0.4, 1.6]))
-    lora = read_correct(result("lora", [0.1, 0.7], [0.4, 1.2, 0.4, 1.6]))
+    dac = read_correct(result("dac", [0.3, 0.9], [1.2, 2.0, 0.4, 1.6]))["last"]
+    lora = read_correct(result("lora", [0.1, 0.7], [0.4, 1.2, 0.4, 1.6]))["last"]
+    assert isinstance(dac, dict) and isinstance(lora, dict)
     assert dac["caption"].tolist() == [1.2, 2.0, 0.4, 1.6]
     # digits: +0.2 always, 10 points of Last. caption: +0.8 for each drawn of two pictures of four, B of them at
     # Binomial(4, 1/2), P(B = 0) = P(B = 4) = 6.25 %: both bounds are the ends, 0 and 0.8, half of it in Last.
-    assert last_interval([(dac, lora)]) == pytest.approx([10.0, 50.0])
+    assert interval([(dac, lora)]) == pytest.approx([10.0, 50.0])
 
 
 @pytest.mark.parametrize(
@@ -715,13 +751,14 @@ def test_answers_that_cannot_be_used_are_said_to_be(
     folder.mkdir()
     if answers is not None:
         (folder / "correct.jsonl").write_text(correct_jsonl(answers))
-    with pytest.raises(Exception, match=reason):
-        read_correct(Result(folder, {"tasks": ["fashion", "flags"], "accuracy": [[50.0, 100.0]]}))
+    metrics = {"tasks": ["fashion", "flags"], "accuracy": [[0.0, 0.0], [50.0, 100.0]], "last": 75.0}
+    found = read_correct(Result(folder, metrics))["last"]
+    assert isinstance(found, NoIntervalError) and reason in str(found)
 
 
 def test_runs_on_different_pictures_have_no_interval() -> None:
     with pytest.raises(Exception, match="not evaluated on the same samples of fashion"):
-        last_interval([({"fashion": np.ones(3)}, {"fashion": np.ones(4)})])
+        interval([({"fashion": np.ones(3)}, {"fashion": np.ones(4)})])
 
 
 # Ranks

@@ -107,7 +107,7 @@ def comparison(
             for label, pair in differences.items()
             if "no_interval" in pair
         ]
-        title = f"{reference} minus the other, paired over seeds"
+        title = f"{reference} minus the other, paired over seeds, with 95 % over test samples"
         sections.append(Section(title, paired_table(differences), points=missing))
     data = {
         "runs": _by_name(figures),

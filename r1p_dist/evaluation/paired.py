@@ -21,19 +21,14 @@ class NoIntervalError(Exception):
 
 
 class Answers:
-    """How right each test sample was in the last evaluation of each run, read once."""
+    """How right each test sample was by each figure of PAIRED, of each run, read once."""
 
     def __init__(self, results: Mapping[Key, Result]) -> None:
-        self._read: dict[Key, Correct | NoIntervalError] = {}
-        for key, result in results.items():
-            try:
-                self._read[key] = read_correct(result)
-            except NoIntervalError as reason:
-                self._read[key] = reason
+        self._read = {key: read_correct(result) for key, result in results.items()}
 
-    def of(self, key: Key) -> Correct:
+    def of(self, key: Key, figure: str = "last") -> Correct:
         """Raises NoIntervalError where the run has none."""
-        found = self._read[key]
+        found = self._read[key][figure]
         if isinstance(found, NoIntervalError):
             raise found
         return found
@@ -56,52 +51,76 @@ class Answers:
                 yield seed, mine, theirs
 
 
-def read_correct(result: Result) -> Correct:
-    """Return how right each test sample was in the run's last evaluation, from its correct.jsonl.
+def read_correct(result: Result) -> dict[str, Correct | NoIntervalError]:
+    """Return how right each test sample was by each figure of PAIRED that the run has, from its correct.jsonl.
 
-    A line has a digit per sample, or a list of score / 100 where the metric is graded. Raises NoIntervalError when the
-    file is missing or does not agree with metrics.json.
+    A line has a digit per sample, or a list of score / 100 where the metric is graded. A figure that is a mean over
+    evaluations (`continual_metrics`) takes the sample's mean over the same ones; a row without a line is as the row
+    before. In place of what cannot be had, as where file and metrics.json disagree, stands the reason.
     """
-    path, metrics = result.folder / CORRECT_FILE, result.metrics
+    figures = [name for name in PAIRED if result.metrics.get(name) is not None]
+    path = result.folder / CORRECT_FILE
     if not path.is_file():
-        raise NoIntervalError(f"{path.parent.name} has no correct.jsonl")
-    latest: dict[str, tuple[int, str | list[float]]] = {}
+        return dict.fromkeys(figures, NoIntervalError(f"{path.parent.name} has no correct.jsonl"))
+    marks: dict[str, dict[int, np.ndarray]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        if record["row"] >= latest.get(record["task"], (0, ""))[0]:
-            latest[record["task"]] = (record["row"], record["correct"])
-    correct = {task: np.array([float(mark) for mark in marks]) for task, (_, marks) in latest.items()}
-    for task, accuracy in zip(metrics["tasks"], metrics["accuracy"][-1], strict=True):
-        if task not in correct or abs(100 * correct[task].mean() - accuracy) > 0.01:
-            raise NoIntervalError(f"correct.jsonl of {path.parent.name} does not agree with its metrics.json on {task}")
-    return {task: correct[task] for task in metrics["tasks"]}
+        own = np.array([float(mark) for mark in record["correct"]])
+        marks.setdefault(record["task"], {})[record["row"]] = own
+    found: dict[str, Correct | NoIntervalError] = {}
+    for figure in figures:
+        try:
+            found[figure] = _mean_marks(result, marks, figure)
+        except NoIntervalError as reason:
+            found[figure] = reason
+    return found
+
+
+def _mean_marks(result: Result, marks: Mapping[str, Mapping[int, np.ndarray]], figure: str) -> Correct:
+    accuracy, found = result.metrics["accuracy"], {}
+    final = len(accuracy) - 1
+    for number, task in enumerate(result.metrics["tasks"]):
+        rows = {"transfer": range(1, number + 1), "average": range(1, final + 1), "last": [final]}[figure]
+        taken = []
+        for row in rows:
+            known = [earlier for earlier in marks.get(task, {}) if earlier <= row]
+            own = marks[task][max(known)] if known else None
+            if own is None or abs(100 * own.mean() - accuracy[row][number]) > 0.01:
+                name = result.folder.name
+                raise NoIntervalError(f"correct.jsonl of {name} does not agree with its metrics.json on {task}")
+            taken.append(own)
+        if taken:
+            found[task] = np.mean(taken, axis=0)
+    return found
 
 
 def paired_differences(reference: str, other: str, answers: Answers, figures: Mapping[Key, Figures]) -> dict[str, Any]:
-    """Return the differences reference - other of each figure in PAIRED, one per seed that both have.
+    """Return the differences reference - other of each figure in PAIRED, one per seed where both have it.
 
-    `interval` is that of `last_interval`, or `no_interval` says why there is none.
+    `intervals` has `interval` of each, and `no_interval` says why one is missing that could be there.
     """
     pairs = list(answers.pairs(reference, other))
-    differences: dict[str, Any] = {"seeds": [seed for seed, _, _ in pairs]}
+    differences: dict[str, Any] = {"seeds": [seed for seed, _, _ in pairs], "intervals": {}}
+    if not pairs:
+        differences["no_interval"] = "no seed was finished by both"
     for name in PAIRED:
-        values = [(figures[mine][name], figures[theirs][name]) for _, mine, theirs in pairs]
-        differences[name] = [mine - theirs for mine, theirs in values if None not in (mine, theirs)]
-    try:
-        differences["interval"] = last_interval([(answers.of(mine), answers.of(theirs)) for _, mine, theirs in pairs])
-    except NoIntervalError as reason:
-        differences["no_interval"] = str(reason)
+        both = [(mine, theirs) for _, mine, theirs in pairs if None not in (figures[mine][name], figures[theirs][name])]
+        differences[name] = [figures[mine][name] - figures[theirs][name] for mine, theirs in both]
+        if both:
+            try:
+                marks = [(answers.of(mine, name), answers.of(theirs, name)) for mine, theirs in both]
+                differences["intervals"][name] = interval(marks)
+            except NoIntervalError as reason:
+                differences["no_interval"] = str(reason)
     return differences
 
 
-def last_interval(pairs: Sequence[tuple[Correct, Correct]]) -> list[float]:
-    """Return the 95 % bootstrap interval of the difference of Last, in points, samples drawn anew within each task.
+def interval(pairs: Sequence[tuple[Correct, Correct]]) -> list[float]:
+    """Return the 95 % bootstrap interval of the difference of a figure, in points, samples drawn anew within each task.
 
     pairs: both methods' results, per seed. A sample's difference is its mean over the seeds, so the interval is about
     the test samples; the spread over seeds is apart from it.
     """
-    if not pairs:
-        raise NoIntervalError("no seed was finished by both")
     generator = np.random.default_rng(0)
     tasks = list(pairs[0][0])
     draws = np.zeros(BOOTSTRAP_DRAWS)
@@ -186,10 +205,14 @@ def _check_samples(task: str, results: Sequence[Correct]) -> None:
 
 
 def paired_table(differences: Mapping[str, dict[str, Any]]) -> Table:
-    """Return the table other method x mean difference ± sample standard deviation over seeds."""
+    """Return the table other method x mean difference ± sample standard deviation over seeds, and its interval."""
+    header = ["Other", *(text for name in PAIRED for text in (COLUMNS[name], f"{COLUMNS[name]}, 95 %")), "Seeds"]
     rows = []
     for label, pair in differences.items():
-        interval = "{:+.1f} to {:+.1f}".format(*pair["interval"]) if "interval" in pair else "missing"
-        cells = [cell(pair[name], is_signed=True) for name in PAIRED]
-        rows.append([label, *cells, interval, str(len(pair["seeds"]))])
-    return Table(["Other", *(COLUMNS[name] for name in PAIRED), "Last, 95 % over test samples", "Seeds"], rows)
+        cells = []
+        for name in PAIRED:
+            bounds = pair["intervals"].get(name)
+            without = "missing" if pair[name] else "–"
+            cells += [cell(pair[name], is_signed=True), "{:+.1f} to {:+.1f}".format(*bounds) if bounds else without]
+        rows.append([label, *cells, str(len(pair["seeds"]))])
+    return Table(header, rows)
