@@ -338,6 +338,8 @@ def test_shipped_settings_are_valid_configurations_of_their_recipes() -> None:
             "moe_adapters",
             "moe_adapters_no_ids",
             "er",
+            "er_weight_2",
+            "loda_gamma_1",
             "ewc",
             "full",
             "lwf",

@@ -32,6 +32,21 @@ def _step(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(["dtype", "dropout", "work", *RATIOS], rows)
 
 
+def _steady(results: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            result["model"],
+            str(result["batch"]),
+            result["dtype"],
+            work.replace("_", " "),
+            _number(result[work]["steady/step"]),
+        ]
+        for result in results
+        for work in ("same_work", "end_to_end")
+    ]
+    return _markdown(["model", "batch", "dtype", "work", "steady/step"], rows)
+
+
 def _llava(results: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -139,6 +154,7 @@ GPU_COLUMNS = "samples/s utilisation GB step/limit compiled/limit steady/step pe
 ]
 TABLES: dict[str, Callable[[Sequence[dict[str, Any]]], str]] = {
     "step": _step,
+    "steady": _steady,
     "llava": _llava,
     "precision": _precision,
     "inference": _inference,
