@@ -117,8 +117,7 @@ class Steady(LowRankMethod):
         batches: Count | None = None
         """Global batches that a task's inputs are measured on; null: an epoch."""
         sketch: Count = 256
-        """Directions kept of a moment of gradients, of that of an input wider than `sketch_above`, and of L and R; of
-        gradients better a third of the width than a sixteenth."""
+        """Directions kept of a moment of gradients, of that of an input wider than `sketch_above`, and of L and R."""
         sketch_above: Count = 2048
         """Width of a layer's input up to which its moment is kept whole, and R."""
         anchor: FilePlace | None = None
