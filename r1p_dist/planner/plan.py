@@ -16,7 +16,7 @@ from r1p_dist.planner.memory import Memory, checkpoint_bytes, moment_bytes, trai
 from r1p_dist.planner.model import Batch, ModelShape
 from r1p_dist.planner.network import Collectives, Network, cost
 from r1p_dist.planner.part import planner_part
-from r1p_dist.planner.timing import StepTime, boundary_time, scan_time, step_time
+from r1p_dist.planner.timing import StepTime, batch_time, boundary_time, scan_seconds, step_seconds
 from r1p_dist.planner.zero import Zero
 from r1p_dist.recipes import load_config
 
@@ -121,8 +121,9 @@ def _setting(question: Question, shape: ModelShape, ranks: int, stage: int, chec
     step = step_collectives(shape, zero, ranks, micro_steps)
     boundary = boundary_collectives(shape, zero, ranks)
     scan = scan_collectives(shape, zero, ranks, micro_steps)
-    setting = (ranks, micro_steps, network, question.accelerator, question.utilisation)
-    time, of_scan = step_time(shape, zero, step, *setting), scan_time(shape, zero, scan, *setting)
+    accelerator, batch = question.accelerator, micro_steps / question.utilisation  # of a micro step at the peak
+    time = batch_time(batch * step_seconds(shape, accelerator), zero, step, ranks, network)
+    of_scan = batch_time(batch * scan_seconds(shape, accelerator), zero, scan, ranks, network)
     return Setting(
         ranks,
         stage,

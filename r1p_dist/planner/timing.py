@@ -35,40 +35,22 @@ class StepTime:
         return self.compute / self.total
 
 
-def step_time(
-    shape: ModelShape,
-    zero: Zero,
-    collectives: Collectives,
-    ranks: int,
-    micro_steps: int,
-    network: Network,
-    accelerator: Accelerator,
-    utilisation: float,
-) -> StepTime:
-    """Returns the predicted time of an optimizer step."""
-    peak = accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
-    flops = shape.trace.forward_flops + shape.trace.backward_flops
-    compute = micro_steps * flops / (peak * utilisation)
-    return _with_collectives(compute, zero, collectives, ranks, network)
+def step_seconds(shape: ModelShape, accelerator: Accelerator) -> float:
+    """Returns the seconds of a micro step's products at the accelerator's peak."""
+    return (shape.trace.forward_flops + shape.trace.backward_flops) / _peak(shape, accelerator)
 
 
-def scan_time(
-    shape: ModelShape,
-    zero: Zero,
-    collectives: Collectives,
-    ranks: int,
-    micro_steps: int,
-    network: Network,
-    accelerator: Accelerator,
-    utilisation: float,
-) -> StepTime:
-    """Returns the predicted time of a global batch that is scanned after a task; second moments are fp32 products."""
-    peak = accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
-    seconds = shape.scan_flops / peak + shape.moment_flops / accelerator.fp32
-    return _with_collectives(micro_steps * seconds / utilisation, zero, collectives, ranks, network)
+def scan_seconds(shape: ModelShape, accelerator: Accelerator) -> float:
+    """Returns those of a micro batch that is scanned after a task; second moments are fp32 products."""
+    return shape.scan_flops / _peak(shape, accelerator) + shape.moment_flops / accelerator.fp32
 
 
-def _with_collectives(compute: float, zero: Zero, collectives: Collectives, ranks: int, network: Network) -> StepTime:
+def _peak(shape: ModelShape, accelerator: Accelerator) -> float:
+    return accelerator.bf16 if shape.dtype == torch.bfloat16 else accelerator.fp32
+
+
+def batch_time(compute: float, zero: Zero, collectives: Collectives, ranks: int, network: Network) -> StepTime:
+    """Returns the predicted time of a global batch, trained or scanned. compute: the seconds of its products."""
     hidden = set()
     if zero.prefetch_bucket_size:
         hidden.add("weights")

@@ -4,7 +4,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,34 +105,38 @@ def measure_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) ->
     """Returns per case the collectives of the fourth step of a run, as [kind, bytes, calls]."""
     # a few tokens in a chunk: the head is gathered no more often than planned
     token_losses.CHUNK_LOGITS = 5 * small_llava.TEXT["vocab_size"]
-    found = []
-    for sizes, overrides in cases:
-        run = _Run(rank, sizes, overrides)
-        found.append(run.record_step())
-        run.stages.engine.close()
-    return found
+    return _of_each(rank, cases, _Run.record_step)
 
 
 def measure_boundaries(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
     """Returns per case the collectives from the last step of a task to the first of the next, without evaluations."""
-    found = []
-    for sizes, overrides in cases:
-        run = _Run(rank, sizes, overrides)
+
+    def boundary(run: _Run) -> list[list]:
         for _ in range(3):
             run.step()
-        found.append(run.next_task())
-        run.stages.engine.close()
-    return found
+        return run.next_task()
+
+    return _of_each(rank, cases, boundary)
 
 
 def measure_later_steps(rank: int, ranks: int, cases: list[tuple[dict, list[str]]]) -> list[list[list]]:
     """Returns per case the collectives of the fourth step of a second task."""
+
+    def later_step(run: _Run) -> list[list]:
+        run.step()
+        run.next_task()
+        return run.record_step()
+
+    return _of_each(rank, cases, later_step)
+
+
+def _of_each(
+    rank: int, cases: list[tuple[dict, list[str]]], measure: "Callable[[_Run], list[list]]"
+) -> list[list[list]]:
     found = []
     for sizes, overrides in cases:
         run = _Run(rank, sizes, overrides)
-        run.step()
-        run.next_task()
-        found.append(run.record_step())
+        found.append(measure(run))
         run.stages.engine.close()
     return found
 
